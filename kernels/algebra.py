@@ -1,0 +1,226 @@
+"""Algebra of semantic embeddings: pure functions, embeddings in, a new embedding out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .embedding import SemanticEmbedding
+
+_PARALLEL = 1e-4  # sine of an angle below which slerp is a straight line
+
+
+def blend(
+    a: SemanticEmbedding,
+    b: SemanticEmbedding,
+    t: float,
+    mode: str = "lerp",
+    levels: Collection[int] | None = None,
+) -> SemanticEmbedding:
+    """Between a (t = 0) and b (t = 1), token by token; both need the same boxes and levels.
+
+    mode: "lerp" is the straight line; "slerp" turns the direction on the sphere (Shoemake 1985) and moves the length on a
+        straight line. Opposite and (nearly) parallel vectors, which have no one arc, take the straight line.
+    levels: only tokens of these levels are blended, the others stay a's. Pooled, which speaks for the whole image, is
+        blended with level 0. Strengths are blended as factors, exp(log-bias), so that -inf stays meaningful.
+    Batches must be equal or one of them 1.
+    """
+    if mode not in ("lerp", "slerp"):
+        raise ValueError(f"There is no blend mode {mode!r}: use 'lerp' or 'slerp'.")
+    if not math.isfinite(t):
+        raise ValueError("The blend amount must be a finite number: use 0 for the first embedding and 1 for the second.")
+    _check_alike(a, b)
+    weight = t * _of_levels(a, levels).to(a.tokens.dtype)
+    move = _lerp if mode == "lerp" else _slerp
+    pooled = a.pooled
+    if a.pooled is not None and b.pooled is not None and (levels is None or 0 in levels):
+        pooled = move(a.pooled, b.pooled, torch.tensor(t))
+    tokens = move(a.tokens, b.tokens, weight[:, None])
+    return replace(
+        a,
+        tokens=tokens,
+        strengths=_blend_strengths(a.strengths, b.strengths.to(a.strengths.device), weight.float()),
+        pooled=_match_batch(pooled, tokens.shape[0]),
+        source={"blend": [a.source, b.source], "amount": t, "mode": mode, **_origin(a)},
+    )
+
+
+def drop_levels(e: SemanticEmbedding, levels: Collection[int]) -> SemanticEmbedding:
+    """Without the tokens of these levels. ValueError if a level is not there or nothing would be left."""
+    return _select(e, ~_of_levels(e, levels), f"Dropping levels {sorted(levels)} leaves no token: keep at least one level.")
+
+
+def with_strength(
+    e: SemanticEmbedding,
+    factor: float,
+    levels: Collection[int] | None = None,
+    boxes: Tensor | None = None,
+) -> SemanticEmbedding:
+    """Multiply the attention weight of tokens by `factor`: 1 = unchanged, 0 = off. Adds ln(factor) to the log-bias.
+
+    levels: only these levels. boxes: [N, 4], only tokens that own exactly one of these boxes (cells).
+    """
+    if not factor >= 0 or math.isinf(factor):
+        raise ValueError(f"A strength factor is a finite number from 0 (off) up, not {factor}.")
+    chosen = _of_levels(e, levels)
+    if boxes is not None:
+        wanted = boxes.to(e.boxes)
+        chosen &= ((e.boxes[:, None] - wanted[None]).abs() < 1e-6).all(-1).any(-1)
+    shift = math.log(factor) if factor > 0 else -math.inf
+    return replace(e, strengths=torch.where(chosen, e.strengths + shift, e.strengths))
+
+
+def compose(parts: list[SemanticEmbedding]) -> SemanticEmbedding:
+    """Join embeddings into one that is decoded together; tokens keep their boxes. Pooled is the first one that exists."""
+    if not parts:
+        raise ValueError("There is nothing to compose: give at least one embedding.")
+    first, batch = parts[0], max(part.batch for part in parts)
+    for part in parts:
+        _check_width(first, part)
+        _check_batch(first, part)
+        if part.batch not in (1, batch):
+            raise ValueError(f"Embeddings of {part.batch} and {batch} images cannot be joined: use equal batches.")
+    pooled = next((part.pooled for part in parts if part.pooled is not None), None)
+    device, dtype = first.tokens.device, first.tokens.dtype
+
+    def join(name: str) -> Tensor:
+        return torch.cat([getattr(part, name).to(device) for part in parts])
+
+    return SemanticEmbedding(
+        tokens=torch.cat([part.tokens.to(device, dtype).expand(batch, -1, -1) for part in parts], dim=1),
+        boxes=join("boxes"),
+        levels=join("levels"),
+        strengths=join("strengths"),
+        pooled=_match_batch(pooled, batch),
+        source={"compose": [part.source for part in parts], **_origin(*parts)},
+    )
+
+
+def restrict(
+    edited: SemanticEmbedding,
+    source: SemanticEmbedding,
+    mask: Tensor,
+    levels: Collection[int] | None = None,
+) -> SemanticEmbedding:
+    """Let an edit happen only inside a mask: each token goes from `source` to `edited` by the covered share of its box.
+
+    mask: [H, W] floating in 0..1 over the whole image, any size. A box inside the mask takes the edited token, one
+        outside keeps the source's, one across the border lies between. levels: only these may change at all.
+    """
+    _check_alike(source, edited)
+    if mask.ndim != 2 or not mask.is_floating_point() or not ((mask >= 0) & (mask <= 1)).all():
+        raise ValueError(f"The mask must be floating [H, W] in 0..1, not {mask.dtype} {list(mask.shape)}.")
+    weight = _coverage(source.boxes, mask.to(source.boxes)) * _of_levels(source, levels)
+    tokens = _lerp(source.tokens, edited.tokens, weight.to(source.tokens.dtype)[:, None])
+    return replace(
+        source,
+        tokens=tokens,
+        strengths=_blend_strengths(source.strengths, edited.strengths.to(source.strengths.device), weight),
+        pooled=_match_batch(source.pooled, tokens.shape[0]),
+        source={"restrict": [edited.source, source.source], **_origin(source)},
+    )
+
+
+def _select(e: SemanticEmbedding, keep: Tensor, complaint: str) -> SemanticEmbedding:
+    if not keep.any():
+        raise ValueError(complaint)
+    return replace(
+        e, tokens=e.tokens[:, keep], boxes=e.boxes[keep], levels=e.levels[keep], strengths=e.strengths[keep]
+    )
+
+
+def _of_levels(e: SemanticEmbedding, levels: Collection[int] | None) -> Tensor:
+    """bool [T]: tokens of these levels; None means all. ValueError names a level that is not there."""
+    if levels is None:
+        return torch.ones_like(e.levels, dtype=torch.bool)
+    present = set(e.levels.tolist())
+    for level in levels:
+        if level not in present:
+            raise ValueError(f"The embedding has no level {level}: it has {', '.join(map(str, sorted(present)))}.")
+    return torch.isin(e.levels, torch.tensor(sorted(levels), device=e.levels.device, dtype=e.levels.dtype))
+
+
+def _lerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
+    return torch.lerp(a, b.to(a), t.to(a))
+
+
+def _slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
+    x, y, t = a.float(), b.to(a.device).float(), t.to(a.device).float()
+    norm_x, norm_y = x.norm(dim=-1, keepdim=True), y.norm(dim=-1, keepdim=True)
+    tiny = torch.finfo(torch.float32).tiny
+    unit_x, unit_y = x / norm_x.clamp_min(tiny), y / norm_y.clamp_min(tiny)
+    angle = torch.acos((unit_x * unit_y).sum(-1, keepdim=True).clamp(-1, 1))
+    sine = torch.sin(angle)
+    safe = torch.where(sine > _PARALLEL, sine, torch.ones_like(sine))
+    arc = (torch.sin((1 - t) * angle) * unit_x + torch.sin(t * angle) * unit_y) / safe * torch.lerp(norm_x, norm_y, t)
+    # No arc between (nearly) parallel, opposite or zero vectors; t = 0 and 1 give the ends exactly.
+    straight = (sine <= _PARALLEL) | (t == 0) | (t == 1)
+    return torch.where(straight, torch.lerp(x, y, t), arc).to(a.dtype)
+
+
+def _blend_strengths(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    mixed = torch.log(torch.lerp(a.exp(), b.exp(), weight).clamp_min(0))
+    return torch.where((a == b) | (weight == 0), a, torch.where(weight == 1, b, mixed))
+
+
+def _coverage(boxes: Tensor, mask: Tensor) -> Tensor:
+    """[T] mean of the mask [H, W] over each box, pixels counted by the area that lies in the box."""
+
+    def overlap(low: Tensor, high: Tensor, size: int) -> Tensor:
+        edges = torch.arange(size + 1, device=mask.device, dtype=mask.dtype) / size
+        covered = torch.minimum(high[:, None], edges[1:]) - torch.maximum(low[:, None], edges[:-1])
+        return covered.clamp_min(0) / (high - low)[:, None]
+
+    across, down = overlap(boxes[:, 0], boxes[:, 2], mask.shape[1]), overlap(boxes[:, 1], boxes[:, 3], mask.shape[0])
+    share = torch.einsum("th,hw,tw->t", down, mask, across)
+    # Rounding must not leave a trace of an edit outside the mask, nor of the source inside.
+    return torch.where(share < 1e-5, 0.0, torch.where(share > 1 - 1e-5, 1.0, share))
+
+
+def _match_batch(pooled: Tensor | None, batch: int) -> Tensor | None:
+    return None if pooled is None else pooled.expand(batch, -1)
+
+
+def _origin(*parts: SemanticEmbedding) -> dict[str, Any]:
+    """The entries of `source` that stay true of a result: what all parts agree on about their adapter."""
+    first = parts[0].source
+    return {
+        key: first[key]
+        for key in ("adapter", "pooled_width")
+        if key in first and all(part.source.get(key) == first[key] for part in parts)
+    }
+
+
+def _check_width(a: SemanticEmbedding, b: SemanticEmbedding) -> None:
+    if a.width != b.width:
+        raise ValueError(
+            f"Embeddings of width {a.width} and {b.width} belong to different base models: use adapters of the same model."
+        )
+
+
+def _check_batch(a: SemanticEmbedding, b: SemanticEmbedding) -> None:
+    if a.batch != b.batch and 1 not in (a.batch, b.batch):
+        raise ValueError(f"Embeddings of {a.batch} and {b.batch} images cannot be combined: use equal batches or one image.")
+
+
+def _check_alike(a: SemanticEmbedding, b: SemanticEmbedding) -> None:
+    _check_width(a, b)
+    _check_batch(a, b)
+    made_by = [e.source.get("adapter") for e in (a, b)]
+    if None not in made_by and made_by[0] != made_by[1]:
+        raise ValueError(
+            f"Embeddings of different adapters ({made_by[0]} and {made_by[1]}) cannot be combined token by token: "
+            "build both with the same adapter."
+        )
+    if a.token_count != b.token_count or not torch.equal(a.levels.cpu(), b.levels.cpu()) or not torch.allclose(
+        a.boxes.cpu(), b.boxes.cpu(), atol=1e-6
+    ):
+        raise ValueError(
+            f"Embeddings with different layouts ({a.token_count} and {b.token_count} tokens) cannot be combined: "
+            "build both with the same preset."
+        )

@@ -1,0 +1,115 @@
+"""The semantic embedding: vectors in the space of Flux's text encoder, each owning a box of the image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .hierarchy import Hierarchy, Level
+
+
+@dataclass(frozen=True, eq=False)
+class SemanticEmbedding:
+    """The one type that every feature speaks: an encoded image, an edited one, a blend, a regional prompt.
+
+    tokens:    [B, T, D] floating, finite; D is the width of the text space (4096 for FLUX.1).
+    boxes:     [T, 4] float32, (x0, y0, x1, y1) in units of the image, 0 <= x0 < x1 <= 1 and the same in y.
+    levels:    [T] int64, 0 is the coarsest.
+    strengths: [T] float32, additive log-bias on the attention logits: 0 = as trained, -inf = off.
+    pooled:    [B, P] floating or None, the vector that Flux takes beside the sequence.
+    source:    where it came from, JSON values only (adapter, pooled_width, edits, ...).
+    Raises ValueError in one sentence if any of this does not hold.
+    """
+
+    tokens: Tensor
+    boxes: Tensor
+    levels: Tensor
+    strengths: Tensor
+    pooled: Tensor | None = None
+    source: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        tokens, count = self.tokens, self.tokens.shape[-2] if self.tokens.ndim == 3 else -1
+        if tokens.ndim != 3 or not tokens.is_floating_point() or 0 in tokens.shape:
+            raise ValueError(f"The tokens of an embedding must be floating [B, T, D], not {_describe(tokens)}.")
+        for name, shape, dtype in (
+            ("boxes", (count, 4), torch.float32),
+            ("levels", (count,), torch.int64),
+            ("strengths", (count,), torch.float32),
+        ):
+            value = getattr(self, name)
+            if tuple(value.shape) != shape or value.dtype != dtype:
+                raise ValueError(f"The {name} of this embedding must be {dtype} {list(shape)}, not {_describe(value)}.")
+        if not torch.isfinite(tokens).all():
+            raise ValueError("The embedding has NaN or infinite tokens: encode the image again or use another checkpoint.")
+        x0, y0, x1, y1 = self.boxes.unbind(-1)
+        if not ((x0 >= 0) & (y0 >= 0) & (x0 < x1) & (y0 < y1) & (x1 <= 1) & (y1 <= 1)).all():
+            raise ValueError("A box of the embedding is empty or outside the image: boxes are x0 < x1 and y0 < y1 in 0..1.")
+        if (self.levels < 0).any():
+            raise ValueError("A level of the embedding is negative: levels count from 0, the coarsest.")
+        if not (self.strengths < torch.inf).all():
+            raise ValueError("A strength of the embedding is NaN or +inf: use a finite log-bias, or -inf to switch a token off.")
+        if self.pooled is not None:
+            if self.pooled.ndim != 2 or self.pooled.shape[0] != tokens.shape[0]:
+                raise ValueError(
+                    f"The pooled vector must be [{tokens.shape[0]}, P] like the tokens' batch, not {_describe(self.pooled)}."
+                )
+            if not torch.isfinite(self.pooled).all():
+                raise ValueError("The embedding has a NaN or infinite pooled vector: encode the image again.")
+
+    @property
+    def batch(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def token_count(self) -> int:
+        return self.tokens.shape[1]
+
+    @property
+    def width(self) -> int:
+        return self.tokens.shape[2]
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SemanticEmbedding:
+        """The same embedding on a device; `dtype` is that of tokens and pooled only, the layout keeps its own."""
+        return replace(
+            self,
+            tokens=self.tokens.to(device=device, dtype=dtype),
+            boxes=self.boxes.to(device=device),
+            levels=self.levels.to(device=device),
+            strengths=self.strengths.to(device=device),
+            pooled=None if self.pooled is None else self.pooled.to(device=device, dtype=dtype),
+        )
+
+    def hierarchy(self) -> Hierarchy:
+        """The hierarchy that these boxes spell, token for token. ValueError for a free layout (composed or regional)."""
+        found = []
+        for level in torch.unique_consecutive(self.levels).tolist():
+            boxes = self.boxes[self.levels == level]
+            rows, cols = boxes[:, 1].unique().numel(), boxes[:, 0].unique().numel()
+            found.append(Level(rows, cols, max(1, boxes.shape[0] // (rows * cols))))
+        candidate = Hierarchy(tuple(found))
+        expected = candidate.boxes().to(self.boxes)
+        if expected.shape != self.boxes.shape or not torch.allclose(expected, self.boxes, atol=1e-6):
+            raise ValueError("This embedding is not a plain hierarchy (it was composed or placed): use an encoded image instead.")
+        return candidate
+
+
+def from_hierarchy(
+    tokens: Tensor, hierarchy: Hierarchy, pooled: Tensor | None = None, source: dict[str, Any] | None = None
+) -> SemanticEmbedding:
+    """An embedding as an adapter gives it: tokens [B, T, D] in the hierarchy's order, every strength 0 (as trained)."""
+    return SemanticEmbedding(
+        tokens=tokens,
+        boxes=hierarchy.boxes().to(tokens.device),
+        levels=hierarchy.level_ids().to(tokens.device),
+        strengths=torch.zeros(hierarchy.token_count, device=tokens.device),
+        pooled=pooled,
+        source=dict(source or {}),
+    )
+
+
+def _describe(value: Tensor) -> str:
+    return f"{value.dtype} {list(value.shape)}"
