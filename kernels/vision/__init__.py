@@ -1,0 +1,1 @@
+"""Vision towers by id, their files' layouts, and their fusion onto one grid."""

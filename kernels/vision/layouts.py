@@ -1,0 +1,50 @@
+"""Key layouts of public encoder files, brought to the layout of the library class that we build."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+# Where the image half sits inside a whole model's file, longest first.
+_PREFIXES = {
+    "open_clip": ("visual.",),
+    "dinov2": ("dinov2_with_registers.", "dinov2."),
+    "internvit": ("model.vision_tower.", "vision_tower.", "vision_model."),
+}
+
+# OpenGVLab's own InternViT names -> transformers' InternVLVisionModel, applied in this order.
+_INTERNVIT_NAMES = (
+    ("encoder.layers.", "encoder.layer."),
+    ("embeddings.class_embedding", "embeddings.cls_token"),
+    ("embeddings.position_embedding", "embeddings.position_embeddings"),
+    ("embeddings.patch_embedding.", "embeddings.patch_embeddings.projection."),
+    (".ls1", ".lambda_1"),
+    (".ls2", ".lambda_2"),
+    (".attn.proj.", ".attention.projection_layer."),
+    (".attn.", ".attention."),
+    (".norm1.", ".layernorm_before."),
+    (".norm2.", ".layernorm_after."),
+)
+
+
+def library_layout(kind: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The image half of `state_dict` under the keys of the class built for a tower of this kind; tensors not copied."""
+    for prefix in _PREFIXES[kind]:
+        if any(name.startswith(prefix) for name in state_dict):
+            state_dict = {name[len(prefix) :]: t for name, t in state_dict.items() if name.startswith(prefix)}
+            break
+    if kind == "internvit" and any(name.startswith("encoder.layers.") for name in state_dict):
+        return _internvit(state_dict)
+    return state_dict
+
+
+def _internvit(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    result = {}
+    for name, tensor in state_dict.items():
+        for old, new in _INTERNVIT_NAMES:
+            name = name.replace(old, new)
+        if ".attention.qkv." in name:
+            for part, chunk in zip("qkv", tensor.chunk(3)):
+                result[name.replace(".qkv.", f".{part}_proj.")] = chunk
+        else:
+            result[name] = tensor
+    return result

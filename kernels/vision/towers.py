@@ -1,0 +1,193 @@
+"""Vision towers: one public image encoder each, from pixels to one feature vector per patch.
+
+The networks are the real classes of open_clip and transformers, built from an architecture dict without any network
+access; this file adds what those libraries leave to the caller: the encoder's own resize and normalisation, the
+choice of layer, and the removal of the class and register tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layouts import library_layout
+
+KINDS = ("open_clip", "dinov2", "internvit")
+
+
+@dataclass(frozen=True)
+class TowerConfig:
+    """Everything needed to rebuild one tower; `to_json` is what checkpoints carry.
+
+    id            name by which adapters and files refer to the tower
+    kind          "open_clip" (CLIP and SigLIP models), "dinov2" (with or without registers) or "internvit"
+    architecture  open_clip: {"embed_dim", "quick_gelu", "vision_cfg"} as in open_clip's model configs;
+                  dinov2, internvit: keyword arguments of transformers' Dinov2Config (Dinov2WithRegistersConfig where
+                  "num_register_tokens" is given) and InternVLVisionConfig
+    image_size    side in pixels to which images are resized; the network's own size may differ where it interpolates
+                  its position table (DINOv2)
+    patch, width  side of a patch in pixels; channels per patch feature
+    mean, std     of the normalisation, per RGB channel, for pixels in [0, 1]
+    layer         -1: the last layer after its final norm; -2: the one before, unnormed, and so on
+    resize        "squash": both sides to image_size whatever the aspect, so that unit coordinates stay unit coordinates
+    """
+
+    id: str
+    kind: str
+    architecture: dict
+    image_size: int
+    patch: int
+    width: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    layer: int = -1
+    resize: str = "squash"
+
+    def __post_init__(self):
+        object.__setattr__(self, "mean", tuple(self.mean))
+        object.__setattr__(self, "std", tuple(self.std))
+        if self.kind not in KINDS:
+            raise ValueError(f"Vision tower '{self.id}' is of unknown kind '{self.kind}'; use one of {', '.join(KINDS)}.")
+        if self.resize != "squash":
+            raise ValueError(f"Vision tower '{self.id}' asks for resize '{self.resize}'; only 'squash' is known.")
+        if self.image_size % self.patch:
+            raise ValueError(
+                f"Vision tower '{self.id}' has an input of {self.image_size} px, which is no multiple of its {self.patch} px "
+                f"patches; use {self.image_size // self.patch * self.patch} px."
+            )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, cols) of the patch features."""
+        return (self.image_size // self.patch,) * 2
+
+    def to_json(self) -> dict:
+        return asdict(self) | {"mean": list(self.mean), "std": list(self.std)}
+
+    @classmethod
+    def from_json(cls, record: dict) -> TowerConfig:
+        try:
+            return cls(**record)
+        except TypeError as error:
+            raise ValueError(f"The vision tower record does not fit this version of the pack ({error}); update the pack.") from None
+
+
+class VisionTower(nn.Module):
+    """A frozen-by-convention encoder; `model` is the library's own network and keeps the library's own key layout."""
+
+    def __init__(self, config: TowerConfig):
+        super().__init__()
+        self.config = config
+        self.model = _BUILDERS[config.kind](config)
+        self.register_buffer("mean", torch.tensor(config.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config.std).view(3, 1, 1), persistent=False)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, cols) of the patch features."""
+        return self.config.grid
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks, first to last: what a training stage unlocks from the end."""
+        if self.config.kind != "open_clip":
+            return self.model.encoder.layer
+        return self.model.trunk.blocks if hasattr(self.model, "trunk") else self.model.transformer.resblocks
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] in [0, 1], any size -> [B, 3, S, S] float32, resized as the encoder was trained and normalised.
+
+        Bicubic with antialiasing; clamped, because the encoders were trained on 8-bit pixels that cannot overshoot.
+        """
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"A vision tower takes RGB images [B, 3, H, W], but got {list(images.shape)}; drop the alpha channel.")
+        size = self.grid[0] * self.config.patch
+        images = images.float()
+        if images.shape[-2:] != (size, size):
+            images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+        return (images - self.mean.float()) / self.std.float()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] in [0, 1], any size -> patch features [B, rows * cols, width], row by row, in the weights' dtype."""
+        pixels = self.preprocess(images).to(next(self.model.parameters()).dtype)
+        layer = self.config.layer
+        if self.config.kind == "open_clip":
+            depth = len(self.blocks)
+            output = self.model.forward_intermediates(
+                pixels,
+                indices=[depth + layer],
+                stop_early=True,
+                normalize_intermediates=layer == -1,
+                intermediates_only=True,
+                output_fmt="NLC",
+            )
+            return output["image_intermediates"][0]
+        if layer == -1:
+            features = self.model(pixels).last_hidden_state
+        else:
+            features = self.model(pixels, output_hidden_states=True).hidden_states[layer]
+        return features[:, features.shape[1] - self.grid[0] * self.grid[1] :]
+
+
+def _open_clip(config: TowerConfig) -> nn.Module:
+    import open_clip
+
+    # open_clip has no public constructor for the image half alone: build a CLIP with the smallest text half, keep `visual`.
+    text = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
+    return open_clip.CLIP(text_cfg=text, **config.architecture).visual
+
+
+def _dinov2(config: TowerConfig) -> nn.Module:
+    import transformers
+
+    if "num_register_tokens" in config.architecture:
+        return transformers.Dinov2WithRegistersModel(transformers.Dinov2WithRegistersConfig(**config.architecture))
+    return transformers.Dinov2Model(transformers.Dinov2Config(**config.architecture))
+
+
+def _internvit(config: TowerConfig) -> nn.Module:
+    import transformers
+
+    # Mean pooling only drops a final norm that InternViT's published files do not have.
+    return transformers.InternVLVisionModel(transformers.InternVLVisionConfig(use_mean_pooling=True, **config.architecture))
+
+
+_BUILDERS = {"open_clip": _open_clip, "dinov2": _dinov2, "internvit": _internvit}
+
+
+def build_tower(config: TowerConfig) -> VisionTower:
+    """A tower with random weights, in eval mode."""
+    return VisionTower(config).eval()
+
+
+def load_tower(config: TowerConfig, state_dict: dict[str, Tensor]) -> VisionTower:
+    """A tower with the weights of a file, in eval mode and in the file's dtype.
+
+    state_dict: our own files or a public file of the same encoder: open_clip's keys (`visual.*` of a whole CLIP, or
+    its image half alone), transformers' keys (with or without a task model's prefix), or OpenGVLab's own InternViT
+    keys. Other keys of a whole model are ignored. The tensors are used as they are, without a copy.
+    Raises ValueError where the file does not fit the tower.
+    """
+    with torch.device("meta"):  # no time for random weights that the next line throws away
+        tower = VisionTower(config)
+    state_dict = library_layout(config.kind, state_dict)
+    wanted = tower.model.state_dict()
+    wrong = [f"lacks '{name}'" for name in wanted if name not in state_dict]
+    wrong += [f"has an unknown '{name}'" for name in state_dict if name not in wanted]
+    wrong += [
+        f"has '{name}' of shape {list(tensor.shape)} instead of {list(wanted[name].shape)}"
+        for name, tensor in state_dict.items()
+        if name in wanted and tensor.shape != wanted[name].shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 1} more differences" if len(wrong) > 1 else ""
+        raise ValueError(
+            f"This file is not the vision tower '{config.id}': it {wrong[0]}{more}; choose the matching file or another tower id."
+        )
+    tower.model.load_state_dict(state_dict, assign=True)
+    tower.mean = torch.tensor(config.mean).view(3, 1, 1)
+    tower.std = torch.tensor(config.std).view(3, 1, 1)
+    return tower.eval()
