@@ -154,12 +154,13 @@ def _slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
     norm_x, norm_y = x.norm(dim=-1, keepdim=True), y.norm(dim=-1, keepdim=True)
     tiny = torch.finfo(torch.float32).tiny
     unit_x, unit_y = x / norm_x.clamp_min(tiny), y / norm_y.clamp_min(tiny)
-    angle = torch.acos((unit_x * unit_y).sum(-1, keepdim=True).clamp(-1, 1))
+    # Kahan's form: unlike the arc cosine it keeps its accuracy near 0 and pi.
+    angle = 2 * torch.atan2((unit_x - unit_y).norm(dim=-1, keepdim=True), (unit_x + unit_y).norm(dim=-1, keepdim=True))
     sine = torch.sin(angle)
     safe = torch.where(sine > _PARALLEL, sine, torch.ones_like(sine))
     arc = (torch.sin((1 - t) * angle) * unit_x + torch.sin(t * angle) * unit_y) / safe * torch.lerp(norm_x, norm_y, t)
     # No arc between (nearly) parallel, opposite or zero vectors; t = 0 and 1 give the ends exactly.
-    straight = (sine <= _PARALLEL) | (t == 0) | (t == 1)
+    straight = (sine <= _PARALLEL) | (norm_x * norm_y == 0) | (t == 0) | (t == 1)
     return torch.where(straight, torch.lerp(x, y, t), arc).to(a.dtype)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .hierarchy import Hierarchy, Level
+from .hierarchy import Hierarchy
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,12 +89,13 @@ class SemanticEmbedding:
         for level in torch.unique_consecutive(self.levels).tolist():
             boxes = self.boxes[self.levels == level]
             rows, cols = boxes[:, 1].unique().numel(), boxes[:, 0].unique().numel()
-            found.append(Level(rows, cols, max(1, boxes.shape[0] // (rows * cols))))
-        candidate = Hierarchy(tuple(found))
-        expected = candidate.boxes().to(self.boxes)
-        if expected.shape != self.boxes.shape or not torch.allclose(expected, self.boxes, atol=1e-6):
-            raise ValueError("This embedding is not a plain hierarchy (it was composed or placed): use an encoded image instead.")
-        return candidate
+            found.append((rows, cols, max(1, boxes.shape[0] // (rows * cols))))
+        if len({grid[:2] for grid in found}) == len(found):
+            candidate = Hierarchy.from_json(found)
+            expected = candidate.boxes().to(self.boxes)
+            if expected.shape == self.boxes.shape and torch.allclose(expected, self.boxes, atol=1e-6):
+                return candidate
+        raise ValueError("This embedding is not a plain hierarchy (it was composed or placed): use an encoded image instead.")
 
 
 def from_hierarchy(
