@@ -128,8 +128,18 @@ class VisionTower(nn.Module):
         if layer == -1:
             features = self.model(pixels).last_hidden_state
         else:
-            features = self.model(pixels, output_hidden_states=True).hidden_states[layer]
+            features = self._input_of_block(layer + 1, pixels)
         return features[:, features.shape[1] - self.grid[0] * self.grid[1] :]
+
+    def _input_of_block(self, index: int, pixels: Tensor) -> Tensor:
+        # Not by `output_hidden_states`: InternVL's model takes that argument in some releases of transformers only.
+        caught = []
+        handle = self.blocks[index].register_forward_pre_hook(lambda module, args: caught.append(args[0]))
+        try:
+            self.model(pixels)
+        finally:
+            handle.remove()
+        return caught[0]
 
 
 def _open_clip(config: TowerConfig) -> nn.Module:
