@@ -1,0 +1,65 @@
+"""From a workflow file, as the page saves it, to the prompt that ComfyUI's API takes.
+
+The templates in example_workflows/ are the only source; the browser test compares this with the real page's own export.
+"""
+
+from __future__ import annotations
+
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+SEEDS = ("seed", "noise_seed")
+MUTED, BYPASSED = 2, 4
+
+
+def to_prompt(workflow: dict, nodes: dict) -> dict:
+    """The API prompt of `workflow`; `nodes` is /object_info. Notes are left out; muted, bypassed and reroute nodes are
+    not supported, because no template of ours uses them."""
+    links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
+    prompt = {}
+    for node in workflow["nodes"]:
+        if node["type"] in ("Note", "MarkdownNote"):
+            continue
+        if node["type"] not in nodes or node.get("mode", 0) in (MUTED, BYPASSED):
+            raise ValueError(f"Node {node['id']} ({node['type']}) is unknown here, muted or bypassed.")
+        inputs = _widget_values(node, nodes[node["type"]])
+        for socket in node.get("inputs", []):
+            if socket.get("link") is not None:
+                inputs[socket["name"]] = links[socket["link"]]
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    return prompt
+
+
+def _widget_values(node: dict, schema: dict) -> dict:
+    """A node stores its widgets' values in the order of its inputs; a seed is followed by what to do after a run."""
+    values, result = iter(node.get("widgets_values") or []), {}
+    declared = {**schema["input"].get("required", {}), **schema["input"].get("optional", {})}
+    for name, (kind, *rest) in declared.items():
+        options = rest[0] if rest else {}
+        if not (isinstance(kind, list) or kind in WIDGETS) or options.get("forceInput"):
+            continue
+        result[name] = next(values)
+        if kind == "INT" and (options.get("control_after_generate") or name in SEEDS):
+            next(values)
+    return result
+
+
+def fill(prompt: dict, image: str, instruction: str | None, seed: int) -> dict:
+    """`prompt` with this picture, instruction (None: the template's own) and seed; returns it."""
+    for node in prompt.values():
+        inputs = node["inputs"]
+        if node["class_type"] == "LoadImage":
+            inputs["image"] = image
+        if node["class_type"] == "SDAEditEmbedding" and instruction is not None:
+            inputs["instruction"] = instruction
+        for name in SEEDS:
+            if name in inputs and not isinstance(inputs[name], list):
+                inputs[name] = seed
+    return prompt
+
+
+def pictures(prompt: dict, outputs: dict) -> dict[str, dict]:
+    """The saved pictures by the last word of their file name prefix: `.../edited` -> "edited"."""
+    return {
+        prompt[node]["inputs"]["filename_prefix"].rsplit("/", 1)[-1]: found["images"][0]
+        for node, found in outputs.items()
+        if prompt[node]["class_type"] == "SaveImage"
+    }
