@@ -1,0 +1,77 @@
+"""What several folders of tests share: one real ComfyUI per session, and the reasons to skip."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# `python -m pytest` puts the repository on sys.path, where `kernels` and `nodes` would hide other packages' modules.
+sys.path[:] = [folder for folder in sys.path if Path(folder or ".").resolve() != ROOT]
+
+from semantic_diffusion_adapter.runner.client import Client  # noqa: E402
+from semantic_diffusion_adapter.runner.environment import STAMP, prepare  # noqa: E402
+from semantic_diffusion_adapter.runner.server import Server, serve  # noqa: E402
+from semantic_diffusion_adapter.runner.workflow import to_prompt  # noqa: E402
+
+WORKFLOW = ROOT / "example_workflows" / "Reconstruct and edit (miniature).json"
+MINIATURE = ROOT / "assets" / "miniature"
+SHIPPED = (
+    "diffusion_models/miniature_flux",
+    "vae/miniature_vae",
+    "text_encoders/miniature_t5",
+    "clip_vision/miniature_clip",
+    "clip_vision/miniature_dinov2",
+    "semantic_adapters/miniature_tree128",
+    "edit_decoders/miniature_editor",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not any(item.get_closest_marker("gpu") for item in items):
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def server() -> Server:
+    """A real ComfyUI with this pack: COMFYUI_PATH's, or the one that run.py has set up."""
+    if not os.environ.get("COMFYUI_PATH") and not STAMP.exists():
+        pytest.skip("no ComfyUI here; `python3 run.py test` makes one")
+    with serve(prepare()) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def client(server: Server) -> Client:
+    return Client(server.url)
+
+
+@pytest.fixture(scope="session")
+def nodes(client: Client) -> dict:
+    """/object_info of the running ComfyUI."""
+    return client.json("/object_info")
+
+
+@pytest.fixture(scope="session")
+def miniature() -> Path:
+    """The folder of the shipped weights."""
+    absent = [name for name in SHIPPED if not (MINIATURE / f"{name}.safetensors").is_file()]
+    if absent:
+        pytest.skip(f"the miniature's weights are not in assets/miniature: {', '.join(absent)}")
+    return MINIATURE
+
+
+@pytest.fixture
+def template(nodes: dict, miniature: Path) -> dict:
+    """The bundled template as an API prompt, new for every test."""
+    return to_prompt(json.loads(WORKFLOW.read_text(encoding="utf-8")), nodes)

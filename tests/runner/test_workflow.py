@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import pytest
+from semantic_diffusion_adapter.runner.workflow import fill, pictures, to_prompt
+
+NODES = {
+    "LoadImage": {"input": {"required": {"image": [["a.png"], {"image_upload": True}]}}},
+    "Sampler": {
+        "input": {
+            "required": {
+                "model": ["MODEL", {}],
+                "seed": ["INT", {"control_after_generate": True}],
+                "steps": ["INT", {}],
+                "name": ["COMBO", {"options": ["euler"]}],
+            },
+            "optional": {"positive": ["CONDITIONING", {}], "given": ["INT", {"forceInput": True}], "cfg": ["FLOAT", {}]},
+        }
+    },
+    "SaveImage": {"input": {"required": {"images": ["IMAGE", {}], "filename_prefix": ["STRING", {}]}}},
+}
+
+
+def graph() -> dict:
+    return {
+        "nodes": [
+            {"id": 1, "type": "LoadImage", "inputs": [], "widgets_values": ["a.png", "image"]},
+            {
+                "id": 7,
+                "type": "Sampler",
+                "inputs": [{"name": "model", "link": 3}, {"name": "steps", "link": 4, "widget": {"name": "steps"}}],
+                "widgets_values": [42, "fixed", 20, "euler", 1.5],
+            },
+            {"id": 8, "type": "SaveImage", "inputs": [{"name": "images", "link": 3}], "widgets_values": ["x/edited"]},
+            {"id": 9, "type": "MarkdownNote", "widgets_values": ["Read me"]},
+        ],
+        "links": [[3, 1, 0, 7, 0, "MODEL"], [4, 1, 1, 7, 1, "INT"]],
+    }
+
+
+def test_widgets_links_and_the_value_after_a_seed() -> None:
+    assert to_prompt(graph(), NODES) == {
+        "1": {"class_type": "LoadImage", "inputs": {"image": "a.png"}},
+        "7": {
+            "class_type": "Sampler",
+            "inputs": {"model": ["1", 0], "seed": 42, "steps": ["1", 1], "name": "euler", "cfg": 1.5},
+        },
+        "8": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "x/edited"}},
+    }
+
+
+@pytest.mark.parametrize("change", [{"mode": 4}, {"mode": 2}, {"type": "Reroute"}])
+def test_what_it_cannot_convert_is_refused(change: dict) -> None:
+    workflow = graph()
+    workflow["nodes"][1].update(change)
+    with pytest.raises(ValueError, match="Node 7"):
+        to_prompt(workflow, NODES)
+
+
+def test_fill_sets_the_picture_and_every_seed() -> None:
+    prompt = fill(to_prompt(graph(), NODES), image="mine.png", instruction=None, seed=5)
+    assert prompt["1"]["inputs"]["image"] == "mine.png"
+    assert prompt["7"]["inputs"]["seed"] == 5
+
+
+def test_pictures_are_named_by_the_last_word_of_their_prefix() -> None:
+    found = {"8": {"images": [{"filename": "edited_00001_.png"}]}, "7": {"text": ["no picture"]}}
+    assert pictures(to_prompt(graph(), NODES), found) == {"edited": {"filename": "edited_00001_.png"}}
