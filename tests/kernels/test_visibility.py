@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from semantic_diffusion_adapter.kernels.hierarchy import hierarchy
+from semantic_diffusion_adapter.kernels.visibility import patch_grid, region_bias, visible
+
+INF = float("inf")
+grids = st.tuples(st.integers(1, 13), st.integers(1, 13))
+levels = st.lists(
+    st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 2)), min_size=1, max_size=3, unique_by=lambda x: x[:2]
+)
+
+
+def exact(made, grid):
+    """bool [P, T] in rational arithmetic."""
+    rows, cols = grid
+    seen = []
+    for p in range(rows * cols):
+        r, c = divmod(p, cols)
+        line = []
+        for level in made.levels:
+            for cell in range(level.rows * level.cols):
+                i, j = divmod(cell, level.cols)
+                high = min(Fraction(i + 1, level.rows), Fraction(r + 1, rows))
+                wide = min(Fraction(j + 1, level.cols), Fraction(c + 1, cols))
+                overlap = high > max(Fraction(i, level.rows), Fraction(r, rows))
+                overlap = overlap and wide > max(Fraction(j, level.cols), Fraction(c, cols))
+                line += [overlap] * level.tokens
+        seen.append(line)
+    return torch.tensor(seen)
+
+
+@given(levels, grids)
+@settings(max_examples=80, deadline=None)
+def test_equals_rational_arithmetic_also_after_rounding_to_65536ths(made, grid):
+    made = hierarchy(made)
+    expected = exact(made, grid)
+    boxes = made.boxes()
+    assert torch.equal(visible(boxes, grid), expected)
+    assert torch.equal(visible((boxes * 65536).round() / 65536, grid), expected)
+
+
+def test_a_patch_that_straddles_a_border_sees_both_cells():
+    seen = visible(hierarchy([[1, 2, 1]]).boxes(), (1, 3))
+    assert seen.tolist() == [[True, False], [True, True], [False, True]]
+
+
+def test_a_touching_edge_and_an_empty_box_are_not_seen():
+    boxes = torch.tensor([[0.5, 0.0, 1.0, 1.0], [0.25, 0.25, 0.25, 0.75]])
+    assert visible(boxes, (1, 2)).tolist() == [[False, False], [True, False]]
+
+
+@pytest.mark.parametrize("latent, grid", [((16, 16), (8, 8)), ((17, 16), (9, 8)), ((1, 99), (1, 50))])
+def test_patch_grid_rounds_up(latent, grid):
+    assert patch_grid(*latent) == grid
+
+
+def test_the_bias_of_every_part_of_the_sequence():
+    made = hierarchy([[1, 1, 1], [2, 2, 1]])
+    strengths = torch.tensor([0.0, 1.0, -2.0, -INF, 0.5])
+    bias = region_bias(made.boxes(), strengths, (2, 2), text=7, references=3)
+    assert bias.shape == (7 + 4 + 3, 5) and bias.dtype == torch.float32
+    for row in (*range(7), *range(11, 14)):
+        assert torch.equal(bias[row], strengths)
+    assert bias[7:11].tolist() == [
+        [0, 1, -INF, -INF, -INF],
+        [0, -INF, -2, -INF, -INF],
+        [0, -INF, -INF, -INF, -INF],
+        [0, -INF, -INF, -INF, 0.5],
+    ]
+
+
+def test_tokens_may_mix_only_where_their_boxes_overlap():
+    made = hierarchy([[1, 1, 1], [1, 2, 1], [1, 3, 1]])
+    bias = region_bias(made.boxes(), torch.zeros(6), (2, 2), text=6, mixing="overlap")
+    among = (bias[:6] == 0).int().tolist()
+    assert among == [
+        [1, 1, 1, 1, 1, 1],
+        [1, 1, 0, 1, 1, 0],
+        [1, 0, 1, 0, 1, 1],
+        [1, 1, 0, 1, 0, 0],
+        [1, 1, 1, 0, 1, 0],
+        [1, 0, 1, 0, 0, 1],
+    ]
+
+
+def test_batched_layouts_are_their_entries_stacked():
+    one, two = hierarchy([[1, 1, 2], [2, 2, 1]]).boxes(), hierarchy([[2, 3, 1]]).boxes()
+    strengths = torch.randn(2, 6)
+    bias = region_bias(torch.stack([one, two]), strengths, (3, 5), text=8, references=2, mixing="overlap")
+    for entry, boxes in enumerate((one, two)):
+        assert torch.equal(bias[entry], region_bias(boxes, strengths[entry], (3, 5), 8, 2, "overlap"))
+    shared = region_bias(one, strengths, (3, 5), text=8)
+    assert torch.equal(shared[1], region_bias(one, strengths[1], (3, 5), text=8))
+    assert region_bias(torch.stack([one, two]), strengths[0], (3, 5), text=8).shape == (2, 23, 6)
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda b: region_bias(b, torch.zeros(3), (2, 2), 8), "one per token"),
+        (lambda b: region_bias(b, torch.zeros(4), (2, 2), 3), "cannot begin with 4"),
+        (lambda b: region_bias(b, torch.zeros(4), (2, 2), 8, mixing="some"), "'some'"),
+        (lambda b: visible(b[0], (2, 2)), r"\[tokens, 4\]"),
+        (lambda b: patch_grid(0, 4), "0x4"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_one_sentence(call, words):
+    with pytest.raises(ValueError, match=words):
+        call(hierarchy([[2, 2, 1]]).boxes())
