@@ -82,8 +82,6 @@ class VisionTower(nn.Module):
         super().__init__()
         self.config = config
         self.model = _BUILDERS[config.kind](config)
-        self.register_buffer("mean", torch.tensor(config.mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(config.std).view(3, 1, 1), persistent=False)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -108,7 +106,8 @@ class VisionTower(nn.Module):
         images = images.float()
         if images.shape[-2:] != (size, size):
             images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
-        return (images - self.mean.float()) / self.std.float()
+        mean, std = (torch.tensor(value, device=images.device).view(3, 1, 1) for value in (self.config.mean, self.config.std))
+        return (images - mean) / std
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1], any size -> patch features [B, rows * cols, width], row by row, in the weights' dtype."""
@@ -198,6 +197,4 @@ def load_tower(config: TowerConfig, state_dict: dict[str, Tensor]) -> VisionTowe
             f"This file is not the vision tower '{config.id}': it {wrong[0]}{more}; choose the matching file or another tower id."
         )
     tower.model.load_state_dict(state_dict, assign=True)
-    tower.mean = torch.tensor(config.mean).view(3, 1, 1)
-    tower.std = torch.tensor(config.std).view(3, 1, 1)
     return tower.eval()
