@@ -8,6 +8,7 @@ from __future__ import annotations
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 SEEDS = ("seed", "noise_seed")
 MUTED, BYPASSED = 2, 4
+SCENE = 7  # the bundled picture among SDALoadMiniature's outputs
 
 
 def to_prompt(workflow: dict, nodes: dict) -> dict:
@@ -43,11 +44,17 @@ def _widget_values(node: dict, schema: dict) -> dict:
 
 
 def fill(prompt: dict, image: str, instruction: str | None, seed: int) -> dict:
-    """`prompt` with this picture, instruction (None: the template's own) and seed; returns it."""
+    """`prompt` with this uploaded picture, instruction (None: the template's own) and seed; returns it.
+
+    A template takes its picture from Load Miniature, so that it runs in any ComfyUI as it is, and has a Load Image
+    node beside it; what hung on the first is connected to the second here, as a person would do on the page.
+    """
+    ids = {node["class_type"]: key for key, node in prompt.items()}
+    scene, own = [ids["SDALoadMiniature"], SCENE], [ids["LoadImage"], 0]
+    prompt[own[0]]["inputs"]["image"] = image
     for node in prompt.values():
         inputs = node["inputs"]
-        if node["class_type"] == "LoadImage":
-            inputs["image"] = image
+        inputs.update({name: own for name, value in inputs.items() if value == scene})
         if node["class_type"] == "SDAEditEmbedding" and instruction is not None:
             inputs["instruction"] = instruction
         for name in SEEDS:

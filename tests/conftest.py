@@ -42,6 +42,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> object:
+    report = yield
+    if report.skipped and item.get_closest_marker("browser") and os.environ.get("SDA_REQUIRE_BROWSER"):
+        report.outcome, report.longrepr = "failed", f"may not be skipped here, but: {report.longrepr[-1]}"
+    return report
+
+
 @pytest.fixture(scope="session")
 def server() -> Server:
     """A real ComfyUI with this pack: COMFYUI_PATH's, or the one that run.py has set up."""

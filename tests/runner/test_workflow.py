@@ -56,10 +56,22 @@ def test_what_it_cannot_convert_is_refused(change: dict) -> None:
         to_prompt(workflow, NODES)
 
 
-def test_fill_sets_the_picture_and_every_seed() -> None:
-    prompt = fill(to_prompt(graph(), NODES), image="mine.png", instruction=None, seed=5)
+def test_fill_connects_the_picture_and_sets_instruction_and_seeds() -> None:
+    prompt = {
+        "1": {"class_type": "LoadImage", "inputs": {"image": "a.png"}},
+        "2": {"class_type": "SDALoadMiniature", "inputs": {}},
+        "3": {"class_type": "ImageScale", "inputs": {"image": ["2", 7], "width": 128}},
+        "4": {"class_type": "SDAEditEmbedding", "inputs": {"clip": ["2", 1], "instruction": "the template's own"}},
+        "5": {"class_type": "KSampler", "inputs": {"model": ["2", 0], "seed": 0}},
+        "6": {"class_type": "KSampler", "inputs": {"model": ["2", 0], "seed": ["9", 0]}},
+    }
+    assert fill(prompt, image="mine.png", instruction=None, seed=5) is prompt
     assert prompt["1"]["inputs"]["image"] == "mine.png"
-    assert prompt["7"]["inputs"]["seed"] == 5
+    assert prompt["3"]["inputs"] == {"image": ["1", 0], "width": 128}
+    assert prompt["4"]["inputs"] == {"clip": ["2", 1], "instruction": "the template's own"}
+    assert prompt["5"]["inputs"] == {"model": ["2", 0], "seed": 5}
+    assert prompt["6"]["inputs"]["seed"] == ["9", 0]
+    assert fill(prompt, "b.png", "remove it", 1)["4"]["inputs"]["instruction"] == "remove it"
 
 
 def test_pictures_are_named_by_the_last_word_of_their_prefix() -> None:
