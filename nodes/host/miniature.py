@@ -1,0 +1,113 @@
+"""The miniature's MODEL, CLIP and VAE: the real classes of core at toy width, from the files in assets/miniature."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import comfy.diffusers_convert
+import comfy.latent_formats
+import comfy.model_detection
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.supported_models
+import torch
+
+from ...kernels import checkpoint
+from . import folders
+from .text_encoder import load_clip
+
+FLUX = "diffusion_models/miniature_flux.safetensors"
+TEXT_ENCODER = "text_encoders/miniature_t5.safetensors"
+VAE = "vae/miniature_vae.safetensors"
+# By the model folder in whose combo they appear.
+CLIP_ENCODER = ("clip_vision", "miniature_clip.safetensors")
+DINOV2_ENCODER = ("clip_vision", "miniature_dinov2.safetensors")
+ADAPTER = ("semantic_adapters", "miniature_tree128.safetensors")
+EDIT_DECODER = ("edit_decoders", "miniature_editor.safetensors")
+
+# What core's detection cannot see in the tensors or takes for granted (24 heads of 128).
+_OVERRIDDEN = (
+    "hidden_size", "num_heads", "depth", "depth_single_blocks", "axes_dim", "context_in_dim", "vec_in_dim",
+    "in_channels", "mlp_ratio", "theta", "qkv_bias", "guidance_embed", "patch_size",
+)  # fmt: skip
+
+
+def files() -> list[Path]:
+    """Every file that a miniature graph reads."""
+    named = [f"{folder}/{name}" for folder, name in (CLIP_ENCODER, DINOV2_ENCODER, ADAPTER, EDIT_DECODER)]
+    return [folders.MINIATURE / name for name in (FLUX, TEXT_ENCODER, VAE, *named)]
+
+
+def load():
+    """(MODEL, CLIP, VAE). ValueError names a file that is missing or does not fit."""
+    for path in files():
+        if not path.is_file():
+            raise ValueError(
+                f"The miniature's {path.name} is missing from {path.parent}: install the pack again, or train it with `sda`."
+            )
+    root = folders.MINIATURE
+    return load_flux(str(root / FLUX)), load_clip(str(root / TEXT_ENCODER)), load_vae(str(root / VAE))
+
+
+class Latent(comfy.latent_formats.LatentFormat):
+    """(z - shift) * scale, with the miniature's own numbers."""
+
+    def __init__(self, channels: int, scale: float, shift: float):
+        self.latent_channels, self.scale_factor, self.shift_factor = channels, scale, shift
+
+    def process_in(self, latent):
+        return (latent - self.shift_factor) * self.scale_factor
+
+    def process_out(self, latent):
+        return latent / self.scale_factor + self.shift_factor
+
+
+def load_flux(path: str):
+    """A MODEL of core's own Flux class. Detection fills what this core's Flux wants to know, the record the numbers."""
+    tensors, record = checkpoint.load(path, "flux")
+    numbers = record["config"]
+    detected = comfy.model_detection.detect_unet_config(tensors, "")
+    if detected is None or detected.get("image_model") != "flux":
+        raise ValueError(f"{path} is not a Flux model in ComfyUI's key layout: export it again.")
+    detected.update({name: numbers[name] for name in _OVERRIDDEN}, out_channels=numbers["in_channels"])
+    config = comfy.supported_models.Flux(detected)
+    latent = numbers["latent"]
+    config.latent_format = Latent(latent["channels"], latent["scale"], latent["shift"])
+    config.sampling_settings = {"shift": numbers["sampling_shift_mu"]}
+    config.set_inference_dtype(torch.float32, None)
+    offload = comfy.model_management.unet_offload_device()
+    model = config.get_model(tensors, "").to(offload)
+    checkpoint.fill(model.diffusion_model, config.process_unet_state_dict(tensors), path)
+    device = comfy.model_management.get_torch_device()
+    return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload)
+
+
+def load_vae(path: str):
+    """A VAE of core's AutoencoderKL from a diffusers one, in float32."""
+    tensors, record = checkpoint.load(path, "vae")
+    settings = record["config"]
+    blocks, channels = settings["block_out_channels"], settings["latent_channels"]
+    if any(width % blocks[0] for width in blocks) or settings.get("norm_num_groups", 32) != 32 or len(blocks) != 4:
+        raise ValueError(
+            f"{path} has blocks of {blocks}: ComfyUI's VAE takes four, multiples of the first, with 32 groups in its norms."
+        )
+    converted = {name: t.float() for name, t in comfy.diffusers_convert.convert_vae_state_dict(tensors).items()}
+    # Core builds a VAE of given widths only with quantisation convolutions; the identity stands for none.
+    for name, width in (("quant_conv", 2 * channels), ("post_quant_conv", channels)):
+        converted.setdefault(f"{name}.weight", torch.eye(width)[:, :, None, None])
+        converted.setdefault(f"{name}.bias", torch.zeros(width))
+    network = {
+        "double_z": True, "z_channels": channels, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": blocks[0],
+        "ch_mult": [width // blocks[0] for width in blocks], "num_res_blocks": settings["layers_per_block"],
+        "attn_resolutions": [], "dropout": 0.0,
+    }  # fmt: skip
+    vae = comfy.sd.VAE(
+        sd=dict(converted), config={"params": {"ddconfig": network, "embed_dim": channels}}, dtype=torch.float32
+    )
+    vae.latent_channels = channels
+    expected = vae.first_stage_model.state_dict()
+    wrong = sorted(expected.keys() ^ converted.keys())
+    if wrong:
+        raise ValueError(f"{path} does not fit its record ({wrong[0]!r}): export the VAE again.")
+    return vae

@@ -1,0 +1,13 @@
+"""The pack's own socket types."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+Vision = io.Custom("SDA_VISION")
+Features = io.Custom("SDA_FEATURES")
+Adapter = io.Custom("SDA_ADAPTER")
+Embedding = io.Custom("SDA_EMBEDDING")
+EditDecoder = io.Custom("SDA_EDIT_DECODER")
+# An output that carries the value of a combo, so that it links to any loader's file widget.
+FileName = io.Custom("COMBO")
