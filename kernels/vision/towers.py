@@ -8,6 +8,7 @@ choice of layer, and the removal of the class and register tokens.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -173,11 +174,12 @@ def build_tower(config: TowerConfig) -> VisionTower:
 
 
 def load_tower(config: TowerConfig, state_dict: dict[str, Tensor]) -> VisionTower:
-    """A tower with the weights of a file, in eval mode and in the file's dtype.
+    """A tower with the weights of a file, in eval mode and in the file's dtype (the widest where it mixes them, as 8-bit
+    files do once dequantised).
 
     state_dict: our own files or a public file of the same encoder: open_clip's keys (`visual.*` of a whole CLIP, or
     its image half alone), transformers' keys (with or without a task model's prefix), or OpenGVLab's own InternViT
-    keys. Other keys of a whole model are ignored. The tensors are used as they are, without a copy.
+    keys. Other keys of a whole model are ignored. Tensors of the right dtype are used without a copy.
     Raises ValueError where the file does not fit the tower.
     """
     with torch.device("meta"):  # no time for random weights that the next line throws away
@@ -197,4 +199,4 @@ def load_tower(config: TowerConfig, state_dict: dict[str, Tensor]) -> VisionTowe
             f"This file is not the vision tower '{config.id}': it {wrong[0]}{more}; choose the matching file or another tower id."
         )
     tower.model.load_state_dict(state_dict, assign=True)
-    return tower.eval()
+    return tower.to(reduce(torch.promote_types, {parameter.dtype for parameter in tower.parameters()})).eval()

@@ -193,6 +193,13 @@ def test_half_precision_weights(kind, dtype):
     assert F.cosine_similarity(features.float(), expected, dim=-1).min() > 0.99
 
 
+def test_a_file_of_mixed_dtypes_gives_one_dtype():
+    tower = build_tower(toy("internvit"))
+    mixed = {name: t if t.ndim > 1 else t.half() for name, t in tower.model.state_dict().items()}
+    features = load_tower(tower.config, mixed)(torch.rand(1, 3, 56, 56))
+    assert features.dtype is torch.float32
+
+
 @pytest.mark.parametrize("tower_id", KNOWN_TOWERS)
 def test_published_towers_have_their_true_shape(tower_id):
     """Built on the meta device: full width and depth, no memory. Parameters in millions as published."""
