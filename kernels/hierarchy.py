@@ -47,7 +47,7 @@ class Hierarchy:
         for grid in grids:
             if grids.count(grid) > 1:
                 raise ValueError(
-                    f"The hierarchy has two levels of {grid[0]}x{grid[1]} cells; write them as one with the sum of tokens."
+                    f"The hierarchy has two levels of {grid[0]}x{grid[1]} cells; write them as one."
                 )
 
     @property
@@ -100,8 +100,8 @@ class Hierarchy:
             first, tokens = starts.get((level.rows, level.cols), (0, 0))
             if tokens < level.tokens:
                 raise ValueError(
-                    f"A level of {level.rows}x{level.cols} cells with {level.tokens} tokens each is not in the query table"
-                    f" {table.to_json()}; choose a hierarchy that the table contains."
+                    f"A level of {level.rows}x{level.cols} cells with {level.tokens} tokens each is not in the query"
+                    f" table {table.to_json()}; choose a hierarchy that the table contains."
                 )
             cells = torch.arange(level.rows * level.cols).unsqueeze(1)
             index.append((first + cells * tokens + torch.arange(level.tokens)).flatten())
@@ -117,7 +117,7 @@ class Hierarchy:
         for level in levels:
             numbers = tuple(level) if isinstance(level, Iterable) and not isinstance(level, str) else ()
             if len(numbers) != 3:
-                raise ValueError(f"A level of a hierarchy is written as [rows, columns, tokens per cell], not {level!r}.")
+                raise ValueError(f"A hierarchy's level is written as [rows, columns, tokens per cell], not {level!r}.")
             made.append(Level(*numbers))
         return cls(tuple(made))
 

@@ -68,7 +68,7 @@ def region_bias(
     boxes = _checked(boxes)
     tokens = boxes.shape[-2]
     if strengths.shape[-1] != tokens or strengths.dim() > 2:
-        raise ValueError(f"There are {tokens} boxes but strengths of shape {tuple(strengths.shape)}; give one per token.")
+        raise ValueError(f"There are {tokens} boxes but strengths of shape {list(strengths.shape)}; give one each.")
     if text < tokens:
         raise ValueError(f"The text part holds {text} tokens and cannot begin with {tokens} region tokens.")
     if mixing not in ("all", "overlap"):

@@ -53,7 +53,7 @@ def choose(q: Tensor, k: Tensor, v: Tensor, regions: Regions, keep_plain: bool =
         return Choice("merge", f"{q.device.type} has attention kernels that return the log-sum-exp")
     if _few_groups(regions):
         return Choice("partition", f"no kernel on {q.device.type} returns the log-sum-exp for {q.dtype}")
-    return Choice("dense", f"no kernel on {q.device.type} returns the log-sum-exp, and the bias is soft or has many groups")
+    return Choice("dense", f"no kernel on {q.device.type} fits, and the bias is soft or has many groups")
 
 
 def masked_attention(
@@ -68,8 +68,8 @@ def masked_attention(
     """softmax(q k^T / sqrt(d) + bias) v, the bias on the first T keys only, differentiable in q, k and v.
 
     q, k, v and the result are [B, H, S, d] of one floating dtype and device; under autocast they are cast as PyTorch's
-    own attention casts them. `plain(q, k, v)` is the host's unmasked attention on such tensors (PyTorch's if not given):
-    it is called as it is where nothing is masked, and by *partition* for every group, with fewer queries than keys.
+    own attention casts them. `plain(q, k, v)` is the host's unmasked attention on such tensors (PyTorch's if not
+    given): called as it is where nothing is masked, and by *partition* for every group, with fewer queries than keys.
     `keep_plain` says that the host runs another kernel than PyTorch's (SageAttention, flash) that is to be kept.
     """
     device = q.device.type

@@ -5,9 +5,9 @@ No mask of the whole sequence exists anywhere. The join is that of FlashAttentio
 ring attention (Liu et al. 2023): out = (1 - w) rest + w region with w = sigmoid(lse_region - lse_rest).
 
 Backward. The log-sum-exp that aten's kernels return carries no gradient, so autograd through the join would be silently
-wrong. A key's probability under the joined softmax is exp(score - lse_joined), and the backward kernels recompute it from
-the log-sum-exp that they are given: each part's own backward, called with the joined output and the joined log-sum-exp,
-gives the exact gradients of the joined attention.
+wrong. A key's probability under the joined softmax is exp(score - lse_joined), and the backward kernels recompute it
+from the log-sum-exp that they are given: each part's own backward, called with the joined output and the joined
+log-sum-exp, gives the exact gradients of the joined attention.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def merge_attention(q: Tensor, k: Tensor, v: Tensor, regions: Regions) -> Tensor
     chosen = kernels(q, k, v, regions)
     if chosen is None:
         raise ValueError(
-            f"No attention kernel on {q.device.type} returns the log-sum-exp for {q.dtype}; take the route partition or dense."
+            f"No attention kernel on {q.device.type} returns the log-sum-exp for {q.dtype};"
+            " take the route partition or dense."
         )
     part, shift = regions.relative(q.dtype)
     part = part.expand(q.shape[0], q.shape[1], -1, -1)
@@ -117,7 +118,15 @@ def _attend(kernel: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -
 
 
 def _backward(
-    kernel: str, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, extra: tuple
+    kernel: str,
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    extra: tuple,
 ) -> tuple[Tensor, Tensor, Tensor]:
     raw, *extra = extra
     if kernel == _CPU:

@@ -25,8 +25,8 @@ class Regions:
     """The log-bias of all S queries on the first T keys (`visibility.region_bias`), read once.
 
     `bias` float32 [S, T] or [B, S, T]: 0 = seen as trained, -inf = not seen, anything finite = a strength. It is data,
-    not a parameter: no gradient flows into it. Preparing reads it back from the device, so prepare once per forward,
-    not once per block.
+    not a parameter: no gradient flows into it. Preparing reads it back from the device, so prepare once per latent size
+    and layout (at most once per forward), not once per block.
 
     trivial: every query sees every token at strength 0, so the attention is the plain one.
     hard:    the bias holds nothing but 0 and -inf, so a query's attention is a plain one over fewer keys.
@@ -40,7 +40,7 @@ class Regions:
         self.bias = (bias if bias.dim() == 3 else bias.unsqueeze(0)).to(torch.float32)
         self.batch, self.length, self.tokens = self.bias.shape
         if self.length <= self.tokens:
-            raise ValueError(f"{self.tokens} region tokens need a longer sequence than {self.length}; nothing else is in it.")
+            raise ValueError(f"{self.tokens} region tokens need a sequence longer than {self.length}.")
         if bool((self.bias.isnan() | self.bias.isposinf()).any()):
             raise ValueError("A region bias holds NaN or +inf; strengths are finite numbers or -inf.")
         zero = self.bias == 0
@@ -58,8 +58,8 @@ class Regions:
             )
         if q.shape[2] != self.length or self.batch not in (1, q.shape[0]):
             raise ValueError(
-                f"The region bias is for {self.length} tokens and a batch of {self.batch}, but q has {q.shape[2]} tokens"
-                f" and a batch of {q.shape[0]}; prepare the regions for this latent."
+                f"The region bias is for {self.length} tokens and a batch of {self.batch}, but q has {q.shape[2]}"
+                f" tokens and a batch of {q.shape[0]}; prepare the regions for this latent."
             )
 
     def floored(self) -> Tensor:
@@ -70,15 +70,15 @@ class Regions:
         """The bias split into a part per key and a shift per query: bias = part + shift.
 
         part [B or 1, 1, S, T] in `dtype`, between FLOOR and 0 with 0 for the strongest token of the query; shift
-        [B or 1, 1, S] in at least float32. So one strength for all tokens is exact in any dtype and of any size, and a query that
-        sees nothing has an ordinary finite row (all 0) and the shift UNSEEN.
+        [B or 1, 1, S] in at least float32. So one strength for all tokens is exact in any dtype and of any size, and a
+        query that sees nothing has an ordinary finite row (all 0) and the shift UNSEEN.
         """
         if dtype not in self._relative:
             bias = self.bias.to(torch.promote_types(dtype, torch.float32))
             shift = bias.amax(dim=-1)
             nothing = shift.isneginf()
             part = (bias - shift.unsqueeze(-1)).masked_fill(nothing.unsqueeze(-1), 0.0).clamp(min=FLOOR)
-            # Efficient attention on CUDA reads the bias in steps of 16 bytes, so its rows start at multiples of 16 keys.
+            # Efficient attention on CUDA wants aligned rows of the bias, so they start at multiples of 16 keys.
             padded = part.new_zeros((self.batch, 1, self.length, -(-self.tokens // 16) * 16), dtype=dtype)
             padded[..., : self.tokens] = part.unsqueeze(1)
             shift = shift.clamp(min=UNSEEN).unsqueeze(1)
@@ -96,11 +96,13 @@ class Regions:
 
 
 def _group(seen: Tensor) -> list[Group]:
+    device = seen.device
+    seen = seen if device.type == "cuda" else seen.cpu()  # not every device finds unique rows
     kinds, kind_of_row = torch.unique(seen, dim=0, return_inverse=True)
     order = torch.argsort(kind_of_row, stable=True)
     sizes = torch.bincount(kind_of_row, minlength=len(kinds)).tolist()
     full = kinds.all(dim=1).tolist()
     return [
-        Group(rows, None if full[index] else kinds[index].nonzero().squeeze(1))
+        Group(rows.to(device), None if full[index] else kinds[index].nonzero().squeeze(1).to(device))
         for index, rows in enumerate(torch.split(order, sizes))
     ]

@@ -91,7 +91,7 @@ def biases(draw, hard):
 @pytest.mark.parametrize("route", ROUTES)
 def test_hard_visibility_equals_the_oracle(route, dtype):
     @given(biases(hard=True))
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=15, deadline=None)
     def run(bias):
         check(bias, route, dtype)
 
@@ -102,7 +102,7 @@ def test_hard_visibility_equals_the_oracle(route, dtype):
 @pytest.mark.parametrize("route", ["merge", "flex", "dense"])
 def test_strengths_equal_the_oracle(route, dtype):
     @given(biases(hard=False))
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=15, deadline=None)
     def run(bias):
         check(bias, route, dtype, tolerant=True)
 

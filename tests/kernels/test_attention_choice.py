@@ -86,7 +86,8 @@ def test_cuda_kernels_take_the_arguments_of_the_merge(kernel):
         shift = torch.empty(1, 1, 1037, device="cuda")
         out, *results = merge._forward(q, q, q, part, shift, merge.Kernels(kernel, "efficient"))
         assert out.shape == q.shape
-        for name, result, keys, bias in zip((kernel, "efficient"), results, (q[:, :, 112:], q[:, :, :112]), (None, part)):
+        parts = [(kernel, q[:, :, 112:], None), ("efficient", q[:, :, :112], part)]
+        for (name, keys, bias), result in zip(parts, results):
             lse = merge._lse(result, q)
             assert lse.shape == q.shape[:3]
             grads = merge._backward(name, out, q, keys, keys, bias, out, lse, result[1:])
@@ -101,7 +102,7 @@ def test_cuda_kernels_take_the_arguments_of_the_merge(kernel):
         (lambda: masked_attention(*qkv()[:2], qkv(length=95)[0], regions()), "of one shape"),
         (lambda: masked_attention(*qkv(), regions(-1.0), "partition"), "knows no strengths"),
         (lambda: Regions(torch.zeros(5)), r"\[S, T\]"),
-        (lambda: Regions(torch.zeros(5, 5)), "longer sequence"),
+        (lambda: Regions(torch.zeros(5, 5)), "sequence longer"),
         (lambda: Regions(torch.full((5, 2), float("nan"))), "NaN"),
         (lambda: Regions(torch.zeros(5, 2, requires_grad=True)), "detach"),
     ],

@@ -7,7 +7,10 @@ from hypothesis import strategies as st
 from semantic_diffusion_adapter.kernels.hierarchy import PRESETS, Hierarchy, Level, hierarchy
 
 levels = st.lists(
-    st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 4)), min_size=1, max_size=4, unique_by=lambda x: x[:2]
+    st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 4)),
+    min_size=1,
+    max_size=4,
+    unique_by=lambda x: x[:2],
 )
 
 

@@ -12,7 +12,10 @@ from semantic_diffusion_adapter.kernels.visibility import patch_grid, region_bia
 INF = float("inf")
 grids = st.tuples(st.integers(1, 13), st.integers(1, 13))
 levels = st.lists(
-    st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 2)), min_size=1, max_size=3, unique_by=lambda x: x[:2]
+    st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 2)),
+    min_size=1,
+    max_size=3,
+    unique_by=lambda x: x[:2],
 )
 
 
@@ -103,7 +106,7 @@ def test_batched_layouts_are_their_entries_stacked():
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda b: region_bias(b, torch.zeros(3), (2, 2), 8), "one per token"),
+        (lambda b: region_bias(b, torch.zeros(3), (2, 2), 8), "one each"),
         (lambda b: region_bias(b, torch.zeros(4), (2, 2), 3), "cannot begin with 4"),
         (lambda b: region_bias(b, torch.zeros(4), (2, 2), 8, mixing="some"), "'some'"),
         (lambda b: visible(b[0], (2, 2)), r"\[tokens, 4\]"),
