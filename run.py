@@ -32,9 +32,12 @@ WEIGHTS = ROOT / "assets" / "miniature" / "diffusion_models" / "miniature_flux.s
 PACKAGE = "semantic_diffusion_adapter"
 
 
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
 def demo(arguments: argparse.Namespace) -> int:
     clock = Clock()
-    say = lambda text: print(text, flush=True)  # noqa: E731
     for needed in (SCENE if arguments.image is None else arguments.image, WEIGHTS, WORKFLOW):
         if not needed.is_file():
             raise Failure(f"There is no file {needed}.")
@@ -141,7 +144,7 @@ def main() -> int:
     # Only the command is parsed here for the passing-on ones: what follows it belongs to the other program.
     command, rest = (sys.argv[1:2] or [""])[0], sys.argv[2:]
     arguments = parser.parse_args(sys.argv[1:2] if command in ("test", "eval", "bench") else None)
-    print(f"Semantic Diffusion Adapter: {command}", flush=True)
+    say(f"Semantic Diffusion Adapter: {command}")
     if command == "test":
         return inside("pytest", ["-c", str(ROOT / "pyproject.toml"), *rest], ("pytest", "hypothesis", "diffusers"))
     if command == "eval":

@@ -1,4 +1,4 @@
-"""Maps the repository folder itself to the package `semantic_diffusion_adapter`; everything else is in pyproject.toml."""
+"""Maps the repository folder itself to the package `semantic_diffusion_adapter`; the rest is in pyproject.toml."""
 
 from setuptools import find_packages, setup
 

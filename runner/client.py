@@ -37,8 +37,11 @@ class Client:
     def upload(self, image: Path) -> str:
         """Puts a picture into ComfyUI's input folder; returns the name that LoadImage takes."""
         border = uuid.uuid4().hex
-        head = f'--{border}\r\nContent-Disposition: form-data; name="image"; filename="{uuid.uuid4().hex}{image.suffix}"\r\n'
-        body = head.encode() + b"Content-Type: application/octet-stream\r\n\r\n" + image.read_bytes() + f"\r\n--{border}--\r\n".encode()
+        head = (
+            f'--{border}\r\nContent-Disposition: form-data; name="image"; filename="{border}{image.suffix}"\r\n'
+            "Content-Type: application/octet-stream\r\n\r\n"
+        )
+        body = head.encode() + image.read_bytes() + f"\r\n--{border}--\r\n".encode()
         return self._post("/upload/image", body, f"multipart/form-data; boundary={border}")["name"]
 
     def run(self, prompt: dict, progress: Callable[[str, int, int], None] = lambda node, value, maximum: None) -> dict:

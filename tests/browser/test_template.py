@@ -67,8 +67,8 @@ def test_the_template_runs_from_the_template_browser(server: Server, nodes: dict
     page.get_by_text(TEMPLATE, exact=True).first.click()
 
     page.wait_for_function("app.graph.nodes.some(node => node.type === 'SDALoadMiniature')", timeout=30_000)
-    missing = page.evaluate("app.graph.nodes.map(n => n.type).filter(type => !(type in LiteGraph.registered_node_types))")
-    assert missing == []
+    missing = "app.graph.nodes.map(node => node.type).filter(type => !(type in LiteGraph.registered_node_types))"
+    assert page.evaluate(missing) == []
 
     exported = page.evaluate("async () => (await app.graphToPrompt()).output")
     for node in exported.values():

@@ -42,7 +42,11 @@ def only(prompt: dict, name: str) -> dict:
 def run(client: Client, prompt: dict) -> dict[str, np.ndarray]:
     """Every saved picture as uint8 [H, W, 3], by name."""
     saved = pictures(prompt, client.run(prompt))
-    return {name: np.asarray(Image.open(io.BytesIO(client.image(output))).convert("RGB")) for name, output in saved.items()}
+    return {name: pixels(client.image(output)) for name, output in saved.items()}
+
+
+def pixels(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
 
 
 def test_the_template_encodes_edits_and_decodes(client: Client, template: dict, miniature: Path) -> None:
@@ -111,7 +115,7 @@ def test_batches_guidance_and_odd_sizes(
     prompt[find(prompt, "EmptyLatentImage")]["inputs"].update(width=width, height=height, batch_size=batch)
     prompt[find(prompt, "KSampler")]["inputs"].update(cfg=cfg, steps=4)
     save = find(prompt, "SaveImage")
-    images = [np.asarray(Image.open(io.BytesIO(client.image(one)))) for one in client.run(prompt)[save]["images"]]
+    images = [pixels(client.image(output)) for output in client.run(prompt)[save]["images"]]
     assert [image.shape for image in images] == [(height, width, 3)] * batch
     assert len({image.tobytes() for image in images}) == batch
 
@@ -128,8 +132,9 @@ def test_progress_is_told_while_sampling_and_editing(client: Client, template: d
 
 def change_levels(prompt: dict) -> None:
     embedding = prompt[find(prompt, "SDAEmbeddingToConditioning")]["inputs"]
-    blend = {"embedding_a": embedding["embedding"], "embedding_b": embedding["embedding"], "amount": 0.5, "mode": "slerp"}
-    prompt["blend"] = {"class_type": "SDABlendEmbeddings", "inputs": {**blend, "levels": "fine"}}
+    same = embedding["embedding"]
+    inputs = {"embedding_a": same, "embedding_b": same, "amount": 0.5, "mode": "slerp", "levels": "fine"}
+    prompt["blend"] = {"class_type": "SDABlendEmbeddings", "inputs": inputs}
     embedding["embedding"] = ["blend", 0]
 
 

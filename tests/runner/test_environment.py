@@ -46,9 +46,8 @@ def test_half_installed_packages_are_forgotten(tmp_path: Path, monkeypatch: pyte
 
 def test_a_module_runs_without_the_working_directory_on_its_path(tmp_path: Path) -> None:
     (tmp_path / "json.py").write_text("raise SystemExit('the wrong json')")
-    done = subprocess.run(
-        module(Path(sys.executable), "json.tool", ["--indent", "1", "-"]), cwd=tmp_path, input="[1]", capture_output=True, text=True
-    )
+    command = module(Path(sys.executable), "json.tool", ["--indent", "1", "-"])
+    done = subprocess.run(command, cwd=tmp_path, input="[1]", capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "[\n 1\n]\n"), done.stderr
 
 

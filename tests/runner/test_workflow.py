@@ -13,7 +13,7 @@ NODES = {
                 "steps": ["INT", {}],
                 "name": ["COMBO", {"options": ["euler"]}],
             },
-            "optional": {"positive": ["CONDITIONING", {}], "given": ["INT", {"forceInput": True}], "cfg": ["FLOAT", {}]},
+            "optional": {"positive": ["CONDITIONING"], "given": ["INT", {"forceInput": True}], "cfg": ["FLOAT", {}]},
         }
     },
     "SaveImage": {"input": {"required": {"images": ["IMAGE", {}], "filename_prefix": ["STRING", {}]}}},
