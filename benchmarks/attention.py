@@ -185,10 +185,10 @@ def write(device: str, text: str) -> None:
     """Replace the device's section of the table and keep the other's."""
     head = (
         "# Masked attention\n\n"
-        f"24 heads x 128, bfloat16, `{PRESET}` under its hard visibility, batch 1, forward only. *Time* is the median ratio\n"
-        "to the plain, unmasked attention, measured in turns in one run. *Peak* is what one call adds to its inputs, its\n"
-        "result included. *Error* is the largest absolute difference from float64 over 97 queries of 3 heads (for *plain*,\n"
-        "from the unmasked softmax).\n\n"
+        f"24 heads x 128, bfloat16, `{PRESET}` under its hard visibility, batch 1, forward only. *Time* is the\n"
+        "median ratio to the plain, unmasked attention, measured in turns in one run. *Peak* is what one call adds\n"
+        "to its inputs, its result included. *Error* is the largest absolute difference from float64 over 97\n"
+        "queries of 3 heads (for *plain*, from the unmasked softmax).\n\n"
     )
     old = TABLE.read_text(encoding="utf-8") if TABLE.exists() else ""
     sections = {part.split("\n", 1)[0]: f"## {part.strip()}\n" for part in old.split("\n## ")[1:]}
