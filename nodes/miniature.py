@@ -29,6 +29,7 @@ class LoadMiniature(io.ComfyNode):
                 file("dinov2_encoder", "its DINOv2 vision encoder"),
                 file("adapter", "its semantic adapter"),
                 file("edit_decoder", "its edit decoder"),
+                io.Image.Output(display_name="scene", tooltip="A picture that the miniature was never trained on."),
             ],
         )
 
@@ -39,4 +40,4 @@ class LoadMiniature(io.ComfyNode):
     @classmethod
     def execute(cls) -> io.NodeOutput:
         parts = (miniature.CLIP_ENCODER, miniature.DINOV2_ENCODER, miniature.ADAPTER, miniature.EDIT_DECODER)
-        return io.NodeOutput(*miniature.load(), *(name for _, name in parts))
+        return io.NodeOutput(*miniature.load(), *(name for _, name in parts), miniature.scene())

@@ -11,7 +11,9 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
 import comfy.supported_models
+import numpy as np
 import torch
+from PIL import Image
 
 from ...kernels import checkpoint
 from . import folders
@@ -20,6 +22,7 @@ from .text_encoder import load_clip
 FLUX = "diffusion_models/miniature_flux.safetensors"
 TEXT_ENCODER = "text_encoders/miniature_t5.safetensors"
 VAE = "vae/miniature_vae.safetensors"
+SCENE = "scene.png"
 # By the model folder in whose combo they appear.
 CLIP_ENCODER = ("clip_vision", "miniature_clip.safetensors")
 DINOV2_ENCODER = ("clip_vision", "miniature_dinov2.safetensors")
@@ -36,7 +39,7 @@ _OVERRIDDEN = (
 def files() -> list[Path]:
     """Every file that a miniature graph reads."""
     named = [f"{folder}/{name}" for folder, name in (CLIP_ENCODER, DINOV2_ENCODER, ADAPTER, EDIT_DECODER)]
-    return [folders.MINIATURE / name for name in (FLUX, TEXT_ENCODER, VAE, *named)]
+    return [folders.MINIATURE / name for name in (FLUX, TEXT_ENCODER, VAE, SCENE, *named)]
 
 
 def load():
@@ -48,6 +51,12 @@ def load():
             )
     root = folders.MINIATURE
     return load_flux(str(root / FLUX)), load_clip(str(root / TEXT_ENCODER)), load_vae(str(root / VAE))
+
+
+def scene() -> torch.Tensor:
+    """The bundled picture as core's IMAGE: [1, 128, 128, 3] float32 in [0, 1]."""
+    with Image.open(folders.MINIATURE / SCENE) as picture:
+        return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255)[None]
 
 
 class Latent(comfy.latent_formats.LatentFormat):
