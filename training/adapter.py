@@ -1,0 +1,119 @@
+"""Training the adapter through a frozen Flux: flow matching under the visibility, with growing hierarchies.
+
+Every batch uses one hierarchy, drawn from those that its phase of the run allows: the run grows from few global tokens
+to the whole query table, and whole fine levels are dropped at random, so that one checkpoint serves every preset.
+Flux and the towers are frozen; in the last phase the last blocks of the DINOv2 tower may learn too.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels.adapter import Adapter, token_similarity
+from ..kernels.attention import Regions
+from ..kernels.hierarchy import PRESETS, Hierarchy, Level
+from ..kernels.vision.towers import VisionTower
+from ..kernels.visibility import region_bias
+from .flux import sample_times, velocity
+from .region_attention import RegionAttention
+
+
+@dataclass(frozen=True)
+class AdapterTraining:
+    """Settings of the objective."""
+
+    growth: tuple[tuple, ...] = ((0.1, "global16"), (0.2, "global32"), (0.4, "tree64"),
+                                 (1.0, "global16", "global32", "tree64", "tree112", "tree128", "tree128"))
+    """Phases as (end, preset, preset, ...): until this share of the run each batch takes one of the presets at random."""
+    similarity: float = 0.02
+    """Weight of the mean squared cosine between tokens of one image."""
+    masked: bool = True
+    """Patches see only the tokens whose boxes they overlap. False is the ablation."""
+    mu: float = 0.5
+    uniform: float = 0.2
+    unlock: float = 0.8
+    """Share of the run after which DINOv2's last blocks learn too."""
+    unlock_blocks: int = 1
+    unlock_scale: float = 0.1
+    """Their learning rate as a share of the adapter's."""
+
+    def presets(self, progress: float) -> tuple[str, ...]:
+        return next(tuple(phase[1:]) for phase in self.growth if progress < phase[0] or phase is self.growth[-1])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """latents [B, C, H, W] as Flux takes them, images [B, 3, h, w] in [0, 1], and what the extra loss needs."""
+
+    latents: Tensor
+    images: Tensor
+    extra: Tensor | None = None
+
+
+def named_hierarchy(name: str) -> Hierarchy:
+    """A preset, or `global<n>` for n tokens of the whole image."""
+    if name in PRESETS:
+        return PRESETS[name]
+    if name.startswith("global") and name[6:].isdigit():
+        return Hierarchy((Level(1, 1, int(name[6:])),))
+    raise ValueError(f"Unknown preset '{name}'; use one of {', '.join(PRESETS)} or global<n>.")
+
+
+def regions_for(hierarchy: Hierarchy, grid: tuple[int, int], device: torch.device) -> Regions:
+    """The visibility of a hierarchy whose tokens are the whole text of the joint sequence."""
+    boxes = hierarchy.boxes()
+    return Regions(region_bias(boxes, torch.zeros(len(boxes)), grid, len(boxes)).to(device))
+
+
+class AdapterObjective:
+    """loss(batch, progress, generator) of the adapter under a frozen Flux with a RegionAttention in its blocks."""
+
+    def __init__(self, flux: nn.Module, attention: RegionAttention, adapter: Adapter, towers: dict[str, VisionTower],
+                 settings: AdapterTraining, extra: Callable[[Tensor], Tensor] | None = None):
+        self.flux, self.attention, self.adapter, self.towers = flux, attention, adapter, towers
+        self.settings, self.extra = settings, extra
+        self._regions: dict[tuple, Regions] = {}
+
+    def regions(self, preset: str, grid: tuple[int, int], device: torch.device) -> Regions | None:
+        if not self.settings.masked:
+            return None
+        key = (preset, grid)
+        if key not in self._regions:
+            self._regions[key] = regions_for(named_hierarchy(preset), grid, device)
+        return self._regions[key]
+
+    def features(self, images: Tensor) -> dict[str, Tensor]:
+        return {name: tower(images) for name, tower in self.towers.items()}
+
+    def loss(self, batch: Batch, progress: float, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        settings, device = self.settings, batch.latents.device
+        presets = settings.presets(progress)
+        preset = presets[int(torch.randint(len(presets), (), generator=generator, device=device))]
+        tokens, pooled = self.adapter(self.features(batch.images), named_hierarchy(preset))
+        if pooled is None:
+            pooled = tokens.new_zeros(len(tokens), self.flux.config.pooled_projection_dim)
+        x0 = batch.latents
+        t = sample_times(len(x0), settings.mu, settings.uniform, generator, device)
+        noise = torch.randn(x0.shape, generator=generator, device=device)
+        x = x0 + t[:, None, None, None] * (noise - x0)
+        self.attention.regions = self.regions(preset, (x.shape[-2] // 2, x.shape[-1] // 2), device)
+        flow = F.mse_loss(velocity(self.flux, x, t, tokens, pooled).float(), noise - x0)
+        similarity = token_similarity(tokens)
+        total, parts = flow + settings.similarity * similarity, {"flow": flow, "similarity": similarity}
+        if self.extra is not None:
+            parts["extra"] = self.extra(batch.extra)
+            total = total + parts["extra"]
+        return total, parts
+
+    def unlock(self) -> list[nn.Parameter]:
+        """Let the last blocks of the DINOv2 towers learn; returns their parameters."""
+        found = []
+        for tower in self.towers.values():
+            if tower.config.kind == "dinov2" and self.settings.unlock_blocks:
+                for block in tower.blocks[-self.settings.unlock_blocks:]:
+                    found += list(block.requires_grad_(True).parameters())
+        return found

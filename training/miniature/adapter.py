@@ -1,0 +1,132 @@
+"""Stage 4: the miniature's adapter, trained through the frozen tiny Flux."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ...kernels import checkpoint
+from ...kernels.adapter import Adapter, AdapterConfig
+from ..adapter import AdapterObjective, AdapterTraining, Batch, named_hierarchy
+from ..config import RunConfig
+from ..engine import pick_device, train
+from ..flux import Tap
+from .base import TAPPED, load_base, name_loss, sample, training_text
+from .latents import cached_latents, file_hash, take
+from .parser import parse
+from .scenes import patch_labels, scene
+from .score import colour_position, f1, strict
+from .text import encode, token_ids
+from .towers import read_tower, save_tower, unit_images
+from .vae import load_vae, to_pixels
+
+
+@dataclass(frozen=True)
+class Config:
+    run: RunConfig
+    flux: Path
+    text: Path
+    vae: Path
+    towers: tuple[str, ...]
+    """Files of the vision towers."""
+    cache: Path
+    export: Path
+    export_dinov2: Path
+    """The DINOv2 tower with its last blocks tuned: the adapter's own."""
+    table: str = "tree128"
+    """The full query table: a preset or global<n>."""
+    validate: str = "tree128"
+    """The preset that validation reconstructs with."""
+    width: int = 128
+    heads: int = 4
+    layers: int = 12
+    scenes: int = 40_000
+    align: float = 0.3
+    """Weight of naming what each patch shows, by the base's own frozen head in the middle of the frozen Flux."""
+    align_head: Path = Path("runs/miniature/base/align.safetensors")
+    objective: AdapterTraining = field(default_factory=AdapterTraining)
+
+
+class AdapterStage:
+    name = "adapter"
+
+    def __init__(self, config: Config, device: torch.device):
+        self.config, self.device = config, device
+        flux, text, _ = load_base(config.flux, config.text, device)
+        self.vae = load_vae(config.vae, device)
+        self.towers = {t.config.id: t for t in (read_tower(Path(p), device) for p in config.towers)}
+        self.latents = cached_latents(config.vae, "train", config.scenes, config.cache, device)
+        table = named_hierarchy(config.table)
+        adapter = Adapter(AdapterConfig(table.to_json(), tuple(t.config for t in self.towers.values()), config.width,
+                                        config.heads, config.layers, flux.config.joint_attention_dim)).to(device)
+        with torch.no_grad():
+            words = [training_text(i, 0, 0.0) for i in range(512)]
+            context = torch.cat([encode(text, token_ids(words[i:i + 64], device))[0] for i in range(0, 512, 64)])
+            adapter.set_text_statistics(context.mean((0, 1)), context.std((0, 1)))
+        head = nn.Linear(flux.inner_dim, 15).to(device).requires_grad_(False)
+        head.load_state_dict(load_file(config.align_head))
+        tap = Tap(flux.single_transformer_blocks[TAPPED])
+        attention = next(iter(flux.attn_processors.values()))
+        self.objective = AdapterObjective(flux, attention, adapter, self.towers, config.objective,
+                                          lambda labels: config.align * name_loss(head(tap.value), labels))
+        # The tower's last blocks are trainables from the start, so that checkpoints never change shape; they learn late.
+        self.tuned = nn.ParameterList(self.objective.unlock())
+        self.trainables = nn.ModuleDict({"adapter": adapter, "tuned": self.tuned})
+
+    @property
+    def adapter(self) -> Adapter:
+        return self.trainables["adapter"]
+
+    def scales(self, step: int) -> dict[str, float]:
+        settings = self.config.objective
+        late = step >= settings.unlock * self.config.run.max_steps
+        return {"tuned": settings.unlock_scale if late else 0.0}
+
+    def loss(self, step: int, generator: torch.Generator):
+        run, scenes = self.config.run, self.config.scenes
+        index = np.random.default_rng([run.seed, 7, step]).integers(scenes, size=run.batch)
+        labels = torch.from_numpy(np.stack([patch_labels(scene("train", int(i))) for i in index])).to(self.device)
+        batch = Batch(take(self.latents, index, self.device), unit_images("train", index, self.device), labels)
+        return self.objective.loss(batch, step / run.max_steps, generator)
+
+    def validate(self) -> dict[str, float]:
+        truth = [scene("validation", i) for i in range(48)]
+        with torch.autocast(self.device.type, torch.bfloat16):
+            tokens, _ = self.adapter(self.objective.features(unit_images("validation", range(48), self.device)),
+                                     named_hierarchy(self.config.validate))
+        pictures = decode(self.objective, self.vae, tokens, self.config.validate)
+        found = [parse(p) for p in pictures]
+        return {"f1": f1(truth, found, strict), "f1_colour_position": f1(truth, found, colour_position)}
+
+    def export(self, step: int) -> None:
+        config = self.config
+        dinov2 = next(t for t in self.towers.values() if t.config.kind == "dinov2")
+        save_tower(config.export_dinov2, dinov2.config, dinov2.model, step)
+        checkpoint.save(
+            config.export, self.adapter.state_dict(), kind="adapter", config=self.adapter.config.to_json(), step=step,
+            dtype=torch.int8, hierarchy=list(self.adapter.config.hierarchy), masked=config.objective.masked,
+            widths={"text": self.adapter.config.out_dim, "pooled": self.objective.flux.config.pooled_projection_dim},
+            base_sha256=file_hash(config.flux), dinov2_sha256=file_hash(config.export_dinov2), licence="Apache-2.0")
+
+
+@torch.no_grad()
+def decode(objective: AdapterObjective, vae, tokens: Tensor, preset: str, seed: int = 0, cfg: float = 1.0,
+           empty: tuple[Tensor, Tensor] | None = None, steps: int = 20) -> np.ndarray:
+    """Pictures [B, 128, 128, 3] uint8 that the frozen Flux paints from embeddings of one preset."""
+    noise = torch.randn(len(tokens), 8, 16, 16, generator=torch.Generator().manual_seed(seed)).to(tokens.device)
+    objective.attention.regions = objective.regions(preset, (8, 8), tokens.device)
+    with torch.autocast(tokens.device.type, torch.bfloat16):
+        pooled = tokens.new_zeros(len(tokens), objective.flux.config.pooled_projection_dim)
+        x = sample(objective.flux, [(tokens, pooled)], [1.0], noise, steps, objective.settings.mu)
+        return to_pixels(vae.decode(x).sample)
+
+
+def run(config: Config) -> None:
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    torch.manual_seed(config.run.seed)
+    train(AdapterStage(config, pick_device(config.run.device)), config.run, config)

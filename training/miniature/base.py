@@ -1,0 +1,213 @@
+"""Stage 2: the tiny text encoder and the tiny Flux, trained together from captions (and instructions) to latents.
+
+Beside the flow loss a linear head on the image stream of a middle block names what each patch shows: representation
+alignment (REPA, arXiv 2410.06940) with the scene's own truth as the teacher. The head is not exported.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ...kernels import checkpoint
+from ..config import RunConfig
+from ..engine import pick_device, train
+from ..flux import Tap, build_flux, from_bfl, sample_times, shifted, to_bfl, velocity
+from ..region_attention import attend_by_region
+from .captions import caption, edit, tokenize
+from .latents import cached_latents, file_hash, take
+from .parser import parse
+from .scenes import generator, patch_labels, scene
+from .score import colour_place, f1, shape_place
+from .text import build_text_encoder, encode, load_text_encoder, save_text_encoder, token_ids
+from .vae import load_vae, to_pixels
+
+FLUX = dict(hidden_size=192, num_heads=3, depth=3, depth_single_blocks=6, axes_dim=[8, 28, 28], context_in_dim=192,
+            vec_in_dim=192, in_channels=8, mlp_ratio=4, theta=10000, qkv_bias=True, guidance_embed=False, patch_size=2,
+            latent={"channels": 8, "scale": 1.0, "shift": 0.0, "downsample": 8}, sampling_shift_mu=0.5)
+TAPPED = 1  # the single block whose image stream the alignment head reads
+
+
+@dataclass(frozen=True)
+class Config:
+    run: RunConfig
+    vae: Path
+    export_flux: Path
+    export_text: Path
+    cache: Path
+    scenes: int = 80_000
+    """Distinct training scenes, visited again and again."""
+    mu: float = 0.5
+    """Time shift of training and sampling."""
+    uniform: float = 0.2
+    """Share of uniform times beside the shifted logit-normal ones."""
+    drop_text: float = 0.1
+    """Share of empty prompts, for classifier-free guidance."""
+    drop_pooled: float = 0.5
+    """Share of zero pooled vectors: what the adapter will give."""
+    instructions: float = 0.25
+    """Share of texts that are a source caption with an instruction, whose picture is the edited scene."""
+    align: float = 0.3
+    """Weight of the alignment loss."""
+
+
+def training_text(index: int, visit: int, instructions: float) -> str:
+    """A caption of training scene `index`, differently worded at each visit; or a source scene and the instruction that
+    leads to it (read backwards: the inverse of a random edit of the scene)."""
+    rng = generator("train", index, purpose=100 + visit)
+    truth = scene("train", index)
+    if rng.random() < instructions:
+        change = edit(truth, rng, fine=rng.random() < 0.5)
+        inverse = inverse_instruction(change, fine=rng.random() < 0.5)
+        if inverse is not None:
+            return f"{caption(change.target, rng, fine=rng.random() < 0.5)}. {inverse}"
+    return caption(truth, rng, fine=rng.random() < 0.5)
+
+
+def inverse_instruction(change, fine: bool) -> str | None:
+    """The instruction that turns the edited scene back into its source, None where it cannot be said exactly."""
+    from .captions import describe, where
+
+    old, new = change.subject, change.result
+    if change.operation == "remove":
+        return f"add {describe(old, True)}" if fine else None
+    if change.operation == "add":
+        return f"remove the {new.name}"
+    if change.operation == "recolour":
+        return f"make the {new.name} {old.colour}"
+    if change.operation == "replace":
+        return f"replace the {new.name} with a {old.name}"
+    return f"move the {new.name} {where(old.x, old.y, old.place, True).replace('at', 'to', 1)}" if fine else None
+
+
+def name_loss(named: Tensor, labels: Tensor, told: Tensor | None = None) -> Tensor:
+    """Cross-entropy of predicted against true patch labels, [B, 64, 15] both (scenes.patch_labels), over samples whose
+    scene the model was `told` ([B] bool; None: all)."""
+    colours, shapes = named.float().split([10, 5], -1)
+    entropy = -(labels[..., :10] * colours.log_softmax(-1)).sum(-1) - (labels[..., 10:] * shapes.log_softmax(-1)).sum(-1)
+    return entropy.mean() if told is None else (entropy.mean(1) * told).mean()
+
+
+class BaseStage:
+    name = "base"
+
+    def __init__(self, config: Config, device: torch.device):
+        self.config, self.device = config, device
+        self.latents = cached_latents(config.vae, "train", config.scenes, config.cache, device)
+        self.vae = load_vae(config.vae, device)
+        self.trainables = nn.ModuleDict({"text": build_text_encoder(), "flux": build_flux(FLUX),
+                                         "align": nn.Linear(FLUX["hidden_size"], 15)}).to(device)
+        # Zero output and zero modulation at the start (adaLN-zero, as DiT): the first steps learn the mean.
+        for block in (*self.flux.transformer_blocks, *self.flux.single_transformer_blocks):
+            for name, layer in block.named_modules():
+                if name.endswith("linear") and isinstance(layer, nn.Linear) and name.startswith("norm"):
+                    nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+        nn.init.zeros_(self.flux.proj_out.weight), nn.init.zeros_(self.flux.proj_out.bias)
+        attend_by_region(self.flux)
+        self.tap = Tap(self.flux.single_transformer_blocks[TAPPED])
+        self.objective = torch.compile(self._objective) if config.run.compile else self._objective
+
+    @property
+    def flux(self):
+        return self.trainables["flux"]
+
+    def batch(self, step: int) -> tuple[np.ndarray, Tensor, Tensor]:
+        """(scene numbers [B], token ids [B, L], patch labels [B, 64, 15]) of a step; epochs are random permutations."""
+        run, scenes = self.config.run, self.config.scenes
+        position = np.arange(step * run.batch, (step + 1) * run.batch)
+        visit = int(position[0]) // scenes
+        order = np.random.default_rng([run.seed, visit]).permutation(scenes) if not hasattr(self, "_order") \
+            or self._order[0] != visit else self._order[1]
+        self._order = (visit, order)
+        index = order[position % scenes]
+        ids = [tokenize(training_text(int(i), visit, self.config.instructions)) for i in index]
+        labels = np.stack([patch_labels(scene("train", int(i))) for i in index])
+        return index, torch.tensor(ids, device=self.device), torch.from_numpy(labels).to(self.device)
+
+    def loss(self, step: int, generator: torch.Generator):
+        config, device = self.config, self.device
+        index, ids, labels = self.batch(step)
+        x0 = take(self.latents, index, device)
+        count = len(index)
+        t = sample_times(count, config.mu, config.uniform, generator, device)
+        noise = torch.randn(x0.shape, generator=generator, device=device)
+        empty = torch.rand(count, generator=generator, device=device) < config.drop_text
+        ids = torch.where(empty[:, None], token_ids([""], device), ids)
+        keep_pooled = torch.rand(count, 1, generator=generator, device=device) >= config.drop_pooled
+        flow, align = self.objective(x0, noise, t, ids, keep_pooled, labels, empty)
+        return flow + config.align * align, {"flow": flow, "align": align}
+
+    def _objective(self, x0, noise, t, ids, keep_pooled, labels, empty):
+        context, pooled = encode(self.trainables["text"], ids)
+        x = x0 + t[:, None, None, None] * (noise - x0)
+        predicted = velocity(self.flux, x, t, context, pooled * keep_pooled)
+        flow = F.mse_loss(predicted.float(), noise - x0)
+        return flow, name_loss(self.trainables["align"](self.tap.value), labels, ~empty)
+
+    def scales(self, step: int) -> dict[str, float]:
+        return {}
+
+    def validate(self) -> dict[str, float]:
+        truth = [scene("validation", i) for i in range(48)]
+        words = [caption(s) for s in truth]
+        pictures = sample_text(self.flux, self.trainables["text"], self.vae, words, self.device, cfg=2.0, mu=self.config.mu)
+        found = [parse(p) for p in pictures]
+        return {"f1_colour_place": f1(truth, found, colour_place), "f1_shape_place": f1(truth, found, shape_place)}
+
+    def export(self, step: int) -> None:
+        save_file(self.trainables["align"].state_dict(), self.config.run.out / "align.safetensors")
+        save_text_encoder(self.config.export_text, self.trainables["text"], step)
+        config = {**FLUX, "sampling_shift_mu": self.config.mu}
+        checkpoint.save(self.config.export_flux, to_bfl(self.flux.state_dict()), kind="flux", config=config, step=step,
+                        dtype=torch.float16, vae_sha256=file_hash(self.config.vae),
+                        text_encoder_sha256=file_hash(self.config.export_text))
+
+
+@torch.no_grad()
+def sample(flux, contexts: list[tuple[Tensor, Tensor]], weights: list[float], noise: Tensor, steps: int = 20,
+           mu: float = 0.5, start: float = 1.0) -> Tensor:
+    """Euler sampling: noise [B, 8, 16, 16] at time `start` -> latents, along the sum of weights x velocities of contexts
+    (context [B, N, D], pooled [B, P]); classifier-free guidance s is weights [s, 1 - s] over (prompt, empty)."""
+    times = shifted(torch.linspace(1, 0, steps + 1).clamp(min=1e-9), mu)
+    times[-1] = 0
+    times = torch.cat([torch.tensor([start]), times[times < start]])
+    x = noise
+    for now, later in zip(times[:-1], times[1:]):
+        t = torch.full((len(x),), float(now), device=x.device)
+        v = sum(w * velocity(flux, x, t, context, pooled).float() for w, (context, pooled) in zip(weights, contexts))
+        x = x + (later - now) * v
+    return x
+
+
+@torch.no_grad()
+def sample_text(flux, text, vae, prompts: list[str], device, cfg: float, mu: float, seed: int = 0, steps: int = 20) -> np.ndarray:
+    """Pictures [B, 128, 128, 3] uint8 of the prompts."""
+    noise = torch.randn(len(prompts), 8, 16, 16, generator=torch.Generator().manual_seed(seed)).to(device)
+    with torch.autocast(device.type, torch.bfloat16):
+        contexts, weights = [encode(text, token_ids(prompts, device))], [cfg]
+        if cfg != 1:
+            contexts.append(encode(text, token_ids([""] * len(prompts), device)))
+            weights.append(1 - cfg)
+        x = sample(flux, contexts, weights, noise, steps, mu)
+        return to_pixels(vae.decode(x).sample)
+
+
+def load_base(flux_path: Path, text_path: Path, device: torch.device):
+    """(diffusers Flux, text encoder, flux record), frozen, in eval mode."""
+    state, record = checkpoint.load(flux_path, "flux")
+    flux = build_flux(record["config"])
+    flux.load_state_dict({k: v.float() for k, v in from_bfl(state, record["config"]["hidden_size"]).items()})
+    attend_by_region(flux)
+    return flux.to(device).eval().requires_grad_(False), load_text_encoder(text_path, device), record
+
+
+def run(config: Config) -> None:
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    torch.manual_seed(config.run.seed)
+    train(BaseStage(config, pick_device(config.run.device)), config.run, config)

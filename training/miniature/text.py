@@ -1,0 +1,46 @@
+"""The miniature's text encoder: a small T5 over words, padded to a fixed length that nothing masks, as in Flux."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import T5Config, T5EncoderModel
+
+from ...kernels import checkpoint
+from .captions import LENGTH, VOCABULARY, tokenize
+
+ARCHITECTURE = dict(vocab_size=len(VOCABULARY), d_model=192, d_kv=48, d_ff=512, num_layers=4, num_heads=4,
+                    relative_attention_num_buckets=32, feed_forward_proj="gated-gelu", dropout_rate=0.0,
+                    pad_token_id=0, eos_token_id=1)
+
+
+def build_text_encoder(architecture: dict = ARCHITECTURE) -> T5EncoderModel:
+    return T5EncoderModel(T5Config(**architecture))
+
+
+def token_ids(texts: list[str], device=None) -> Tensor:
+    """[B, LENGTH] int64."""
+    return torch.tensor([tokenize(t) for t in texts], device=device)
+
+
+def encode(encoder: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """ids [B, L] -> (context [B, L, D], pooled [B, D]: the mean over the words and the end mark)."""
+    # An explicit mask of ones: without it some versions of transformers mask the pads on their own.
+    context = encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+    real = (ids != 0).to(context.dtype)[..., None]
+    return context, (context * real).sum(1) / real.sum(1)
+
+
+def save_text_encoder(path: Path, encoder: nn.Module, step: int) -> None:
+    checkpoint.save(path, encoder.state_dict(), kind="text_encoder", dtype=torch.float16, step=step,
+                    config={"t5": ARCHITECTURE, "vocabulary": list(VOCABULARY), "length": LENGTH})
+
+
+def load_text_encoder(path: Path, device: torch.device) -> T5EncoderModel:
+    state, record = checkpoint.load(path, "text_encoder")
+    if record["config"]["vocabulary"] != list(VOCABULARY):
+        raise ValueError(f"{path} was trained on another vocabulary; train the base again with `sda miniature base`.")
+    encoder = build_text_encoder(record["config"]["t5"])
+    encoder.load_state_dict({k: v.float() for k, v in state.items()})
+    return encoder.to(device).eval().requires_grad_(False)
