@@ -111,8 +111,8 @@ def test_output_has_the_statistics_of_the_text_space():
         adapter.set_text_statistics(mean, torch.zeros(20))
 
 
-def test_gradients_reach_every_weight_and_only_active_queries():
-    adapter = Adapter(toy(pooled_dim=4))
+def test_gradients_reach_every_weight_of_the_full_depth_and_only_active_queries():
+    adapter = Adapter(toy(pooled_dim=4, layers=12))
     tokens, pooled = adapter(features(), PRESETS["tree64"])
     (tokens.square().sum() * 0.3 + tokens[..., 0].sum() + pooled.sum()).backward()
     for name, parameter in adapter.named_parameters():
@@ -181,7 +181,6 @@ def test_one_layer_at_flux_width():
     with torch.no_grad():
         tokens, pooled = adapter(inputs)
     assert tokens.shape == (1, 128, 4096) and pooled.shape == (1, 768)
-    assert len(Adapter(toy()).layers) == 2 and AdapterConfig((), ()).layers == 12
 
 
 def test_similarity_against_brute_force():

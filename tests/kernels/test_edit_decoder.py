@@ -45,8 +45,11 @@ def test_an_untrained_decoder_copies_the_source():
         torch.testing.assert_close(decoder.generate(*arguments, mode=mode), arguments[0])
 
 
-def test_cached_generation_equals_one_pass_over_its_own_output(decoder):
-    arguments = inputs("tree128")
+@pytest.mark.parametrize("layers", [2, 12])
+def test_cached_generation_equals_one_pass_over_its_own_output(layers):
+    torch.manual_seed(0)
+    decoder, arguments = EditDecoder(toy(layers=layers)).eval(), inputs("tree128")
+    torch.nn.init.normal_(decoder.out.weight, std=0.2)
     written = decoder.generate(*arguments, mode="autoregressive")
     torch.testing.assert_close(decoder(*arguments, history=written), written, rtol=1e-4, atol=1e-4)
 
