@@ -82,7 +82,7 @@ def picture(environment: Environment, action: str, *arguments: object) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise Failure(f"The picture work failed: {reason}")
+        raise Failure(f"The picture work failed: {reason.rstrip('.')}.")
 
 
 class Clock:

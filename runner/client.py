@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import struct
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -66,12 +67,18 @@ class Client:
                 elif message["type"] == "execution_interrupted":
                     raise Failure("ComfyUI was told to interrupt the run.")
                 elif message["type"] == "execution_success":
-                    return self.json(f"/history/{ticket}")[ticket]["outputs"]
+                    return self._outputs(ticket)
             raise Failure("ComfyUI closed the connection before the run had ended.")
         except urllib.error.HTTPError as error:
             raise Failure(_refusal(error)) from error
         finally:
             socket_.close()
+
+    def _outputs(self, ticket: str) -> dict:
+        # ComfyUI writes a run into its history just after it has told of the success.
+        while not (entry := self.json(f"/history/{ticket}").get(ticket)):
+            time.sleep(0.05)
+        return entry["outputs"]
 
     def image(self, output: dict) -> bytes:
         """The file behind one entry of a node's `images` output."""

@@ -66,7 +66,7 @@ def test_the_template_runs_from_the_template_browser(server: Server, nodes: dict
     pack.click()
     page.get_by_text(TEMPLATE, exact=True).first.click()
 
-    page.wait_for_function("app.graph.nodes.some(node => node.type === 'SDALoadMiniature')", timeout=30_000)
+    page.wait_for_function("app.graph.nodes.some(node => node.type === 'SDALoadMiniature')", timeout=60_000)
     missing = "app.graph.nodes.map(node => node.type).filter(type => !(type in LiteGraph.registered_node_types))"
     assert page.evaluate(missing) == []
 
@@ -82,7 +82,7 @@ def test_the_template_runs_from_the_template_browser(server: Server, nodes: dict
             const shown = title => app.graph.nodes.find(node => node.title === title)?.imgs?.[0];
             return ['Source', 'Reconstruction', 'Edited'].every(title => shown(title)?.naturalWidth === 128);
         }""",
-        timeout=120_000,
+        timeout=300_000,
     )
     page.wait_for_timeout(1_000)  # for one more drawing of the canvas
     (ROOT / "out").mkdir(exist_ok=True)

@@ -158,7 +158,7 @@ def ask_for_too_many_tokens(prompt: dict) -> None:
         (change_levels, "SDABlendEmbeddings", "write `all`"),
         (drop_an_encoder, "SDABuildEmbedding", "dinov2"),
         (take_the_decoder_for_an_encoder, "SDALoadAdapter", "miniature_editor.safetensors"),
-        (ask_for_too_many_tokens, "SDABuildEmbedding", "preset"),
+        (ask_for_too_many_tokens, "SDABuildEmbedding", "query table"),
     ],
 )
 def test_a_mistake_is_explained_in_one_sentence(client: Client, template: dict, spoil, node: str, words: str) -> None:
