@@ -1,0 +1,151 @@
+"""A miniature of random weights through the real loaders: each part against the library that training uses."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+pytest.importorskip("comfy.sd", reason="no ComfyUI here: set COMFYUI_PATH, or `python3 run.py test` makes one")
+diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: pip install -e '.[training]'")
+
+import nodes as stock  # noqa: E402
+import transformers  # noqa: E402
+
+from semantic_diffusion_adapter.kernels import checkpoint  # noqa: E402
+from semantic_diffusion_adapter.nodes.host import folders, miniature, networks, text_encoder  # noqa: E402
+from semantic_diffusion_adapter.nodes.host.conditioning import to_conditioning  # noqa: E402
+from semantic_diffusion_adapter.nodes.host.flux import patch  # noqa: E402
+
+
+@pytest.fixture
+def clip(assets):
+    return text_encoder.load_clip(str(assets / miniature.TEXT_ENCODER))
+
+
+def reference_text(assets, ids: list[int]) -> torch.Tensor:
+    """[1, L, D] of transformers' T5 on these ids, padding seen by all."""
+    state, record = checkpoint.load(assets / miniature.TEXT_ENCODER, "text_encoder")
+    encoder = transformers.T5EncoderModel(transformers.T5Config(**record["config"]["t5"])).eval()
+    encoder.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    ids = torch.tensor([ids])
+    with torch.no_grad():
+        return encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+
+
+def test_clip_is_the_trained_text_encoder(assets, clip):
+    (tokens, settings), = stock.CLIPTextEncode().encode(clip, "A red, PURPLE circle 2")[0]  # fmt: skip
+    expected = reference_text(assets, [3, 4, 2, 5, 8, 1, 0])
+    assert torch.allclose(tokens, expected, atol=1e-5)
+    assert torch.allclose(settings["pooled_output"], expected[:, :6].mean(1), atol=1e-5)
+
+
+def test_the_empty_and_the_overlong_prompt(assets, clip):
+    (empty, settings), = stock.CLIPTextEncode().encode(clip, "")[0]  # fmt: skip
+    expected = reference_text(assets, [1, 0, 0, 0, 0, 0, 0])
+    assert torch.allclose(empty, expected, atol=1e-5)
+    assert torch.allclose(settings["pooled_output"], expected[:, 0], atol=1e-5)
+    (long, _), = stock.CLIPTextEncode().encode(clip, "a " * 30)[0]  # fmt: skip
+    assert torch.allclose(long, reference_text(assets, [3, 3, 3, 3, 3, 3, 1]), atol=1e-5)
+
+
+def test_prompt_weights_are_cores(assets, clip):
+    """Core moves a weighted word's vector away from that of the empty prompt; brackets are no words."""
+    (weighted, _), = stock.CLIPTextEncode().encode(clip, "a (red:1.5) circle")[0]  # fmt: skip
+    plain, empty = reference_text(assets, [3, 4, 5, 1, 0, 0, 0]), reference_text(assets, [1, 0, 0, 0, 0, 0, 0])
+    expected = plain.clone()
+    expected[:, 1] = (plain[:, 1] - empty[:, 1]) * 1.5 + empty[:, 1]
+    assert torch.allclose(weighted, expected, atol=1e-5)
+
+
+def test_a_text_encoder_that_core_cannot_compute_is_refused(assets, tmp_path):
+    state, record = checkpoint.load(assets / miniature.TEXT_ENCODER, "text_encoder")
+    config = record["config"] | {"t5": record["config"]["t5"] | {"relative_attention_num_buckets": 16}}
+    checkpoint.save(tmp_path / "t5.safetensors", state, "text_encoder", config)
+    with pytest.raises(ValueError, match="relative_attention_num_buckets 16 .* only 32"):
+        text_encoder.load_clip(str(tmp_path / "t5.safetensors"))
+
+
+def test_vae_is_the_trained_one(assets):
+    vae = miniature.load_vae(str(assets / miniature.VAE))
+    state, record = checkpoint.load(assets / miniature.VAE, "vae")
+    trained = diffusers.AutoencoderKL(**record["config"]).eval()
+    trained.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    image = torch.rand(1, 64, 48, 3)
+    with torch.no_grad():
+        latent = trained.encode(image.movedim(-1, 1) * 2 - 1).latent_dist
+        decoded = (trained.decode(latent.mean).sample / 2 + 0.5).clamp(0, 1).movedim(1, -1)
+    (encoded,) = stock.VAEEncode().encode(vae, image)
+    assert encoded["samples"].shape == (1, 8, 8, 6)
+    # Core samples the posterior or takes its mode, version by version: both lie within a few deviations.
+    assert ((encoded["samples"] - latent.mean).abs() <= 6 * latent.std + 1e-3).all()
+    (shown,) = stock.VAEDecode().decode(vae, {"samples": latent.mean})
+    assert torch.allclose(shown, decoded, atol=1e-4)
+    assert vae.latent_channels == 8
+
+
+def test_flux_has_the_records_numbers_and_weights(assets):
+    model = miniature.load_flux(str(assets / miniature.FLUX))
+    network = model.get_model_object("diffusion_model")
+    state, record = checkpoint.load(assets / miniature.FLUX, "flux")
+    assert (network.params.num_heads, network.params.hidden_size) == (2, 64)
+    assert torch.equal(network.txt_in.weight, state["txt_in.weight"])
+    assert torch.equal(network.single_blocks[1].linear2.weight, state["single_blocks.1.linear2.weight"])
+    latent = model.get_model_object("latent_format")
+    z = torch.randn(1, 8, 2, 2)
+    assert torch.allclose(latent.process_in(z), (z - 0.1) * 0.7) and torch.allclose(latent.process_out(latent.process_in(z)), z)
+    # Shift of the schedule (time_shift of Flux): t = 0.5 -> e^mu / (e^mu + 1).
+    assert abs(model.get_model_object("model_sampling").percent_to_sigma(0.5) - 0.6225) < 1e-3
+
+
+def test_the_whole_job_through_the_loaders(assets):
+    """Encode, build, edit, decode: the graph of the example workflow with the stock nodes around ours."""
+    model, clip, vae = miniature.load()
+    vision = tuple(
+        networks.load_vision_tower(folders.find(folder, name), None)
+        for folder, name in (miniature.CLIP_ENCODER, miniature.DINOV2_ENCODER)
+    )
+    adapter = networks.load_adapter(folders.find(*miniature.ADAPTER))
+    editor = networks.load_edit_decoder(folders.find(*miniature.EDIT_DECODER))
+    image = torch.rand(2, 40, 56, 4)
+    features = networks.encode_image(vision, image)
+    assert {name: tuple(value.shape) for name, value in features.items()} == {
+        "miniature_clip": (2, 4, 16), "miniature_dinov2": (2, 4, 12),
+    }  # fmt: skip
+    full = networks.build_embedding(adapter, features, None)
+    small = networks.build_embedding(adapter, features, "tree64")
+    assert full.token_count == 128 and small.token_count == 64 and full.source["pooled_width"] == 24
+    assert (small.tokens[0] - small.tokens[1]).abs().max() > 1e-3, "two images must give two embeddings"
+    for mode in ("parallel", "autoregressive"):
+        edited = networks.edit_embedding(editor, small, clip, "remove the red circle", mode)
+        assert (edited.tokens - small.tokens).abs().max() > 1e-4
+        assert edited.source["edits"] == ["remove the red circle"] and edited.boxes is small.boxes
+    other = networks.edit_embedding(editor, small, clip, "a circle", "parallel")
+    again = networks.edit_embedding(editor, small, clip, "remove the red circle", "parallel")
+    assert not torch.allclose(other.tokens, again.tokens), "the instruction must matter"
+
+    (latent,) = stock.EmptyLatentImage().generate(64, 64, 2)
+    negative = stock.CLIPTextEncode().encode(clip, "")[0]
+    with torch.inference_mode():
+        (result,) = stock.KSampler().sample(
+            patch(model), 0, 2, 1.5, "euler", "simple", to_conditioning(edited), negative, latent, 1.0
+        )
+        (picture,) = stock.VAEDecode().decode(vae, result)
+    assert picture.shape == (2, 64, 64, 3) and torch.isfinite(picture).all()
+
+
+def test_a_missing_file_is_named(assets, tmp_path, monkeypatch):
+    root = tmp_path / "miniature"
+    shutil.copytree(assets, root)
+    (root / "vae" / "miniature_vae.safetensors").unlink()
+    monkeypatch.setattr(folders, "MINIATURE", root)
+    with pytest.raises(ValueError, match="miniature_vae.safetensors is missing from .*vae"):
+        miniature.load()
+
+
+def test_a_vae_of_other_shape_is_refused(assets, tmp_path):
+    state, record = checkpoint.load(assets / miniature.VAE, "vae")
+    checkpoint.save(tmp_path / "v.safetensors", state, "vae", record["config"] | {"block_out_channels": [32, 48, 96, 128]})
+    with pytest.raises(ValueError, match="multiples of the first and of 32"):
+        miniature.load_vae(str(tmp_path / "v.safetensors"))

@@ -1,0 +1,271 @@
+"""The nodes as core sees them: schemas, folders, errors an artist can act on, memory that comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import gc
+import importlib
+import os
+import weakref
+
+import pytest
+import torch
+
+pytest.importorskip("comfy.sd", reason="no ComfyUI here: set COMFYUI_PATH, or `python3 run.py test` makes one")
+
+import comfy.model_management  # noqa: E402
+import comfy.utils  # noqa: E402
+import folder_paths  # noqa: E402
+from comfy_api.latest import ComfyExtension, io  # noqa: E402
+
+import semantic_diffusion_adapter  # noqa: E402
+from semantic_diffusion_adapter.nodes import blend, decode, edit, encode, load  # noqa: E402
+from semantic_diffusion_adapter.nodes import miniature as miniature_node  # noqa: E402
+from semantic_diffusion_adapter.nodes.host import folders, miniature, networks, text_encoder, versions  # noqa: E402
+
+# Frozen: renaming one of these breaks saved workflows. (id, inputs in widget order, output types)
+FROZEN = {
+    "SDALoadVisionEncoders": (
+        ["encoder_1", "model_1", "encoder_2", "model_2", "encoder_3", "model_3"], ["SDA_VISION"],
+    ),
+    "SDALoadAdapter": (["adapter"], ["SDA_ADAPTER"]),
+    "SDALoadEditDecoder": (["edit_decoder"], ["SDA_EDIT_DECODER"]),
+    "SDAEncodeImage": (["vision", "image"], ["SDA_FEATURES"]),
+    "SDABuildEmbedding": (["adapter", "features", "preset"], ["SDA_EMBEDDING"]),
+    "SDAEditEmbedding": (["embedding", "clip", "edit_decoder", "instruction", "mode"], ["SDA_EMBEDDING"]),
+    "SDABlendEmbeddings": (["embedding_a", "embedding_b", "amount", "mode", "levels"], ["SDA_EMBEDDING"]),
+    "SDAEmbeddingToConditioning": (["embedding", "text"], ["CONDITIONING"]),
+    "SDAMaskedAttention": (["model", "strength", "start_percent", "end_percent", "token_mixing"], ["MODEL"]),
+    "SDALoadMiniature": ([], ["MODEL", "CLIP", "VAE", "COMBO", "COMBO", "COMBO", "COMBO", "IMAGE"]),
+}  # fmt: skip
+
+
+@pytest.fixture
+def extension(assets):
+    return asyncio.run(semantic_diffusion_adapter.comfy_entrypoint())
+
+
+@pytest.fixture
+def node_list(extension):
+    return asyncio.run(extension.get_node_list())
+
+
+def test_ids_inputs_and_outputs_are_frozen(extension, node_list):
+    assert isinstance(extension, ComfyExtension)
+    found = {}
+    for node in node_list:
+        schema = node.GET_SCHEMA()
+        found[schema.node_id] = ([i.id for i in schema.inputs], [o.io_type for o in schema.outputs])
+    assert found == FROZEN
+
+
+def test_v3_only():
+    package = importlib.import_module("semantic_diffusion_adapter")
+    assert not hasattr(package, "NODE_CLASS_MAPPINGS")
+    assert os.path.isdir(os.path.join(os.path.dirname(package.__file__), package.WEB_DIRECTORY))
+
+
+def test_everything_has_a_tooltip_and_a_name(node_list):
+    for node in node_list:
+        schema = node.GET_SCHEMA()
+        assert schema.category == "semantic diffusion" and schema.display_name and schema.description.endswith(".")
+        for part in [*schema.inputs, *schema.outputs]:
+            assert part.tooltip and part.tooltip.endswith("."), f"{schema.node_id}: {part.id or part.display_name}"
+
+
+def test_fields_that_a_core_does_not_know_are_left_out():
+    made = versions.schema(node_id="X", inputs=[], outputs=[], a_field_of_the_future=True)
+    assert made.node_id == "X" and not hasattr(made, "a_field_of_the_future")
+
+
+def test_combos_list_the_miniature(node_list):
+    options = {
+        (node.GET_SCHEMA().node_id, i.id): i.options
+        for node in node_list for i in node.GET_SCHEMA().inputs if isinstance(i, io.Combo.Input)
+    }  # fmt: skip
+    assert "miniature_clip.safetensors" in options["SDALoadVisionEncoders", "encoder_1"]
+    assert options["SDALoadVisionEncoders", "encoder_2"][0] == "none"
+    assert "miniature_tree128.safetensors" in options["SDALoadAdapter", "adapter"]
+    assert "miniature_editor.safetensors" in options["SDALoadEditDecoder", "edit_decoder"]
+
+
+def test_registering_keeps_what_is_there_and_repeats_nothing(assets, monkeypatch):
+    mine = copy.deepcopy(folder_paths.folder_names_and_paths)
+    mine["semantic_adapters"] = (["/elsewhere"], {".safetensors"})
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", mine)
+    folders.register()
+    folders.register()
+    paths, _ = mine["semantic_adapters"]
+    assert paths[0] == "/elsewhere" and len(paths) == len(set(paths)) == 3
+    assert mine["clip_vision"][0][0] == os.path.join(folder_paths.models_dir, "clip_vision")
+
+
+def test_importing_changes_nothing_in_core():
+    """A pack's import must leave core alone; the folders appear when the extension is created."""
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import comfy.cli_args; comfy.cli_args.args.cpu = True\n"
+        "import folder_paths, comfy.ldm.flux.model as f\n"
+        "before = (sorted(folder_paths.folder_names_and_paths), f.Flux.forward, f.Flux.forward_orig, f.Flux._forward)\n"
+        "import semantic_diffusion_adapter.nodes\n"
+        "assert before == (sorted(folder_paths.folder_names_and_paths), f.Flux.forward, f.Flux.forward_orig, f.Flux._forward)\n"
+    )
+    core = os.path.dirname(os.path.abspath(folder_paths.__file__))
+    done = subprocess.run([sys.executable, "-c", code, core], capture_output=True, text=True, cwd=core)
+    assert done.returncode == 0, done.stderr
+
+
+def test_fingerprints_follow_the_files(assets, monkeypatch):
+    path = assets / "semantic_adapters" / "miniature_tree128.safetensors"
+    name, before = path.name, load.LoadAdapter.fingerprint_inputs(adapter=path.name)
+    whole = miniature_node.LoadMiniature.fingerprint_inputs()
+    assert before and before == load.LoadAdapter.fingerprint_inputs(adapter=name)
+    state = path.stat()
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns + 1_000_000_000))
+    try:
+        assert load.LoadAdapter.fingerprint_inputs(adapter=name) != before
+        assert miniature_node.LoadMiniature.fingerprint_inputs() != whole
+    finally:
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    # A linked name is not known when core asks.
+    assert load.LoadAdapter.fingerprint_inputs() == "" and load.LoadVisionEncoders.fingerprint_inputs(model_1="x") == "||"
+
+
+def test_only_file_loaders_have_fingerprints(node_list):
+    loaders = {n.GET_SCHEMA().node_id for n in node_list if n.fingerprint_inputs.__func__ is not io.ComfyNode.fingerprint_inputs.__func__}
+    assert loaders == {"SDALoadVisionEncoders", "SDALoadAdapter", "SDALoadEditDecoder", "SDALoadMiniature"}
+
+
+@pytest.fixture
+def loaded(assets):
+    """The small networks and an embedding, through the nodes."""
+    (vision,) = load.LoadVisionEncoders.execute(
+        encoder_1="miniature_dinov2.safetensors", model_1="from file", encoder_2="none", model_2="from file",
+        encoder_3="miniature_clip.safetensors", model_3="from file",
+    ).result  # fmt: skip
+    (adapter,) = load.LoadAdapter.execute("miniature_tree128.safetensors").result
+    (editor,) = load.LoadEditDecoder.execute("miniature_editor.safetensors").result
+    (features,) = encode.EncodeImage.execute(vision, torch.rand(1, 32, 32, 3)).result
+    (e,) = encode.BuildEmbedding.execute(adapter, features, "tree64").result
+    clip = text_encoder.load_clip(str(assets / miniature.TEXT_ENCODER))
+    return vision, adapter, editor, features, e, clip
+
+
+def test_the_nodes_pass_their_widgets_on(loaded):
+    _, adapter, editor, features, e, clip = loaded
+    (full,) = encode.BuildEmbedding.execute(adapter, features, "full").result
+    assert full.token_count == 128
+    (edited,) = edit.EditEmbedding.execute(e, clip, editor, "a red circle", "autoregressive").result
+    (mixed,) = blend.BlendEmbeddings.execute(e, edited, 0.25, "lerp", "1, 2").result
+    assert torch.equal(mixed.tokens[:, :16], e.tokens[:, :16])
+    assert torch.allclose(mixed.tokens[:, 16:], torch.lerp(e.tokens, edited.tokens, 0.25)[:, 16:])
+    (positive,) = decode.EmbeddingToConditioning.execute(mixed).result
+    assert positive[0][0].shape == (1, 64, 24)
+    outputs = miniature_node.LoadMiniature.execute().result
+    assert list(outputs[3:7]) == [
+        "miniature_clip.safetensors", "miniature_dinov2.safetensors", "miniature_tree128.safetensors", "miniature_editor.safetensors",
+    ]  # fmt: skip
+    assert outputs[7].shape == (1, 128, 128, 3) and 0 <= outputs[7].min() <= outputs[7].max() <= 1
+    (patched,) = decode.MaskedAttention.execute(outputs[0], 1.0, 0.0, 1.0, "all").result
+    assert patched is not outputs[0]
+
+
+def test_bad_input_is_one_sentence_with_a_remedy(loaded, assets):
+    vision, adapter, editor, features, e, clip = loaded
+
+    def refused(message, function, *arguments, **named):
+        with pytest.raises(ValueError, match=message) as caught:
+            function(*arguments, **named)
+        assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
+
+    refused("models/semantic_adapters: put the file there", load.LoadAdapter.execute, "absent.safetensors")
+    refused("models/edit_decoders", load.LoadEditDecoder.execute, "absent.safetensors")
+    refused("kind 'adapter' where 'edit_decoder'", networks.load_edit_decoder, folders.find(*miniature.ADAPTER))
+    clip_file = folders.find(*miniature.CLIP_ENCODER)
+    refused("choose the matching file or another tower id", networks.load_vision_tower, clip_file, "dinov2-large-378")
+    alone = {"miniature_clip": features["miniature_clip"]}
+    refused("'miniature_dinov2' in Load Vision Encoders", encode.BuildEmbedding.execute, adapter, alone, "full")
+    wrong = features | {"miniature_dinov2": torch.randn(1, 4, 99)}
+    refused("expects 2x2 patches of width 12", encode.BuildEmbedding.execute, adapter, wrong, "full")
+    refused("not in the query table", encode.BuildEmbedding.execute, adapter, features, [[3, 3, 1]])
+    refused("instruction is empty", edit.EditEmbedding.execute, e, clip, editor, " \n", "parallel")
+    (full,) = encode.BuildEmbedding.execute(adapter, features, "full").result
+    refused("same preset", blend.BlendEmbeddings.execute, e, full, 0.5, "lerp", "all")
+    refused("no level 7", blend.BlendEmbeddings.execute, e, e, 0.5, "lerp", "7")
+    refused("levels 'one' are not numbers", blend.BlendEmbeddings.execute, e, e, 0.5, "lerp", "one")
+
+
+def test_a_public_file_asks_for_its_model(assets, tmp_path):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "public.safetensors"
+    save_file({"x": torch.ones(1)}, path)
+    with pytest.raises(ValueError, match="does not say which encoder it is: choose its model"):
+        networks.load_vision_tower(str(path), None)
+
+
+def test_a_nan_never_becomes_an_embedding(loaded):
+    _, adapter, _, features, _, _ = loaded
+    broken = {name: value * torch.nan for name, value in features.items()}
+    with pytest.raises(ValueError, match="NaN"):
+        encode.BuildEmbedding.execute(adapter, broken, "full")
+
+
+def test_wrong_widths_name_the_partner(loaded, assets):
+    import dataclasses
+
+    _, _, editor, _, e, clip = loaded
+    wide = dataclasses.replace(e, tokens=torch.cat([e.tokens, e.tokens], -1))
+    with pytest.raises(ValueError, match="edits embeddings of width 24 and this one has 48"):
+        edit.EditEmbedding.execute(wide, clip, editor, "a circle", "parallel")
+
+    class OtherClip:
+        def tokenize(self, text):
+            return text
+
+        def encode_from_tokens(self, tokens):
+            return torch.zeros(1, 77, 768)
+
+    with pytest.raises(ValueError, match="text of width 768 .* reads 24: connect the CLIP of the Flux model"):
+        edit.EditEmbedding.execute(e, OtherClip(), editor, "a circle", "parallel")
+
+
+def test_progress_is_shown_and_interruption_ends_the_work(loaded, monkeypatch):
+    vision, _, editor, _, e, clip = loaded
+    shown = []
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, preview, **kwargs: shown.append((value, total)))
+    encode.EncodeImage.execute(vision, torch.rand(5, 32, 32, 3))
+    assert shown[-1] == (4, 4), "two encoders, two chunks of images"
+    shown.clear()
+    edit.EditEmbedding.execute(e, clip, editor, "a circle", "autoregressive")
+    assert shown[-1] == (64, 64) and len(shown) == 64
+
+    def stop(value, total, preview, **kwargs):
+        shown.append((value, total))
+        comfy.model_management.interrupt_current_processing()
+
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", stop)
+    shown.clear()
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        edit.EditEmbedding.execute(e, clip, editor, "a circle", "autoregressive")
+    assert len(shown) == 1
+    shown.clear()
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        encode.EncodeImage.execute(vision, torch.rand(5, 32, 32, 3))
+    assert len(shown) == 1
+
+
+def test_memory_is_given_back(assets):
+    adapter = networks.load_adapter(folders.find(*miniature.ADAPTER))
+    adapter.ready()
+    held = [entry.model for entry in comfy.model_management.current_loaded_models]
+    assert any(patcher is adapter.patcher for patcher in held), "core must know of the network to make room"
+    comfy.model_management.unload_all_models()
+    assert not any(entry.model is adapter.patcher for entry in comfy.model_management.current_loaded_models)
+    module = weakref.ref(adapter.module)
+    del adapter, held
+    gc.collect()
+    assert module() is None

@@ -1,0 +1,95 @@
+"""A file in the published format of FLUX.1-dev, at full width but of one block of each kind, through the stock loader."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+pytest.importorskip("comfy.sd", reason="no ComfyUI here: set COMFYUI_PATH, or `python3 run.py test` makes one")
+
+import comfy.model_management  # noqa: E402
+import folder_paths  # noqa: E402
+import nodes as stock  # noqa: E402
+
+from semantic_diffusion_adapter.kernels import visibility  # noqa: E402
+from semantic_diffusion_adapter.kernels.embedding import from_hierarchy  # noqa: E402
+from semantic_diffusion_adapter.kernels.hierarchy import PRESETS  # noqa: E402
+from semantic_diffusion_adapter.nodes import decode  # noqa: E402
+from semantic_diffusion_adapter.nodes.host.conditioning import to_conditioning  # noqa: E402
+
+WIDTH, TEXT = 3072, 4096
+
+
+def shapes() -> dict[str, tuple[int, ...]]:
+    """Names and shapes of FLUX.1-dev's tensors with depth 1 and 1."""
+    linear = {
+        "img_in": (WIDTH, 64), "txt_in": (WIDTH, TEXT), "final_layer.linear": (64, WIDTH),
+        "final_layer.adaLN_modulation.1": (2 * WIDTH, WIDTH), "single_blocks.0.linear1": (7 * WIDTH, WIDTH),
+        "single_blocks.0.linear2": (WIDTH, 5 * WIDTH), "single_blocks.0.modulation.lin": (3 * WIDTH, WIDTH),
+    }  # fmt: skip
+    for name, width in (("time_in", 256), ("vector_in", 768), ("guidance_in", 256)):
+        linear |= {f"{name}.in_layer": (WIDTH, width), f"{name}.out_layer": (WIDTH, WIDTH)}
+    norms = ["single_blocks.0.norm"]
+    for stream in ("img", "txt"):
+        block = f"double_blocks.0.{stream}"
+        linear |= {
+            f"{block}_attn.qkv": (3 * WIDTH, WIDTH), f"{block}_attn.proj": (WIDTH, WIDTH),
+            f"{block}_mlp.0": (4 * WIDTH, WIDTH), f"{block}_mlp.2": (WIDTH, 4 * WIDTH), f"{block}_mod.lin": (6 * WIDTH, WIDTH),
+        }  # fmt: skip
+        norms.append(f"{block}_attn.norm")
+    result = {f"{name}.weight": shape for name, shape in linear.items()}
+    result |= {f"{name}.bias": shape[:1] for name, shape in linear.items()}
+    return result | {f"{norm}.{part}_norm.scale": (128,) for norm in norms for part in ("query", "key")}
+
+
+@pytest.fixture
+def stock_model(tmp_path, monkeypatch):
+    noise = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0))  # prime, so that rows differ
+    tensors = {}
+    for name, shape in shapes().items():
+        count = torch.Size(shape).numel()
+        values = noise.repeat(count // len(noise) + 1)[:count].reshape(shape)
+        tensors[name] = (values * (shape[-1] ** -0.5 if len(shape) > 1 else 0.1) + name.endswith("scale")).bfloat16()
+    save_file(tensors, tmp_path / "flux1.safetensors")
+    del tensors
+    known = dict(folder_paths.folder_names_and_paths)
+    known["diffusion_models"] = ([str(tmp_path)], {".safetensors"})
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", known)
+    (model,) = stock.UNETLoader().load_unet("flux1.safetensors", "default")
+    yield model
+    comfy.model_management.unload_all_models()
+    del model
+    gc.collect()
+
+
+def test_full_width_flux_from_the_stock_loader_at_512_pixels(stock_model):
+    network = stock_model.get_model_object("diffusion_model")
+    assert (network.params.hidden_size, network.params.num_heads, network.params.guidance_embed) == (WIDTH, 24, True)
+    grids = PRESETS["tree128"]
+    e = from_hierarchy(torch.randn(1, 128, TEXT, generator=torch.Generator().manual_seed(1)), grids)
+    (patched,) = decode.MaskedAttention.execute(stock_model, 1.0, 0.0, 1.0, "all").result
+    positive = to_conditioning(e)
+    (latent,) = stock.EmptyLatentImage().generate(512, 512, 1)
+
+    def sample(model, positive):
+        with torch.inference_mode():
+            return stock.KSampler().sample(model, 0, 1, 1.0, "euler", "simple", positive, positive, latent, 1.0)[0]["samples"]
+
+    result = sample(patched, positive)
+    assert result.shape == (1, 16, 64, 64) and torch.isfinite(result).all()
+
+    bias = visibility.region_bias(e.boxes, e.strengths, (32, 32), 128)
+
+    def dense(func, q, k, v, heads, **kwargs):
+        mask = torch.zeros(q.shape[2], q.shape[2])
+        mask[:, :128] = bias
+        return func(q, k, v, heads, **(kwargs | {"mask": mask.to(q.dtype)}))
+
+    oracle = stock_model.clone()
+    oracle.model_options["transformer_options"] = {"optimized_attention_override": dense}
+    expected = sample(oracle, [[positive[0][0], {"pooled_output": positive[0][1]["pooled_output"]}]])
+    scale = expected.std()
+    assert (result - expected).abs().max() < 0.01 * scale
