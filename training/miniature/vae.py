@@ -17,8 +17,9 @@ from .scenes import COLOURS, GROUNDS, RADII, SHAPES, Scene, Thing, choice, rende
 from .scenes import generator as generator_of
 from .score import strict_f1
 
+# Four groups, not the usual 32: with one channel to a group the norm would erase every plain ground's colour.
 ARCHITECTURE = dict(
-    in_channels=3, out_channels=3, latent_channels=8, sample_size=128, norm_num_groups=32, layers_per_block=1,
+    in_channels=3, out_channels=3, latent_channels=8, sample_size=128, norm_num_groups=4, layers_per_block=1,
     down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
     block_out_channels=[32, 64, 96, 128], use_quant_conv=False, use_post_quant_conv=False,
 )

@@ -1,0 +1,120 @@
+"""Measures the shipped miniature on scenes that it was never trained on.
+
+    python3 run.py eval [--scenes N] [--seed S] [--json] [--dump DIR]
+
+Reconstruction, locality, editing and blend, as the modules of `evaluation/` define them. A run over the default scenes
+replaces benchmarks/miniature.md.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from ..engine import pick_device
+from .captions import OPERATIONS
+from .evaluation import blend, editing, locality, reconstruction, table
+from .evaluation.system import ASSETS, Miniature
+from .scenes import render, scene
+
+SCENES = 256
+
+
+def painted_in_all(count: int) -> int:
+    """Pictures that Flux paints for `count` scenes; `copy` costs none."""
+    return (count * (reconstruction.PAINTED + len(editing.DECODERS) - 1) + len(locality.VARIANTS) * locality.pairs(count)
+            + len(editing.STARTS) * editing.trials(count) + len(blend.AMOUNTS) * blend.pairs(count))
+
+
+def run(system: Miniature, count: int, seed: int) -> tuple[dict, dict, dict]:
+    """(results as `--json` prints them, figures beside them for the page, what was painted) of the first `count` test scenes.
+
+    The last is {"edits", "sources", "reconstructions" (by name), "edited" (by decoder)}.
+    """
+    changes = editing.instructions("test", count, seed)
+    scenes = [change.source for change in changes]
+    sources = np.stack([render(each) for each in scenes])
+    noise = system.noise("test", range(count), seed)
+
+    text = reconstruction.text_to_image(system, scenes, noise)
+    rebuilt = reconstruction.reconstruct(system, scenes, sources, noise)
+    figures = {name: reconstruction.measure(scenes, reconstruction.parse_all(pictures), sources, pictures)
+               for name, pictures in rebuilt.items()}
+    local, same_ground = locality.locality(system, scenes, sources, noise, rebuilt)
+    start = editing.best_start(system, editing.trials(count), seed)
+    edited = editing.edit_pictures(system, changes, sources, noise, rebuilt["tree128"], start)
+    edits = {name: editing.by_operation(changes, reconstruction.parse_all(pictures)) for name, pictures in edited.items()}
+    results = {"text": text, "reconstruction": figures, "locality": local, "editing": edits,
+               "blend": {"evenness": blend.blend_evenness(system, scenes, sources, noise)}}
+    other = reconstruction.others(scenes)
+    asides = {
+        "chance": reconstruction.measure(scenes, other, sources, np.stack([render(each) for each in other])),
+        "same_ground": same_ground, "sdedit_start": start, "locality_pairs": locality.pairs(count),
+        "blend_pairs": blend.pairs(count),
+        "edits": {op: sum(change.operation == op for change in changes) for op in OPERATIONS} | {"all": count},
+    }
+    return results, asides, {"edits": changes, "sources": sources, "reconstructions": rebuilt, "edited": edited}
+
+
+def rounded(value):
+    """Floats with four decimals, at any depth."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def dump(folder: Path, painted: dict) -> None:
+    """One folder for each scene: source.png, reconstruction_<name>.png, edit_<decoder>.png, and scene.json with the scene,
+    the instruction, its operation and the edited scene (coordinates in pixels)."""
+    for index, change in enumerate(painted["edits"]):
+        own = folder / f"{index:04d}"
+        own.mkdir(parents=True, exist_ok=True)
+        pictures = {"source": painted["sources"][index]}
+        pictures |= {f"reconstruction_{name}": made[index] for name, made in painted["reconstructions"].items()}
+        pictures |= {f"edit_{name}": made[index] for name, made in painted["edited"].items()}
+        for name, picture in pictures.items():
+            Image.fromarray(picture).save(own / f"{name}.png")
+        record = {"scene": change.source.to_json(), "operation": change.operation, "instruction": change.instruction,
+                  "edited_scene": change.target.to_json()}
+        (own / "scene.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="run.py eval", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--scenes", type=int, default=SCENES, help=f"test scenes, at least 2 (default: {SCENES})")
+    parser.add_argument("--seed", type=int, default=0, help="another seed makes fresh scenes and noise (default: 0)")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    parser.add_argument("--dump", type=Path, help="folder for every source, reconstruction and edit")
+    parser.add_argument("--assets", type=Path, default=ASSETS, help="folder of the weights (default: the shipped ones)")
+    options = parser.parse_args(argv)
+    if options.scenes < 2 or options.seed < 0:
+        parser.error("--scenes is at least 2 and --seed at least 0.")
+    try:
+        if options.dump:
+            options.dump.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+        with tqdm(total=painted_in_all(options.scenes), desc="painting", unit="picture", mininterval=1) as bar:
+            system = Miniature(options.assets, pick_device("auto"), bar.update)
+            results, asides, painted = run(system, options.scenes, options.seed)
+        if options.dump:
+            dump(options.dump, painted)
+    except (ValueError, OSError) as error:
+        print(f"eval: {error}", file=sys.stderr)
+        return 1
+    results = rounded(results)
+    page = table.page(results, asides, options.scenes, options.seed, " ".join(["python3 run.py eval", *argv]))
+    print(page)
+    if (options.scenes, options.seed, options.assets) == (SCENES, 0, ASSETS):
+        table.PAGE.write_text(page, encoding="utf-8")
+    if options.json:
+        print(json.dumps(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""Blend: does the painted scene move evenly from A to B while the embedding does?
+
+Nine amounts from 0 to 1, slerp (the node's default), one noise for all nine. Every picture is parsed, and its scene X has
+the progress p = (1 + similarity(X, B) - similarity(X, A)) / 2 towards the true scenes A and B. Progress is rescaled so that
+the pictures of amounts 0 and 1 lie at 0 and 1. A perfectly even path makes eight steps of 1/8. The evenness of a pair is
+1 - (largest step - 1/8) / (1 - 1/8), kept within 0..1: 1 is perfectly even, 0 is one jump over the whole way (or more). A pair
+whose two ends are less than 0.1 of progress apart has not moved and counts 0.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from ....kernels.algebra import blend
+from ..scenes import Scene, Thing
+from ..score import distance
+from .reconstruction import others, parse_all
+from .system import Miniature
+
+AMOUNTS = tuple(k / 8 for k in range(9))
+PAIRS = 24
+SCALE = 32.0  # px: a thing this far away is worth 1/e of one in place
+
+
+def pairs(count: int) -> int:
+    """How many pairs (a scene, the next one) of `count` scenes are measured."""
+    return min(count, PAIRS)
+
+
+def likeness(a: Thing, b: Thing) -> float:
+    """0..1: a third each for colour, shape and size, times exp(-distance / 32 px)."""
+    alike = (a.colour == b.colour) + (a.shape == b.shape) + (a.size == b.size)
+    return alike / 3 * float(np.exp(-distance(a, b) / SCALE))
+
+
+def similarity(a: Scene, b: Scene) -> float:
+    """0..1, 1 only for equal scenes: the grounds' equality and the likeness of the best one-to-one matching of things,
+    averaged over the ground and the things of the fuller scene."""
+    table = np.array([[likeness(x, y) for y in b.things] for x in a.things]).reshape(len(a.things), len(b.things))
+    matched = table[linear_sum_assignment(-table)].sum() if table.size else 0.0
+    return float(((a.ground == b.ground) + matched) / (1 + max(len(a.things), len(b.things))))
+
+
+def evenness(a: Scene, b: Scene, path: Sequence[Scene]) -> float:
+    """Of the parsed scenes on the way from a to b, 0..1."""
+    progress = np.array([(1 + similarity(x, b) - similarity(x, a)) / 2 for x in path])
+    span, ideal = progress[-1] - progress[0], 1 / (len(path) - 1)
+    if span < 0.1:
+        return 0.0
+    largest = np.abs(np.diff(progress)).max() / span
+    return float(np.clip(1 - (largest - ideal) / (1 - ideal), 0, 1))
+
+
+def blend_evenness(system: Miniature, scenes: Sequence[Scene], sources: np.ndarray, noise: Tensor) -> float:
+    """Mean evenness over the pairs."""
+    count = pairs(len(scenes))
+    own = system.embed(sources[:count], "tree128")
+    other = system.embed(others(sources)[:count], "tree128")
+    tokens = torch.stack([blend(own, other, amount, "slerp").tokens for amount in AMOUNTS], 1)  # [pairs, 9, T, D]
+    same_noise = noise[:count].repeat_interleave(len(AMOUNTS), 0)
+    found = parse_all(system.paint(replace(own, tokens=tokens.flatten(0, 1)), "tree128", same_noise))
+    paths = [found[k:k + len(AMOUNTS)] for k in range(0, len(found), len(AMOUNTS))]
+    return float(np.mean([evenness(a, b, path) for a, b, path in zip(scenes, others(scenes), paths)]))

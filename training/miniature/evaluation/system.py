@@ -1,0 +1,206 @@
+"""The trained miniature, loaded to be measured: pictures to embeddings, embeddings and texts to pictures.
+
+Everything works in batches of 64 under bf16 autocast, as in training. The noise of a picture is a pure function of
+(split, seed, scene), so two decoders of one scene start from the same noise.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ....kernels import checkpoint
+from ....kernels.adapter import Adapter
+from ....kernels.attention import Regions
+from ....kernels.edit_decoder import EditDecoder, EditDecoderConfig
+from ....kernels.embedding import SemanticEmbedding, from_hierarchy
+from ....kernels.hierarchy import Hierarchy
+from ....kernels.vision.towers import VisionTower
+from ...adapter import named_hierarchy, regions_for
+from ..base import load_base, sample
+from ..editor import load_adapter
+from ..scenes import SIZE, generator
+from ..text import encode, token_ids
+from ..towers import read_tower
+from ..vae import load_vae, to_pixels, to_tensor
+
+ASSETS = Path(__file__).resolve().parents[3] / "assets" / "miniature"
+BATCH = 64
+GUIDANCE = 2.5  # classifier-free guidance wherever a text is the prompt
+_NOISE = 77  # this purpose of scenes.generator
+
+# What is loaded: (file, the command that makes it).
+_VAE = ("vae/miniature_vae", "vae")
+_FLUX = ("diffusion_models/miniature_flux", "base")
+_TEXT = ("text_encoders/miniature_t5", "base")
+_CLIP = ("clip_vision/miniature_clip", "clip")
+_EDITOR = ("edit_decoders/miniature_editor", "editor")
+
+# adapter -> (its file, its own DINOv2 tower, the command that makes both).
+_ADAPTERS = {
+    "tree128": ("miniature_tree128", "miniature_dinov2", "adapter"),
+    "tree64_unmasked": ("miniature_tree64_unmasked", "miniature_dinov2_tree64_unmasked", "adapter-unmasked"),
+    "global64": ("miniature_global64", "miniature_dinov2_global64", "adapter-global64"),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to embed: one of the adapters at one of its presets."""
+
+    adapter: str
+    preset: str
+
+    @property
+    def hierarchy(self) -> Hierarchy:
+        return named_hierarchy(self.preset)
+
+
+VARIANTS = {
+    **{preset: Variant("tree128", preset) for preset in ("global16", "global32", "tree64", "tree112", "tree128")},
+    "tree64_unmasked": Variant("tree64_unmasked", "tree64"),
+    "global64": Variant("global64", "global64"),
+}
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """An adapter with its towers; `masked` says whether Flux decodes its embeddings under their visibility."""
+
+    adapter: Adapter
+    towers: dict[str, VisionTower]
+    masked: bool
+
+
+def noise_of(split: str, indices: Sequence[int], seed: int, shape: tuple[int, int, int]) -> Tensor:
+    """[N, *shape] float32: standard normal noise, a pure function of the split, the seed and each scene's number."""
+    draws = [generator(split, int(i), _NOISE, seed).standard_normal(shape, dtype=np.float32) for i in indices]
+    return torch.from_numpy(np.stack(draws))
+
+
+def _read(assets: Path, file: tuple[str, str], load: Callable):
+    """load(path) of one of the files; ValueError in one sentence, with the command, where it is missing or does not fit."""
+    path, command = assets / f"{file[0]}.safetensors", f"`sda miniature {file[1]}`"
+    if not path.is_file():
+        raise ValueError(f"The weights {path} are missing: get the repository's file back or train it with {command}.")
+    try:
+        return load(path)
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".:")
+        raise ValueError(f"{path} cannot be used ({reason}): get the repository's file back or train it with {command}.") from error
+
+
+def _load_editor(path: Path) -> EditDecoder:
+    state, record = checkpoint.load(path, "edit_decoder")
+    editor = EditDecoder(EditDecoderConfig.from_json(record["config"]))
+    checkpoint.fill(editor, {k: v.float() for k, v in state.items()}, path)
+    return editor.eval().requires_grad_(False)
+
+
+class Miniature:
+    """Every network of the miniature, frozen. `progress(pictures)` is called as pictures are painted."""
+
+    def __init__(self, assets: Path, device: torch.device, progress: Callable[[int], object] = lambda pictures: None):
+        self.device, self.progress = device, progress
+        self.vae = _read(assets, _VAE, lambda path: load_vae(path, device))
+        text_path = _read(assets, _TEXT, lambda path: path)
+        self.flux, self.text, record = _read(assets, _FLUX, lambda path: load_base(path, text_path, device))
+        self.attention = next(iter(self.flux.attn_processors.values()))
+        self.mu, latent = record["config"]["sampling_shift_mu"], record["config"]["latent"]
+        self.latent_shape = (latent["channels"], SIZE // latent["downsample"], SIZE // latent["downsample"])
+        clip = _read(assets, _CLIP, lambda path: read_tower(path, device))
+        self.encoders = {}
+        for name, (file, tower, command) in _ADAPTERS.items():
+            adapter, kept = _read(assets, (f"semantic_adapters/{file}", command), lambda path: load_adapter(path, device))
+            dinov2 = _read(assets, (f"clip_vision/{tower}", command), lambda path: read_tower(path, device))
+            self.encoders[name] = Encoder(adapter, {t.config.id: t for t in (clip, dinov2)}, kept["masked"])
+        self.editor = _read(assets, _EDITOR, _load_editor).to(device)
+        self._regions: dict[str, Regions] = {}
+
+    def noise(self, split: str, indices: Sequence[int], seed: int) -> Tensor:
+        return noise_of(split, indices, seed, self.latent_shape)
+
+    @torch.no_grad()
+    def embed(self, pictures: Sequence[np.ndarray], variant: str) -> SemanticEmbedding:
+        """Pictures [N, 128, 128, 3] uint8 -> their embeddings, tokens float32 on the CPU."""
+        chosen, tokens = VARIANTS[variant], []
+        encoder = self.encoders[chosen.adapter]
+        for first in range(0, len(pictures), BATCH):
+            x = (to_tensor(list(pictures[first:first + BATCH])).to(self.device) + 1) / 2
+            with self._autocast():
+                features = {name: tower(x) for name, tower in encoder.towers.items()}
+                tokens.append(encoder.adapter(features, chosen.hierarchy)[0].float().cpu())
+        return from_hierarchy(torch.cat(tokens), chosen.hierarchy)
+
+    @torch.no_grad()
+    def edit(self, source: SemanticEmbedding, instructions: Sequence[str], mode: str) -> SemanticEmbedding:
+        """The edit decoder's embeddings of the instructions, one for each source; mode as EditDecoder.generate takes it."""
+        tokens = []
+        for first in range(0, len(instructions), BATCH):
+            words, _ = encode(self.text, token_ids(list(instructions[first:first + BATCH]), self.device))
+            batch = source.tokens[first:first + BATCH].to(self.device)
+            tokens.append(self.editor.generate(batch, source.boxes, source.levels, words, mode).cpu())
+        return from_hierarchy(torch.cat(tokens), source.hierarchy())
+
+    def paint(self, embedding: SemanticEmbedding, variant: str, noise: Tensor) -> np.ndarray:
+        """Pictures [N, 128, 128, 3] uint8 that Flux paints from embeddings of a variant, under its visibility if masked."""
+        def contexts(rows: slice):
+            tokens = embedding.tokens[rows].to(self.device)
+            return [(tokens, tokens.new_zeros(len(tokens), self.flux.config.pooled_projection_dim))]
+
+        self.attention.regions = self._visibility(variant) if self.encoders[VARIANTS[variant].adapter].masked else None
+        return self._paint(contexts, [1.0], noise)
+
+    def paint_text(self, prompts: Sequence[str], noise: Tensor, latents: Tensor | None = None, start: float = 1.0) -> np.ndarray:
+        """Pictures [N, 128, 128, 3] uint8 of prompts at guidance 2.5. With latents [N, C, h, w]: SDEdit (arXiv 2108.01073),
+        which begins at time `start` from the latents with that much noise."""
+        def contexts(rows: slice):
+            words = list(prompts[rows])
+            return [encode(self.text, token_ids(texts, self.device)) for texts in (words, [""] * len(words))]
+
+        self.attention.regions = None
+        x = noise if latents is None else (1 - start) * latents + start * noise
+        return self._paint(contexts, [GUIDANCE, 1 - GUIDANCE], x, start)
+
+    @torch.no_grad()
+    def latents(self, pictures: Sequence[np.ndarray]) -> Tensor:
+        """[N, C, h, w] float32 on the CPU: what the autoencoder makes of pictures."""
+        means = []
+        for first in range(0, len(pictures), BATCH):
+            x = to_tensor(list(pictures[first:first + BATCH])).to(self.device, memory_format=torch.channels_last)
+            with self._autocast():
+                means.append(self.vae.encode(x).latent_dist.mean.float().cpu())
+        return torch.cat(means)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Pictures [N, 128, 128, 3] uint8 of latents."""
+        pictures = []
+        for part in latents.split(BATCH):
+            with self._autocast():
+                pictures.append(to_pixels(self.vae.decode(part.to(self.device)).sample))
+        return np.concatenate(pictures)
+
+    def _paint(self, contexts: Callable, weights: list[float], x: Tensor, start: float = 1.0) -> np.ndarray:
+        pictures = []
+        for first in range(0, len(x), BATCH):
+            rows = slice(first, first + BATCH)
+            part = x[rows].to(self.device)
+            with torch.no_grad(), self._autocast():
+                part = sample(self.flux, contexts(rows), weights, part, mu=self.mu, start=start)
+            pictures.append(self.decode(part))
+            self.progress(len(part))
+        return np.concatenate(pictures)
+
+    def _visibility(self, variant: str) -> Regions:
+        if variant not in self._regions:
+            rows, cols = (side // 2 for side in self.latent_shape[1:])
+            self._regions[variant] = regions_for(VARIANTS[variant].hierarchy, (rows, cols), self.device)
+        return self._regions[variant]
+
+    def _autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16)

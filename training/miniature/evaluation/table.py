@@ -1,0 +1,85 @@
+"""The evaluation's figures as a Markdown page."""
+from __future__ import annotations
+
+import platform
+import re
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from ..captions import OPERATIONS
+from .system import GUIDANCE
+
+PAGE = Path(__file__).resolve().parents[3] / "benchmarks" / "miniature.md"
+COLUMNS = {"f1": "F1", "f1_colour_position": "F1 (colour, position)", "position_px": "position error, px",
+           "background": "ground", "psnr": "PSNR, dB"}
+
+
+def machine() -> str:
+    """The processor (and the GPU that was used), threads and PyTorch's version."""
+    name, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if info.exists() and (found := re.search(r"model name\s*:\s*(.+)", info.read_text())):
+        name = found[1]
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{name}{gpu}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}"
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def rows(head: list[str], lines: list[list[str]]) -> list[str]:
+    """A Markdown table: the first column left, the others right."""
+    return [f"| {' | '.join(line)} |" for line in [head, ["---", *["---:"] * (len(head) - 1)], *lines]]
+
+
+def page(results: dict, asides: dict, scenes: int, seed: int, command: str) -> str:
+    """results: what `--json` prints. asides: figures beside them, {"chance", "same_ground", "sdedit_start", "edits",
+    "locality_pairs", "blend_pairs"} (see evaluate.run)."""
+    reconstruction = [[name, *(number(values[key]) for key in COLUMNS)]
+                      for name, values in (results["reconstruction"] | {"(chance)": asides["chance"]}).items()]
+    editing = [[name, *(f"{number(values[op]['success'])} / {number(values[op]['preservation'])}" for op in (*OPERATIONS, "all"))]
+               for name, values in results["editing"].items()]
+    operations = [f"{op} ({asides['edits'][op]})" for op in (*OPERATIONS, "all")]
+    text, local, ground = results["text"], results["locality"], asides["same_ground"]
+    return "\n".join([
+        "# The miniature",
+        "",
+        f"{machine()}; {date.today()}; `{command}`",
+        "",
+        f"{scenes} scenes of the test split (seed {seed}), never trained on; 20 Euler steps, a fresh noise seed per scene, the same "
+        "for all that is painted of it. What each figure means stands in the docstrings of `training/miniature/evaluation/`.",
+        "",
+        "## Text to image",
+        "",
+        f"Captions with place words, guidance {GUIDANCE}: F1 (colour, place) {number(text['f1_colour_place'])}, with the shape "
+        f"{number(text['f1_shape'])}.",
+        "",
+        "## Reconstruction",
+        "",
+        "`vae` is the ceiling, `caption` the exact caption (coordinates) as a prompt, `tree64_unmasked` and `global64` are the "
+        "ablations, `shuffled` is the embedding of another scene, *chance* the true picture of another scene.",
+        "",
+        *rows(["", *COLUMNS.values()], reconstruction),
+        "",
+        "## Locality",
+        "",
+        f"Share of changed pixels that lie in the swapped quadrant, {asides['locality_pairs']} pairs of scenes; chance is 0.25. In "
+        "brackets: the pairs whose grounds are alike.",
+        "",
+        *rows(["", "share"], [[name, f"{number(local[name])} ({number(ground[name])})"] for name in local]),
+        "",
+        "## Editing",
+        "",
+        f"Success / preservation, by operation (number of edits). `oracle`: the embedding of the true edited picture; `copy`: the "
+        f"unedited embedding; `sdedit`: prompted with the edited scene's exact caption, from time {asides['sdedit_start']} "
+        "(chosen on validation scenes).",
+        "",
+        *rows(["", *operations], editing),
+        "",
+        "## Blend",
+        "",
+        f"Evenness of the way from A to B over 9 amounts, {asides['blend_pairs']} pairs: {number(results['blend']['evenness'])}.",
+        "",
+    ])
