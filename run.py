@@ -38,9 +38,11 @@ def say(text: str) -> None:
 
 def demo(arguments: argparse.Namespace) -> int:
     clock = Clock()
-    for needed in (SCENE if arguments.image is None else arguments.image, WEIGHTS, WORKFLOW):
-        if not needed.is_file():
-            raise Failure(f"There is no file {needed}.")
+    if arguments.image and not arguments.image.is_file():
+        raise Failure(f"There is no picture {arguments.image}.")
+    for part in (WEIGHTS, SCENE, WORKFLOW):
+        if not part.is_file():
+            raise Failure(f"{part.relative_to(ROOT)} is missing from {ROOT}: clone the repository again.")
     environment = prepare()
     clock.lap("setup")
     out = arguments.out.resolve()
@@ -52,13 +54,13 @@ def demo(arguments: argparse.Namespace) -> int:
     with serve(environment, arguments.port, say) as server:
         clock.lap("comfyui")
         client = Client(server.url)
-        prompt = to_prompt(json.loads(WORKFLOW.read_text(encoding="utf-8")), client.json("/object_info"))
-        fill(prompt, client.upload(upload), arguments.instruction, arguments.seed)
         try:
+            prompt = to_prompt(json.loads(WORKFLOW.read_text(encoding="utf-8")), client.json("/object_info"))
+            fill(prompt, client.upload(upload), arguments.instruction, arguments.seed)
             saved = pictures(prompt, client.run(prompt, Progress(prompt)))
             files = {name: client.image(saved[name]) for name in ("source", "reconstruction", "edited")}
         except OSError as error:
-            server.check()
+            server.check()  # a server that has ended explains the rest
             raise Failure(f"The connection to ComfyUI broke: {error}.") from error
         except Failure:
             server.check()
@@ -175,6 +177,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("\nStopped.", file=sys.stderr)
         sys.exit(130)
-    except OSError as error:
-        print(f"\n{error.strerror or error}: {error.filename or 'while writing'}.", file=sys.stderr)
+    except OSError as error:  # no disk space, no permission
+        print(f"\n{error.strerror or error}: {error.filename or 'a file could not be written'}.", file=sys.stderr)
         sys.exit(2)

@@ -5,6 +5,8 @@ The templates in example_workflows/ are the only source; the browser test compar
 
 from __future__ import annotations
 
+from .environment import Failure
+
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 SEEDS = ("seed", "noise_seed")
 MUTED, BYPASSED = 2, 4
@@ -12,15 +14,17 @@ SCENE = 7  # the bundled picture among SDALoadMiniature's outputs
 
 
 def to_prompt(workflow: dict, nodes: dict) -> dict:
-    """The API prompt of `workflow`; `nodes` is /object_info. Notes are left out; muted, bypassed and reroute nodes are
-    not supported, because no template of ours uses them."""
+    """The API prompt of `workflow`; `nodes` is /object_info. Notes are left out.
+
+    Raises Failure for nodes that are muted, bypassed or only on the page (Reroute): no template of ours uses them.
+    """
     links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
     prompt = {}
     for node in workflow["nodes"]:
         if node["type"] in ("Note", "MarkdownNote"):
             continue
         if node["type"] not in nodes or node.get("mode", 0) in (MUTED, BYPASSED):
-            raise ValueError(f"Node {node['id']} ({node['type']}) is unknown here, muted or bypassed.")
+            raise Failure(f"Node {node['id']} ({node['type']}) is unknown to this ComfyUI, muted or bypassed.")
         inputs = _widget_values(node, nodes[node["type"]])
         for socket in node.get("inputs", []):
             if socket.get("link") is not None:
@@ -31,15 +35,17 @@ def to_prompt(workflow: dict, nodes: dict) -> dict:
 
 def _widget_values(node: dict, schema: dict) -> dict:
     """A node stores its widgets' values in the order of its inputs; a seed is followed by what to do after a run."""
-    values, result = iter(node.get("widgets_values") or []), {}
+    values, result = list(node.get("widgets_values") or []), {}
     declared = {**schema["input"].get("required", {}), **schema["input"].get("optional", {})}
     for name, (kind, *rest) in declared.items():
         options = rest[0] if rest else {}
         if not (isinstance(kind, list) or kind in WIDGETS) or options.get("forceInput"):
             continue
-        result[name] = next(values)
+        if not values:
+            raise Failure(f"{node['type']} has a widget {name} in this ComfyUI that the template knows nothing of.")
+        result[name] = values.pop(0)
         if kind == "INT" and (options.get("control_after_generate") or name in SEEDS):
-            next(values)
+            values.pop(0)
     return result
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from semantic_diffusion_adapter.runner.environment import Failure
 from semantic_diffusion_adapter.runner.workflow import fill, pictures, to_prompt
 
 NODES = {
@@ -52,7 +53,14 @@ def test_widgets_links_and_the_value_after_a_seed() -> None:
 def test_what_it_cannot_convert_is_refused(change: dict) -> None:
     workflow = graph()
     workflow["nodes"][1].update(change)
-    with pytest.raises(ValueError, match="Node 7"):
+    with pytest.raises(Failure, match="Node 7"):
+        to_prompt(workflow, NODES)
+
+
+def test_a_widget_that_the_template_lacks_is_named() -> None:
+    workflow = graph()
+    workflow["nodes"][1]["widgets_values"].pop()
+    with pytest.raises(Failure, match="Sampler has a widget cfg"):
         to_prompt(workflow, NODES)
 
 
