@@ -38,7 +38,7 @@ def matches(truth: Scene, found: Scene, same: Callable[[Thing, Thing], bool]) ->
     """The largest one-to-one matching of things that are the `same`; among those, the one with the least distance."""
     if not truth.things or not found.things:
         return []
-    cost = np.array([[distance(a, b) - (1e4 if same(a, b) else 0) for b in found.things] for a in truth.things])
+    cost = np.array([[distance(a, b) - 1e4 if same(a, b) else 0.0 for b in found.things] for a in truth.things])
     pairs = zip(*linear_sum_assignment(cost))
     return [(truth.things[i], found.things[j]) for i, j in pairs if same(truth.things[i], found.things[j])]
 

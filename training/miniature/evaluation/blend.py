@@ -23,7 +23,7 @@ from .reconstruction import others, parse_all
 from .system import Miniature
 
 AMOUNTS = tuple(k / 8 for k in range(9))
-PAIRS = 24
+PAIRS = 16
 SCALE = 32.0  # px: a thing this far away is worth 1/e of one in place
 
 

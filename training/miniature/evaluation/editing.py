@@ -20,8 +20,8 @@ from .system import Miniature
 
 DECODERS = ("autoregressive", "parallel", "oracle", "copy", "sdedit")
 REACH = 12.0  # px: how far from where it should be (or was) a thing still counts as there
-STARTS = (0.55, 0.7, 0.8, 0.9, 0.95)  # SDEdit's strengths to choose from: the times it may begin at
-TRIALS = 40  # validation scenes on which it is chosen
+STARTS = (0.6, 0.75, 0.85, 0.95)  # SDEdit's strengths to choose from: the times it may begin at
+TRIALS = 30  # validation scenes on which it is chosen
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from .system import Miniature
 CHANGED = 0.1 * 255
 # With the mask, and the ablation that was trained without.
 VARIANTS = {"masked": "tree128", "unmasked": "tree64_unmasked"}
-PAIRS = 96
+PAIRS = 64
 
 
 def pairs(count: int) -> int:

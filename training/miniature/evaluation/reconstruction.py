@@ -13,7 +13,7 @@ from ..score import colour_place, colour_position, distance, f1, matches, shape_
 from .system import VARIANTS, Miniature
 
 NAMES = ("vae", "caption", *VARIANTS, "shuffled")
-PAINTED = len(NAMES)  # pictures for each scene: all but `vae`, and the one of `text`
+PAINTED = len(VARIANTS) + 2  # pictures for each scene: the variants, `caption`, and that of text_to_image
 
 
 def parse_all(pictures: Sequence[np.ndarray]) -> list[Scene]:
@@ -26,21 +26,19 @@ def others(items: Sequence) -> list:
 
 
 def reconstruct(system: Miniature, scenes: Sequence[Scene], sources: np.ndarray, noise: Tensor) -> dict[str, np.ndarray]:
-    """Pictures [N, 128, 128, 3] uint8 by name, every one of a scene from the same noise.
+    """Pictures [N, 128, 128, 3] uint8 by name, from the same noise whatever the name.
 
     vae        the autoencoder's round trip: the ceiling
     caption    Flux from the exact caption, places as coordinates of 2 px: all that its language can say
     <variant>  Flux from the embedding of the picture (system.VARIANTS)
-    shuffled   Flux from the `tree128` embedding of another scene, scored as if it were this one's: a control
+    shuffled   the control: the `tree128` picture of another scene (its embedding and its noise, which is independent of
+               both scenes), scored as if it were this one's
     """
     made = {"vae": system.decode(system.latents(sources)),
             "caption": system.paint_text([caption(scene, fine=True) for scene in scenes], noise)}
     for name in VARIANTS:
-        embedding = system.embed(sources, name)
-        made[name] = system.paint(embedding, name, noise)
-        if name == "tree128":
-            made["shuffled"] = system.paint(system.embed(others(sources), name), name, noise)
-    return {name: made[name] for name in NAMES}
+        made[name] = system.paint(system.embed(sources, name), name, noise)
+    return made | {"shuffled": np.stack(others(made["tree128"]))}
 
 
 def text_to_image(system: Miniature, scenes: Sequence[Scene], noise: Tensor) -> dict[str, float]:

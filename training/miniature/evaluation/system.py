@@ -24,7 +24,7 @@ from ...adapter import named_hierarchy, regions_for
 from ..base import load_base, sample
 from ..editor import load_adapter
 from ..scenes import SIZE, generator
-from ..text import encode, token_ids
+from ..text import encode, load_text_encoder, token_ids
 from ..towers import read_tower
 from ..vae import load_vae, to_pixels, to_tensor
 
@@ -39,7 +39,6 @@ _FLUX = ("diffusion_models/miniature_flux", "base")
 _TEXT = ("text_encoders/miniature_t5", "base")
 _CLIP = ("clip_vision/miniature_clip", "clip")
 _EDITOR = ("edit_decoders/miniature_editor", "editor")
-
 # adapter -> (its file, its own DINOv2 tower, the command that makes both).
 _ADAPTERS = {
     "tree128": ("miniature_tree128", "miniature_dinov2", "adapter"),
@@ -85,13 +84,16 @@ def noise_of(split: str, indices: Sequence[int], seed: int, shape: tuple[int, in
 def _read(assets: Path, file: tuple[str, str], load: Callable):
     """load(path) of one of the files; ValueError in one sentence, with the command, where it is missing or does not fit."""
     path, command = assets / f"{file[0]}.safetensors", f"`sda miniature {file[1]}`"
+    remedy = f"get the repository's file back or train it with {command}."
     if not path.is_file():
-        raise ValueError(f"The weights {path} are missing: get the repository's file back or train it with {command}.")
+        raise ValueError(f"The weights {path} are missing: {remedy}")
     try:
         return load(path)
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".:")
-        raise ValueError(f"{path} cannot be used ({reason}): get the repository's file back or train it with {command}.") from error
+    except ValueError as error:
+        reason = str(error).split(": ")[0].rstrip(".")  # its own remedy is for files that are shared one by one
+        raise ValueError(f"{reason if str(path) in reason else f'{path}: {reason}'}: {remedy}") from error
+    except (RuntimeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} does not fit this version of the pack: {remedy}") from error
 
 
 def _load_editor(path: Path) -> EditDecoder:
@@ -107,8 +109,9 @@ class Miniature:
     def __init__(self, assets: Path, device: torch.device, progress: Callable[[int], object] = lambda pictures: None):
         self.device, self.progress = device, progress
         self.vae = _read(assets, _VAE, lambda path: load_vae(path, device))
-        text_path = _read(assets, _TEXT, lambda path: path)
-        self.flux, self.text, record = _read(assets, _FLUX, lambda path: load_base(path, text_path, device))
+        self.text = _read(assets, _TEXT, lambda path: load_text_encoder(path, device))
+        text_file = assets / f"{_TEXT[0]}.safetensors"
+        self.flux, _, record = _read(assets, _FLUX, lambda path: load_base(path, text_file, device))
         self.attention = next(iter(self.flux.attn_processors.values()))
         self.mu, latent = record["config"]["sampling_shift_mu"], record["config"]["latent"]
         self.latent_shape = (latent["channels"], SIZE // latent["downsample"], SIZE // latent["downsample"])

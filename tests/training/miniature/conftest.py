@@ -1,0 +1,57 @@
+"""A whole miniature of random weights, made by the stages' own code at toy width."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def toy_assets(tmp_path_factory) -> Path:
+    """A folder like assets/miniature: every stage is built on the one before and exports its untrained weights."""
+    pytest.importorskip("diffusers", reason="diffusers is not installed: pip install -e '.[training]'")
+    pytest.importorskip("open_clip", reason="open_clip is not installed: pip install -r requirements.txt")
+
+    from semantic_diffusion_adapter.training.adapter import AdapterTraining
+    from semantic_diffusion_adapter.training.config import RunConfig
+    from semantic_diffusion_adapter.training.miniature import adapter, base, clip, dinov2, editor, text, vae
+
+    torch.manual_seed(0)
+    device, root = torch.device("cpu"), tmp_path_factory.mktemp("miniature")
+    assets, cache, dino = root / "assets", root / "cache", root / "dinov2.safetensors"
+    run = RunConfig(root / "run", max_steps=1, batch=2)
+    run.out.mkdir()
+
+    def file(name: str) -> Path:
+        return assets / f"{name}.safetensors"
+
+    vae_file, flux, t5 = file("vae/miniature_vae"), file("diffusion_models/miniature_flux"), file("text_encoders/miniature_t5")
+    clip_file = file("clip_vision/miniature_clip")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(vae.ARCHITECTURE, "block_out_channels", [32, 32, 32, 32])
+        for key, value in dict(d_model=48, d_kv=16, d_ff=64, num_layers=1, num_heads=2).items():
+            patch.setitem(text.ARCHITECTURE, key, value)
+        for key, value in dict(hidden_size=48, num_heads=2, axes_dim=[8, 8, 8], depth=1, depth_single_blocks=2,
+                               context_in_dim=48, vec_in_dim=48).items():
+            patch.setitem(base.FLUX, key, value)
+        vae.VaeStage(vae.Config(run, vae_file), device).export(0)
+        stage = base.BaseStage(base.Config(run, vae_file, flux, t5, cache, scenes=32), device)
+        for parameter in stage.flux.parameters():  # an untrained one is silenced by zeros on purpose
+            if not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.1)
+        stage.export(0)
+        clip.ClipStage(clip.Config(run, clip_file), device).export(0)
+        dinov2.Dinov2Stage(dinov2.Config(run, dino), device).export(0)
+        for name, suffix, table, masked in (("tree128", "", "tree128", True), ("global64", "_global64", "global64", True),
+                                            ("tree64_unmasked", "_tree64_unmasked", "tree64", False)):
+            adapter.AdapterStage(adapter.Config(
+                run, flux, t5, vae_file, (str(clip_file), str(dino)), cache, file(f"semantic_adapters/miniature_{name}"),
+                file(f"clip_vision/miniature_dinov2{suffix}"), table, table, width=32, heads=2, layers=1, scenes=32,
+                align_head=run.out / "align.safetensors", objective=AdapterTraining(masked=masked)), device).export(0)
+        stage = editor.EditorStage(editor.Config(
+            run, t5, file("semantic_adapters/miniature_tree128"), (str(clip_file), str(file("clip_vision/miniature_dinov2"))),
+            file("edit_decoders/miniature_editor"), width=32, heads=2, layers=1), device)
+        torch.nn.init.normal_(stage.decoder.out.weight, std=0.5)  # an untrained one copies
+        stage.export(0)
+    return assets

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("diffusers", reason="diffusers is not installed: pip install -e '.[training]'")
+
+from semantic_diffusion_adapter.training import cli  # noqa: E402
+from semantic_diffusion_adapter.training.config import RunConfig, build, from_toml, to_dict, write_toml  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Part:
+    phases: tuple[tuple, ...] = ((0.5, "a"),)
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Config:
+    run: RunConfig
+    file: Path
+    part: Part = field(default_factory=Part)
+
+
+RUN = {"out": "here", "max_steps": 3}
+
+
+def test_values_reach_their_types():
+    config = build(Config, {"run": RUN, "file": "a/b", "part": {"phases": [[0.1, "x"], [1.0, "y", "z"]]}}, "c.toml")
+    assert config.file == Path("a/b") and config.run.out == Path("here")
+    assert config.part.phases == ((0.1, "x"), (1.0, "y", "z")) and config.part.weight == 1.0
+
+
+@pytest.mark.parametrize("data, message", [
+    ({"run": RUN, "file": "x", "fiel": 1}, "c.toml: unknown key 'fiel'; did you mean 'file'?"),
+    ({"run": RUN | {"max_step": 1}, "file": "x"}, r"c.toml \[run\]: unknown key 'max_step'; did you mean 'max_steps'?"),
+    ({"run": RUN, "file": "x", "qqqq": 1}, "unknown key 'qqqq'; known keys: run, file, part"),
+    ({"run": RUN}, "c.toml: the key 'file' is missing"),
+    ({"run": {"out": "here"}, "file": "x"}, r"c.toml \[run\]: the key 'max_steps' is missing"),
+])
+def test_a_wrong_key_is_named_with_its_remedy(data, message):
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+        build(Config, data, "c.toml")
+
+
+def test_what_a_run_writes_down_gives_the_same_configuration(tmp_path):
+    config = build(Config, {"run": RUN | {"lr": 3e-4, "compile": True}, "file": "a/b", "part": {"weight": 0.25}}, "c.toml")
+    write_toml(config, tmp_path / "config.toml")
+    assert from_toml(Config, tmp_path / "config.toml") == config
+    assert to_dict(config)["part"]["phases"] == [[0.5, "a"]]
+
+
+@pytest.mark.parametrize("stage", cli.STAGES)
+def test_every_shipped_file_fits_its_stage(stage):
+    module, file = cli.STAGES[stage]
+    module = importlib.import_module(f"semantic_diffusion_adapter.training.miniature.{module}")
+    from_toml(module.Config, cli.CONFIGS / f"{file}.toml")
+
+
+def test_the_command_says_in_one_sentence_what_is_wrong(tmp_path, capsys):
+    pytest.importorskip("tyro", reason="tyro is not installed: pip install -e '.[training]'")
+    (tmp_path / "vae.toml").write_text('expert = "x"\n[run]\nout = "y"\nmax_steps = 1\n', encoding="utf-8")
+    assert cli.main(["miniature", "vae", "--config", str(tmp_path / "vae.toml")]) == 1
+    error = capsys.readouterr().err
+    assert "unknown key 'expert'; did you mean 'export'?" in error and error.count("\n") == 1
+    assert cli.main(["miniature", "vea"]) == 2 and "stages" in capsys.readouterr().out
