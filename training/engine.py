@@ -90,7 +90,9 @@ def save_checkpoint(folder: Path, step: int, stage: Stage, optimizer, average: A
     state = optimizer.state_dict()["state"]
     slots = {f"{i}.{k}": v if isinstance(v, Tensor) else torch.tensor(v) for i, s in state.items() for k, v in s.items()}
     for name, tensors in (("trainables", stage.trainables.state_dict()), ("average", average.values), ("optimizer", slots)):
-        save_file({k: v.contiguous() for k, v in tensors.items()}, staged / f"{name}.safetensors")
+        # Copies, because safetensors refuses tied weights (T5's word table has two names).
+        save_file({k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()},
+                  staged / f"{name}.safetensors")
     record = {"step": step, "stage": stage.name, "average_count": average.count, "config": to_dict(config)}
     (staged / "complete.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)

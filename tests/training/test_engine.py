@@ -16,7 +16,7 @@ from semantic_diffusion_adapter.training.engine import learning_rate, seeded, tr
 
 
 class Toy:
-    """A convolution in channels-last memory and a normalised linear layer; `at` maps a step to what happens in it."""
+    """A convolution in channels-last memory and a normalised linear layer, one weight under two names; `at` maps a step to what happens in it."""
 
     name = "toy"
 
@@ -27,6 +27,8 @@ class Toy:
             "conv": nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last),
             "head": nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 2)),
         })
+        last = self.trainables["head"][1]
+        last.register_parameter("alias", last.weight)  # tied weights, as T5's word table
 
     def loss(self, step, generator):
         if step in self.at:
