@@ -261,6 +261,14 @@ def test_percentages_follow_the_models_own_schedule(toy, embedding):
     assert all(on == (low < sigma <= high) for sigma, on in masked)
 
 
+def test_a_compiled_model_gives_the_same(toy, embedding):
+    positive = to_conditioning(embedding())
+    model = flux.patch(toy.model)
+    expected = toy.sample(model, positive, steps=1)
+    toy.network.forward = torch.compile(toy.network.forward, backend="eager")
+    assert torch.allclose(toy.sample(model, positive, steps=1), expected, **CLOSE)
+
+
 def test_patching_twice_is_patching_once(toy, embedding):
     positive = to_conditioning(embedding())
     twice = flux.patch(flux.patch(toy.model, strength=0.5), strength=1.5)
