@@ -66,8 +66,11 @@ def demo(arguments: argparse.Namespace) -> int:
             server.check()
             raise
     clock.lap("workflow")
-    for name, data in files.items():
-        (out / f"{name}.png").write_bytes(data)
+    try:
+        for name, data in files.items():
+            (out / f"{name}.png").write_bytes(data)
+    except OSError as error:
+        raise Failure(f"The pictures could not be written to {out}: {error.strerror}.") from error
     instruction = next(n["inputs"]["instruction"] for n in prompt.values() if n["class_type"] == "SDAEditEmbedding")
     picture(environment, "sheet", out / "demo.png", instruction, *(out / f"{name}.png" for name in files))
     clock.lap("sheet")
