@@ -67,6 +67,10 @@ def save(
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         save_file(stored, temporary, metadata={RECORD_KEY: json.dumps(record, sort_keys=True)})
+        # Some releases of safetensors make files that only their owner can read; a server often runs as someone else.
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

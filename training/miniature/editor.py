@@ -104,7 +104,7 @@ class EditorStage:
         return {k: float(v) for k, v in parts.items()}
 
     def export(self, step: int) -> None:
-        checkpoint.save(self.config.export, self.decoder.state_dict(), kind="edit_decoder", dtype=torch.float16, step=step,
+        checkpoint.save(self.config.export, self.decoder.state_dict(), kind="edit_decoder", dtype=torch.int8, step=step,
                         config=self.decoder.config.to_json(), hierarchy=list(self.decoder.config.hierarchy),
                         base_sha256=self.record["base_sha256"], adapter_sha256=file_hash(self.config.adapter),
                         licence="Apache-2.0")

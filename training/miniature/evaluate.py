@@ -106,6 +106,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"eval: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("eval: stopped", file=sys.stderr)
+        return 130
     results = rounded(results)
     page = table.page(results, asides, options.scenes, options.seed, " ".join(["python3 run.py eval", *argv]))
     print(page)

@@ -111,13 +111,14 @@ class VaeStage:
 
     def export(self, step: int) -> None:
         self.unit_variance()
-        checkpoint.save(self.config.export, self.trainables.state_dict(), kind="vae", config=ARCHITECTURE, step=step)
+        checkpoint.save(self.config.export, self.trainables.state_dict(), kind="vae", config=ARCHITECTURE, step=step,
+                        dtype=torch.float16)
 
 
 def load_vae(path: Path, device: torch.device) -> AutoencoderKL:
     state, record = checkpoint.load(path, "vae")
     vae = AutoencoderKL(**record["config"])
-    vae.load_state_dict(state)
+    vae.load_state_dict({k: v.float() for k, v in state.items()})
     return vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
