@@ -108,6 +108,7 @@ class BaseStage:
                 if name.endswith("linear") and isinstance(layer, nn.Linear) and name.startswith("norm"):
                     nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
         nn.init.zeros_(self.flux.proj_out.weight), nn.init.zeros_(self.flux.proj_out.bias)
+        self.figures: dict[str, float] = {}  # of the latest validation; the exported file carries them
         attend_by_region(self.flux)
         self.tap = Tap(self.flux.single_transformer_blocks[TAPPED])
         self.objective = torch.compile(self._objective) if config.run.compile else self._objective
@@ -157,7 +158,8 @@ class BaseStage:
         words = [caption(s) for s in truth]
         pictures = sample_text(self.flux, self.trainables["text"], self.vae, words, self.device, cfg=2.0, mu=self.config.mu)
         found = [parse(p) for p in pictures]
-        return {"f1_colour_place": f1(truth, found, colour_place), "f1_shape_place": f1(truth, found, shape_place)}
+        self.figures = {"f1_colour_place": f1(truth, found, colour_place), "f1_shape_place": f1(truth, found, shape_place)}
+        return self.figures
 
     def export(self, step: int) -> None:
         save_file(self.trainables["align"].state_dict(), self.config.run.out / "align.safetensors")
@@ -165,7 +167,7 @@ class BaseStage:
         config = {**FLUX, "sampling_shift_mu": self.config.mu}
         # Eight bits are enough for Flux: the difference in velocity is far below the noise of training.
         checkpoint.save(self.config.export_flux, to_bfl(self.flux.state_dict()), kind="flux", config=config, step=step,
-                        dtype=torch.int8, vae_sha256=file_hash(self.config.vae),
+                        dtype=torch.int8, figures=self.figures, vae_sha256=file_hash(self.config.vae),
                         text_encoder_sha256=file_hash(self.config.export_text))
 
 
