@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ..kernels.adapter import Adapter, token_similarity
 from ..kernels.attention import Regions
 from ..kernels.hierarchy import PRESETS, Hierarchy, Level
-from ..kernels.vision.towers import VisionTower
 from ..kernels.visibility import region_bias
+from ..kernels.vision.towers import VisionTower
 from .flux import sample_times, velocity
 from .region_attention import RegionAttention
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load, save
-
 from semantic_diffusion_adapter.kernels.adapter import Adapter, AdapterConfig, token_similarity
 from semantic_diffusion_adapter.kernels.hierarchy import PRESETS, Hierarchy
 from semantic_diffusion_adapter.kernels.rope import axis_dims, box_positions, patch_positions, rotary_angles, rotate

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from semantic_diffusion_adapter.kernels import algebra
 from semantic_diffusion_adapter.kernels.embedding import from_hierarchy
 from semantic_diffusion_adapter.kernels.hierarchy import hierarchy

@@ -8,7 +8,6 @@ import struct
 import pytest
 import torch
 from safetensors.torch import save_file
-
 from semantic_diffusion_adapter.kernels import checkpoint
 
 

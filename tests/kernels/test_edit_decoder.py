@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load, save
-
 from semantic_diffusion_adapter.kernels.edit_decoder import MODES, EditDecoder, EditDecoderConfig
 from semantic_diffusion_adapter.kernels.hierarchy import PRESETS, Hierarchy
 

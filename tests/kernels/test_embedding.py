@@ -6,7 +6,6 @@ import dataclasses
 
 import pytest
 import torch
-
 from semantic_diffusion_adapter.kernels.embedding import SemanticEmbedding, from_hierarchy
 from semantic_diffusion_adapter.kernels.hierarchy import PRESETS, hierarchy
 

@@ -1,6 +1,5 @@
 import pytest
 import torch
-
 from semantic_diffusion_adapter.kernels.rope import axis_dims, box_positions, patch_positions, rotary_angles, rotate
 
 

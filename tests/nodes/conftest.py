@@ -70,7 +70,6 @@ def write_random_miniature(root: Path) -> None:
     """assets/miniature with every file of the real one, at still smaller widths and with random weights."""
     import diffusers
     import transformers
-
     from semantic_diffusion_adapter.kernels import checkpoint
     from semantic_diffusion_adapter.kernels.adapter import Adapter, AdapterConfig
     from semantic_diffusion_adapter.kernels.edit_decoder import EditDecoder, EditDecoderConfig
@@ -119,7 +118,6 @@ def random_miniature(tmp_path_factory) -> Path:
 def assets(random_miniature, monkeypatch) -> Path:
     """The random miniature in place of assets/miniature, and its folders in a fresh copy of core's list of folders."""
     import folder_paths
-
     from semantic_diffusion_adapter.nodes.host import folders
 
     known = {name: (list(paths), set(kinds)) for name, (paths, kinds) in folder_paths.folder_names_and_paths.items()}

@@ -9,7 +9,6 @@ pytest.importorskip("comfy.sd", reason="no ComfyUI here: set COMFYUI_PATH, or `p
 pytest.importorskip("diffusers", reason="diffusers is not installed: pip install -e '.[training]'")
 
 import comfy.sample  # noqa: E402
-
 from semantic_diffusion_adapter.kernels.attention import Regions  # noqa: E402
 from semantic_diffusion_adapter.kernels.visibility import region_bias  # noqa: E402
 from semantic_diffusion_adapter.nodes.host import flux, miniature  # noqa: E402

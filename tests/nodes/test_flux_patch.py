@@ -10,9 +10,7 @@ import torch
 
 pytest.importorskip("comfy.sd", reason="no ComfyUI here: set COMFYUI_PATH, or `python3 run.py test` makes one")
 
-import comfy.patcher_extension  # noqa: E402
 import node_helpers  # noqa: E402
-
 from semantic_diffusion_adapter.kernels import algebra, visibility  # noqa: E402
 from semantic_diffusion_adapter.kernels.embedding import from_hierarchy  # noqa: E402
 from semantic_diffusion_adapter.kernels.hierarchy import hierarchy  # noqa: E402

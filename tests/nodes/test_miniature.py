@@ -10,13 +10,13 @@ import torch
 pytest.importorskip("comfy.sd", reason="no ComfyUI here: set COMFYUI_PATH, or `python3 run.py test` makes one")
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: pip install -e '.[training]'")
 
-import nodes as stock  # noqa: E402
 import transformers  # noqa: E402
-
 from semantic_diffusion_adapter.kernels import checkpoint  # noqa: E402
 from semantic_diffusion_adapter.nodes.host import folders, miniature, networks, text_encoder  # noqa: E402
 from semantic_diffusion_adapter.nodes.host.conditioning import to_conditioning  # noqa: E402
 from semantic_diffusion_adapter.nodes.host.flux import patch  # noqa: E402
+
+import nodes as stock  # noqa: E402
 
 
 @pytest.fixture

@@ -20,9 +20,8 @@ import comfy.ldm.modules.attention  # noqa: E402
 import comfy.model_management  # noqa: E402
 import comfy.utils  # noqa: E402
 import folder_paths  # noqa: E402
-from comfy_api.latest import ComfyExtension, io  # noqa: E402
-
 import semantic_diffusion_adapter  # noqa: E402
+from comfy_api.latest import ComfyExtension, io  # noqa: E402
 from semantic_diffusion_adapter.nodes import blend, decode, edit, encode, load  # noqa: E402
 from semantic_diffusion_adapter.nodes import miniature as miniature_node  # noqa: E402
 from semantic_diffusion_adapter.nodes.host import folders, miniature, networks, text_encoder, versions  # noqa: E402

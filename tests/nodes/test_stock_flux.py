@@ -12,13 +12,13 @@ pytest.importorskip("comfy.sd", reason="no ComfyUI here: set COMFYUI_PATH, or `p
 
 import comfy.model_management  # noqa: E402
 import folder_paths  # noqa: E402
-import nodes as stock  # noqa: E402
-
 from semantic_diffusion_adapter.kernels import visibility  # noqa: E402
 from semantic_diffusion_adapter.kernels.embedding import from_hierarchy  # noqa: E402
 from semantic_diffusion_adapter.kernels.hierarchy import PRESETS  # noqa: E402
 from semantic_diffusion_adapter.nodes import decode  # noqa: E402
 from semantic_diffusion_adapter.nodes.host.conditioning import to_conditioning  # noqa: E402
+
+import nodes as stock  # noqa: E402
 
 WIDTH, TEXT = 3072, 4096
 

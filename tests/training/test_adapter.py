@@ -8,8 +8,8 @@ pytest.importorskip("diffusers", reason="diffusers is not installed: pip install
 
 from semantic_diffusion_adapter.kernels.adapter import Adapter, AdapterConfig  # noqa: E402
 from semantic_diffusion_adapter.kernels.hierarchy import PRESETS  # noqa: E402
-from semantic_diffusion_adapter.kernels.vision.towers import TowerConfig, build_tower  # noqa: E402
 from semantic_diffusion_adapter.kernels.visibility import visible  # noqa: E402
+from semantic_diffusion_adapter.kernels.vision.towers import TowerConfig, build_tower  # noqa: E402
 from semantic_diffusion_adapter.training.adapter import (  # noqa: E402
     AdapterObjective,
     AdapterTraining,

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from semantic_diffusion_adapter.kernels.edit_decoder import EditDecoder, EditDecoderConfig
 from semantic_diffusion_adapter.kernels.hierarchy import PRESETS
 from semantic_diffusion_adapter.training.editor import EditorTraining, corrupt, editor_loss

@@ -6,8 +6,20 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .scenes import (COLOURS, GROUNDS, PLACES, RADII, SHAPES, Scene, Thing, choice, is_free, new_thing, place_centre,
-                     random_position)
+from .scenes import (
+    COLOURS,
+    GROUNDS,
+    PLACES,
+    RADII,
+    SHAPES,
+    Scene,
+    Thing,
+    choice,
+    is_free,
+    new_thing,
+    place_centre,
+    random_position,
+)
 
 OPERATIONS = ("remove", "add", "recolour", "move", "replace")
 STEP = 2  # pixels between two coordinate words

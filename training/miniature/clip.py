@@ -7,13 +7,13 @@ from pathlib import Path
 import open_clip
 import torch
 
+from ...kernels.vision.towers import VisionTower
 from ..config import RunConfig
 from ..engine import pick_device, train
 from .captions import LENGTH, VOCABULARY, caption
 from .scenes import generator, scene
 from .text import token_ids
 from .towers import CLIP, save_tower, unit_images
-from ...kernels.vision.towers import VisionTower
 
 TEXT = dict(context_length=LENGTH, vocab_size=len(VOCABULARY), width=128, heads=4, layers=2, pool_type="eos", eos_id=1)
 

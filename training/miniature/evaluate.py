@@ -20,7 +20,7 @@ from ..engine import pick_device
 from .captions import OPERATIONS
 from .evaluation import blend, editing, locality, reconstruction, table
 from .evaluation.system import ASSETS, Miniature
-from .scenes import render, scene
+from .scenes import render
 
 SCENES = 256
 

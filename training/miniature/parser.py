@@ -1,7 +1,7 @@
 """Reads a scene back from a picture: nearest colour, connected components, best fitting template."""
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 from scipy import ndimage
@@ -13,7 +13,7 @@ _PALETTE = np.asarray([*COLOURS.values(), *GROUNDS.values()], np.float32)
 _NAMES = [*COLOURS, *GROUNDS]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _template(shape: str, size: str) -> tuple[np.ndarray, tuple[float, float]]:
     """The shape's mask about the image centre, and its centroid's offset from its centre."""
     mask = coverage(Thing(shape, "red", size, SIZE / 2, SIZE / 2))
@@ -39,9 +39,9 @@ def parse(image: np.ndarray) -> Scene:
     for index, colour in enumerate(COLOURS):
         # Opening by one pixel removes the rims where anti-aliasing between two colours looks like a third.
         opened = ndimage.binary_opening(label == index)
-        parts, _ = ndimage.label(opened)
-        for part, box in enumerate(ndimage.find_objects(parts), 1):
-            mask = (parts == part)
+        parts, count = ndimage.label(opened)
+        for part in range(1, count + 1):
+            mask = parts == part
             if mask.sum() < MIN_AREA:
                 continue
             cy, cx = ndimage.center_of_mass(mask)

@@ -57,7 +57,7 @@ class Scene:
         return asdict(self)
 
     @staticmethod
-    def from_json(data: dict) -> "Scene":
+    def from_json(data: dict) -> Scene:
         return Scene(data["ground"], tuple(Thing(**thing) for thing in data["things"]))
 
 

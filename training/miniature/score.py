@@ -1,7 +1,7 @@
 """How well a parsed scene agrees with the true one."""
 from __future__ import annotations
 
-from typing import Callable, Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment

@@ -5,7 +5,6 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-
 from semantic_diffusion_adapter.kernels.vision.known import KNOWN_TOWERS
 from semantic_diffusion_adapter.kernels.vision.towers import TowerConfig, VisionTower, build_tower, load_tower
 

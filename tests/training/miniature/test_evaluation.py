@@ -12,7 +12,6 @@ import torch
 pytest.importorskip("diffusers", reason="diffusers is not installed: pip install -e '.[training]'")
 
 from PIL import Image  # noqa: E402
-
 from semantic_diffusion_adapter.kernels.embedding import from_hierarchy  # noqa: E402
 from semantic_diffusion_adapter.kernels.hierarchy import PRESETS  # noqa: E402
 from semantic_diffusion_adapter.training.miniature import evaluate  # noqa: E402

@@ -9,7 +9,6 @@ pytest.importorskip("scipy", reason="scipy is not installed: pip install -e '.[t
 
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
-
 from semantic_diffusion_adapter.training.miniature.scenes import COLOURS, SHAPES, Scene, Thing  # noqa: E402
 from semantic_diffusion_adapter.training.miniature.score import (  # noqa: E402
     colour_place,
