@@ -12,9 +12,9 @@ pytest.importorskip("comfy.sd", reason="no ComfyUI here: set COMFYUI_PATH, or `p
 
 import execution  # noqa: E402
 import folder_paths  # noqa: E402
-import nodes as stock  # noqa: E402
-
 import semantic_diffusion_adapter  # noqa: E402
+
+import nodes as stock  # noqa: E402
 
 
 class Listener:
