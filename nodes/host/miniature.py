@@ -87,7 +87,13 @@ def load_flux(path: str):
     config.set_inference_dtype(torch.float32, None)
     offload = comfy.model_management.unet_offload_device()
     model = config.get_model(tensors, "").to(offload)
-    checkpoint.fill(model.diffusion_model, config.process_unet_state_dict(tensors), path)
+    named = config.process_unet_state_dict(tensors)
+    try:
+        # Core's own way: newer cores build layers without weights, which only this creates.
+        model.load_model_weights(dict(tensors), "")
+    except RuntimeError as error:
+        raise ValueError(f"{path} has tensors of other shapes than its record says: export it again.") from error
+    _check_names(model.diffusion_model, named, path)
     device = comfy.model_management.get_torch_device()
     return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload)
 
@@ -116,8 +122,12 @@ def load_vae(path: str):
     for module in vae.first_stage_model.modules():
         if isinstance(module, torch.nn.GroupNorm):  # core always builds 32 groups: too many for a narrow network
             module.num_groups = settings.get("norm_num_groups", 32)
-    expected = vae.first_stage_model.state_dict()
-    wrong = sorted(expected.keys() ^ converted.keys())
-    if wrong:
-        raise ValueError(f"{path} does not fit its record ({wrong[0]!r}): export the VAE again.")
+    _check_names(vae.first_stage_model, converted, path)
     return vae
+
+
+def _check_names(module: torch.nn.Module, tensors: dict[str, torch.Tensor], path: str) -> None:
+    """Core only logs a tensor that is missing or left over; here it is an error."""
+    wrong = sorted(module.state_dict().keys() ^ tensors.keys())
+    if wrong:
+        raise ValueError(f"{path} does not fit its record (tensor {wrong[0]!r}): export it again.")

@@ -99,6 +99,22 @@ def test_flux_has_the_records_numbers_and_weights(assets):
     assert abs(model.get_model_object("model_sampling").percent_to_sigma(0.5) - 0.6225) < 1e-3
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state, numbers: state.pop("single_blocks.1.linear2.bias"), "'single_blocks.1.linear2.bias'"),
+        (lambda state, numbers: numbers.update(mlp_ratio=3.0), "other shapes than its record says"),
+        (lambda state, numbers: state.pop("double_blocks.0.img_attn.norm.key_norm.scale"), "not a Flux model"),
+    ],
+)
+def test_a_flux_file_that_belies_its_record_is_refused(assets, tmp_path, change, message):
+    state, record = checkpoint.load(assets / miniature.FLUX, "flux")
+    change(state, record["config"])
+    checkpoint.save(tmp_path / "flux.safetensors", state, "flux", record["config"])
+    with pytest.raises(ValueError, match=message):
+        miniature.load_flux(str(tmp_path / "flux.safetensors"))
+
+
 def test_the_whole_job_through_the_loaders(assets):
     """Encode, build, edit, decode: the graph of the example workflow with the stock nodes around ours."""
     model, clip, vae = miniature.load()
