@@ -27,7 +27,6 @@ SHIPPED = (
     "clip_vision/miniature_clip",
     "clip_vision/miniature_dinov2",
     "semantic_adapters/miniature_tree128",
-    "semantic_adapters/miniature_global64",
     "edit_decoders/miniature_editor",
 )
 

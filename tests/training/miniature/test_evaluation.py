@@ -14,6 +14,7 @@ pytest.importorskip("diffusers", reason="diffusers is not installed: pip install
 from PIL import Image  # noqa: E402
 from semantic_diffusion_adapter.kernels.embedding import from_hierarchy  # noqa: E402
 from semantic_diffusion_adapter.kernels.hierarchy import PRESETS  # noqa: E402
+from semantic_diffusion_adapter.training.flux import velocity  # noqa: E402
 from semantic_diffusion_adapter.training.miniature import evaluate  # noqa: E402
 from semantic_diffusion_adapter.training.miniature.captions import OPERATIONS, Edit  # noqa: E402
 from semantic_diffusion_adapter.training.miniature.evaluation import (  # noqa: E402
@@ -25,6 +26,7 @@ from semantic_diffusion_adapter.training.miniature.evaluation import (  # noqa: 
 )
 from semantic_diffusion_adapter.training.miniature.parser import parse  # noqa: E402
 from semantic_diffusion_adapter.training.miniature.scenes import Scene, Thing, render, scene  # noqa: E402
+from semantic_diffusion_adapter.training.region_attention import RegionAttention  # noqa: E402
 
 RED = Thing("circle", "red", "small", 30, 30)
 BLUE = Thing("square", "blue", "large", 90, 90)
@@ -188,6 +190,22 @@ def test_the_mask_is_on_for_masked_adapters_only(toy):
         assert (miniature.attention.regions is not None) == masked
     miniature.paint_text(["a red circle"], noise)
     assert miniature.attention.regions is None
+
+
+@torch.no_grad()
+def test_painting_attends_as_training_does(toy):
+    """The evaluation's attention and training's own give one velocity, with and without a visibility."""
+    miniature, _ = toy
+    x, t = miniature.noise("test", range(2), 0), torch.tensor([0.3, 0.9])
+    tokens = torch.randn(2, 128, 48, generator=torch.Generator().manual_seed(0))
+    for regions in (miniature._visibility("tree128"), None):
+        found = []
+        for processor in (system.Attention(), RegionAttention()):
+            processor.regions = regions
+            miniature.flux.set_attn_processor(processor)
+            found.append(velocity(miniature.flux, x, t, tokens, torch.zeros(2, 48)))
+        miniature.flux.set_attn_processor(miniature.attention)
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
 def test_sdedit_begins_from_the_picture(toy):
