@@ -16,7 +16,8 @@ from semantic_diffusion_adapter.training.engine import learning_rate, seeded, tr
 
 
 class Toy:
-    """A convolution in channels-last memory and a normalised linear layer, one weight under two names; `at` maps a step to what happens in it."""
+    """A convolution in channels-last memory and a normalised linear layer, one weight under two names; `at` maps a step
+    to what happens in it."""
 
     name = "toy"
 
