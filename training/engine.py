@@ -10,6 +10,7 @@ import math
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -208,3 +209,11 @@ def train(stage: Stage, run: RunConfig, config: Any) -> None:
     board.close()
     metrics.close()
     signal.signal(signal.SIGTERM, previous)
+
+
+def launch(stage: Callable[[Any, torch.device], Stage], config: Any) -> None:
+    """Make the stage of a configuration (with a `run`) on its device and train it."""
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    torch.manual_seed(config.run.seed)
+    train(stage(config, pick_device(config.run.device)), config.run, config)

@@ -13,7 +13,7 @@ from ...kernels import checkpoint
 from ...kernels.adapter import Adapter, AdapterConfig
 from ..adapter import AdapterObjective, AdapterTraining, Batch, named_hierarchy
 from ..config import RunConfig
-from ..engine import pick_device, train
+from ..engine import launch
 from ..flux import Tap
 from .base import TAPPED, load_base, name_loss, sample, training_text
 from .latents import cached_latents, file_hash, take
@@ -126,7 +126,4 @@ def decode(objective: AdapterObjective, vae, tokens: Tensor, preset: str, seed: 
 
 
 def run(config: Config) -> None:
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
-    torch.manual_seed(config.run.seed)
-    train(AdapterStage(config, pick_device(config.run.device)), config.run, config)
+    launch(AdapterStage, config)

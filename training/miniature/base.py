@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...kernels import checkpoint
 from ..config import RunConfig
-from ..engine import pick_device, train
+from ..engine import launch
 from ..flux import Tap, build_flux, from_bfl, sample_times, shifted, to_bfl, velocity
 from ..region_attention import attend_by_region
 from .captions import caption, edit, tokenize
@@ -210,7 +210,4 @@ def load_base(flux_path: Path, text_path: Path, device: torch.device):
 
 
 def run(config: Config) -> None:
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
-    torch.manual_seed(config.run.seed)
-    train(BaseStage(config, pick_device(config.run.device)), config.run, config)
+    launch(BaseStage, config)

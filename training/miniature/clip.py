@@ -9,7 +9,7 @@ import torch
 
 from ...kernels.vision.towers import VisionTower
 from ..config import RunConfig
-from ..engine import pick_device, train
+from ..engine import launch
 from .captions import LENGTH, VOCABULARY, caption
 from .scenes import generator, scene
 from .text import token_ids
@@ -62,7 +62,4 @@ class ClipStage:
 
 
 def run(config: Config) -> None:
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
-    torch.manual_seed(config.run.seed)
-    train(ClipStage(config, pick_device(config.run.device)), config.run, config)
+    launch(ClipStage, config)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...kernels.vision.towers import build_tower
 from ..config import RunConfig
-from ..engine import pick_device, train
+from ..engine import launch
 from .scenes import patch_labels, scene
 from .towers import DINOV2, save_tower, unit_images
 
@@ -72,7 +72,4 @@ class Dinov2Stage:
 
 
 def run(config: Config) -> None:
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
-    torch.manual_seed(config.run.seed)
-    train(Dinov2Stage(config, pick_device(config.run.device)), config.run, config)
+    launch(Dinov2Stage, config)

@@ -13,7 +13,7 @@ from ...kernels.edit_decoder import EditDecoder, EditDecoderConfig
 from ..adapter import named_hierarchy
 from ..config import RunConfig
 from ..editor import EditorTraining, editor_loss
-from ..engine import pick_device, train
+from ..engine import launch
 from .captions import Edit, edit
 from .latents import file_hash
 from .scenes import generator as generator_of
@@ -111,7 +111,4 @@ class EditorStage:
 
 
 def run(config: Config) -> None:
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
-    torch.manual_seed(config.run.seed)
-    train(EditorStage(config, pick_device(config.run.device)), config.run, config)
+    launch(EditorStage, config)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...kernels import checkpoint
 from ..config import RunConfig
-from ..engine import pick_device, train
+from ..engine import launch
 from .parser import parse
 from .scenes import COLOURS, GROUNDS, RADII, SHAPES, Scene, Thing, choice, render, scene
 from .scenes import generator as generator_of
@@ -123,7 +123,4 @@ def load_vae(path: Path, device: torch.device) -> AutoencoderKL:
 
 
 def run(config: Config) -> None:
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
-    torch.manual_seed(config.run.seed)
-    train(VaeStage(config, pick_device(config.run.device)), config.run, config)
+    launch(VaeStage, config)
