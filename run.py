@@ -153,7 +153,7 @@ def main() -> int:
     if command == "test":
         return inside("pytest", ["-c", str(ROOT / "pyproject.toml"), *rest], ("pytest", "hypothesis", "diffusers"))
     if command == "eval":
-        return inside(f"{PACKAGE}.training.miniature.evaluate", rest, ("scipy",))
+        return inside(f"{PACKAGE}.training.miniature.evaluate", rest, ("diffusers", "scipy", "tensorboard", "tqdm"))
     if command == "bench":
         names = sorted(p.stem for p in (ROOT / "benchmarks").glob("[a-z]*.py"))
         if not rest or rest[0] not in names:
