@@ -8,7 +8,7 @@ from pathlib import Path
 CONFIGS = Path(__file__).parent / "miniature" / "configs"
 # stage -> (module, TOML file), in the order in which they build on one another; each module has Config and run(config).
 STAGES = {
-    "scenes": ("preview", "scenes"), "vae": ("vae", "vae"), "base": ("base", "base"), "clip": ("clip", "clip"),
+    "scenes": ("preview", "scenes"), "vae": ("vae", "vae"), "text": ("reader", "text"), "base": ("base", "base"), "clip": ("clip", "clip"),
     "dinov2": ("dinov2", "dinov2"), "adapter": ("adapter", "adapter"), "editor": ("editor", "editor"),
     "adapter-unmasked": ("adapter", "adapter_unmasked"), "adapter-global64": ("adapter", "adapter_global64"),
 }

@@ -1,4 +1,4 @@
-"""Stage 2: the tiny text encoder and the tiny Flux, trained together from captions (and instructions) to latents.
+"""Stage 2b: the tiny text encoder and the tiny Flux, trained together from captions (and instructions) to latents.
 
 Beside the flow loss a linear head on the image stream of a middle block names what each patch shows: representation
 alignment (REPA, arXiv 2410.06940) with the scene's own truth as the teacher. The head is not exported.
@@ -24,7 +24,7 @@ from .latents import cached_latents, file_hash, take
 from .parser import parse
 from .scenes import generator, patch_labels, scene
 from .score import colour_place, f1, shape_place
-from .text import build_text_encoder, encode, load_text_encoder, save_text_encoder, token_ids
+from .text import encode, load_text_encoder, save_text_encoder, token_ids
 from .vae import load_vae, to_pixels
 
 FLUX = dict(hidden_size=192, num_heads=3, depth=3, depth_single_blocks=6, axes_dim=[8, 28, 28], context_in_dim=192,
@@ -37,6 +37,8 @@ TAPPED = 1  # the single block whose image stream the alignment head reads
 class Config:
     run: RunConfig
     vae: Path
+    text: Path
+    """The text encoder to start from (stage `text`)."""
     export_flux: Path
     export_text: Path
     cache: Path
@@ -100,7 +102,8 @@ class BaseStage:
         self.config, self.device = config, device
         self.latents = cached_latents(config.vae, "train", config.scenes, config.cache, device)
         self.vae = load_vae(config.vae, device)
-        self.trainables = nn.ModuleDict({"text": build_text_encoder(), "flux": build_flux(FLUX),
+        text = load_text_encoder(config.text, device).train().requires_grad_(True)
+        self.trainables = nn.ModuleDict({"text": text, "flux": build_flux(FLUX),
                                          "align": nn.Linear(FLUX["hidden_size"], 15)}).to(device)
         # Zero output and zero modulation at the start (adaLN-zero, as DiT): the first steps learn the mean.
         for block in (*self.flux.transformer_blocks, *self.flux.single_transformer_blocks):

@@ -15,7 +15,7 @@ def toy_assets(tmp_path_factory) -> Path:
 
     from semantic_diffusion_adapter.training.adapter import AdapterTraining
     from semantic_diffusion_adapter.training.config import RunConfig
-    from semantic_diffusion_adapter.training.miniature import adapter, base, clip, dinov2, editor, text, vae
+    from semantic_diffusion_adapter.training.miniature import adapter, base, clip, dinov2, editor, reader, text, vae
 
     torch.manual_seed(0)
     device, root = torch.device("cpu"), tmp_path_factory.mktemp("miniature")
@@ -36,7 +36,9 @@ def toy_assets(tmp_path_factory) -> Path:
                                context_in_dim=48, vec_in_dim=48).items():
             patch.setitem(base.FLUX, key, value)
         vae.VaeStage(vae.Config(run, vae_file), device).export(0)
-        stage = base.BaseStage(base.Config(run, vae_file, flux, t5, cache, scenes=32), device)
+        words = run.out / "text.safetensors"
+        reader.ReaderStage(reader.Config(run, words), device).export(0)
+        stage = base.BaseStage(base.Config(run, vae_file, words, flux, t5, cache, scenes=32), device)
         for parameter in stage.flux.parameters():  # an untrained one is silenced by zeros on purpose
             if not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.1)
