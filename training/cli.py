@@ -21,7 +21,8 @@ def usage() -> str:
             "`sda miniature STAGE --help` lists every key. A stage that was stopped goes on where it was.")
 
 
-def run_stage(name: str, arguments: list[str]) -> None:
+def run_stage(name: str, arguments: list[str]) -> bool:
+    """Whether the stage ran to its end."""
     import tyro
 
     from .config import from_toml
@@ -34,7 +35,7 @@ def run_stage(name: str, arguments: list[str]) -> None:
             raise ValueError("--config needs the name of a TOML file.")
         path, arguments = Path(arguments[at + 1]), arguments[:at] + arguments[at + 2:]
     module = importlib.import_module(f".miniature.{module_name}", __package__)
-    module.run(tyro.cli(module.Config, default=from_toml(module.Config, path), args=arguments, prog=f"sda miniature {name}"))
+    return module.run(tyro.cli(module.Config, default=from_toml(module.Config, path), args=arguments, prog=f"sda miniature {name}"))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,12 +44,10 @@ def main(argv: list[str] | None = None) -> int:
         print(usage())
         return 0 if argv in (["--help"], ["-h"]) else 2
     try:
-        if argv[1] == "all":
-            for name in STAGES:
-                run_stage(name, argv[2:])
-        else:
-            run_stage(argv[1], argv[2:])
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        for name in STAGES if argv[1] == "all" else argv[1:2]:
+            if not run_stage(name, argv[2:]):
+                return 130
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"sda: {error}", file=sys.stderr)
         return 1
     return 0

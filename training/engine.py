@@ -134,8 +134,11 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     return groups
 
 
-def train(stage: Stage, run: RunConfig, config: Any) -> None:
-    """Run the stage from its last checkpoint (or from the start) to `run.max_steps`, then export."""
+def train(stage: Stage, run: RunConfig, config: Any) -> bool:
+    """Run the stage from its last checkpoint (or from the start) to `run.max_steps`, then export.
+
+    Ctrl-C and SIGTERM let the step end, save and return False; a finished run returns True.
+    """
     device = next(stage.trainables.parameters()).device
     optimizer = torch.optim.AdamW(parameter_groups(stage.trainables, run.weight_decay), lr=run.lr,
                                   betas=(0.9, run.beta2), fused=True)
@@ -148,7 +151,8 @@ def train(stage: Stage, run: RunConfig, config: Any) -> None:
     write_toml(config, run.out / "config.toml")
     board, metrics = SummaryWriter(str(run.out)), open(run.out / "metrics.jsonl", "a", encoding="utf-8")
     stop: list[int] = []
-    previous = signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
+    previous = {number: signal.signal(number, lambda number, frame: stop.append(number))
+                for number in (signal.SIGTERM, signal.SIGINT)}
     clock, since = time.time(), start
 
     def log(step: int, values: dict[str, float]) -> None:
@@ -203,17 +207,21 @@ def train(stage: Stage, run: RunConfig, config: Any) -> None:
             validate(done)
             clock, since = time.time(), done
     else:
+        if start >= run.max_steps:  # asked again for a finished run: what is exported carries its figures
+            validate(start)
         average.swap()
         stage.trainables.eval()
         stage.export(run.max_steps)
     board.close()
     metrics.close()
-    signal.signal(signal.SIGTERM, previous)
+    for number, handler in previous.items():
+        signal.signal(number, handler)
+    return not stop
 
 
-def launch(stage: Callable[[Any, torch.device], Stage], config: Any) -> None:
-    """Make the stage of a configuration (with a `run`) on its device and train it."""
+def launch(stage: Callable[[Any, torch.device], Stage], config: Any) -> bool:
+    """Make the stage of a configuration (with a `run`) on its device and train it; False if it was stopped."""
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     torch.manual_seed(config.run.seed)
-    train(stage(config, pick_device(config.run.device)), config.run, config)
+    return train(stage(config, pick_device(config.run.device)), config.run, config)

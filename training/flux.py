@@ -88,6 +88,8 @@ _DOUBLE_NORMS = {"img_attn.norm.query_norm": "attn.norm_q", "img_attn.norm.key_n
 _SINGLE = {"modulation.lin": ("norm.linear",), "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
            "linear2": ("proj_out",)}
 _SINGLE_NORMS = {"norm.query_norm": "attn.norm_q", "norm.key_norm": "attn.norm_k"}
+_STREAMS = (("double_blocks", "transformer_blocks", _DOUBLE, _DOUBLE_NORMS),
+            ("single_blocks", "single_transformer_blocks", _SINGLE, _SINGLE_NORMS))
 _OUTSIDE = {"img_in": "x_embedder", "txt_in": "context_embedder", "final_layer.linear": "proj_out",
             "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
             "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
@@ -117,8 +119,7 @@ def to_bfl(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for kind in ("weight", "bias"):
         scale, shift = state[f"{_FINAL_MODULATION[1]}.{kind}"].chunk(2)
         out[f"{_FINAL_MODULATION[0]}.{kind}"] = torch.cat([shift, scale])
-    for theirs, ours, table, norms in (("double_blocks", "transformer_blocks", _DOUBLE, _DOUBLE_NORMS),
-                                       ("single_blocks", "single_transformer_blocks", _SINGLE, _SINGLE_NORMS)):
+    for theirs, ours, table, norms in _STREAMS:
         for i in range(_blocks(state, ours)):
             for target, names in table.items():
                 join(f"{theirs}.{i}.{target}", [f"{ours}.{i}.{n}" for n in names])
@@ -144,8 +145,7 @@ def from_bfl(state: dict[str, Tensor], hidden: int) -> dict[str, Tensor]:
     for kind in ("weight", "bias"):
         shift, scale = state[f"{_FINAL_MODULATION[0]}.{kind}"].chunk(2)
         out[f"{_FINAL_MODULATION[1]}.{kind}"] = torch.cat([scale, shift])
-    for theirs, ours, table, norms in (("double_blocks", "transformer_blocks", _DOUBLE, _DOUBLE_NORMS),
-                                       ("single_blocks", "single_transformer_blocks", _SINGLE, _SINGLE_NORMS)):
+    for theirs, ours, table, norms in _STREAMS:
         for i in range(_blocks(state, theirs)):
             for source, names in table.items():
                 cut(f"{theirs}.{i}.{source}", [f"{ours}.{i}.{n}" for n in names])

@@ -70,15 +70,16 @@ def straight(tmp_path) -> Toy:
     return go(Toy(), settings(tmp_path / "straight"))
 
 
-def stop_at(step: int) -> dict:
-    return {step: lambda: os.kill(os.getpid(), signal.SIGTERM)}
+def stop_at(step: int, number: int = signal.SIGTERM) -> dict:
+    return {step: lambda: os.kill(os.getpid(), number)}
 
 
-def test_sigterm_saves_and_the_resumed_run_is_the_same_bit_for_bit(tmp_path, straight):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_resumed_run_is_the_same_bit_for_bit(tmp_path, straight, number):
     run = settings(tmp_path / "cut", save_every=100)
-    handler = signal.getsignal(signal.SIGTERM)
-    first = go(Toy(at=stop_at(1)), run)
-    assert signal.getsignal(signal.SIGTERM) == handler
+    handler = signal.getsignal(number)
+    first = go(Toy(at=stop_at(1, number)), run)
+    assert signal.getsignal(number) == handler
     assert [step for step, _ in first.seen] == [0, 1] and first.exported is None
     assert [p.name for p in (run.out / "checkpoints").iterdir()] == ["step_00000002"]
     second = go(Toy(init=9), run)

@@ -114,16 +114,15 @@ class AdapterStage:
 
 
 @torch.no_grad()
-def decode(objective: AdapterObjective, vae, tokens: Tensor, preset: str, seed: int = 0, cfg: float = 1.0,
-           empty: tuple[Tensor, Tensor] | None = None, steps: int = 20) -> np.ndarray:
+def decode(objective: AdapterObjective, vae, tokens: Tensor, preset: str, seed: int = 0) -> np.ndarray:
     """Pictures [B, 128, 128, 3] uint8 that the frozen Flux paints from embeddings of one preset."""
     noise = torch.randn(len(tokens), 8, 16, 16, generator=torch.Generator().manual_seed(seed)).to(tokens.device)
     objective.attention.regions = objective.regions(preset, (8, 8), tokens.device)
     with torch.autocast(tokens.device.type, torch.bfloat16):
         pooled = tokens.new_zeros(len(tokens), objective.flux.config.pooled_projection_dim)
-        x = sample(objective.flux, [(tokens, pooled)], [1.0], noise, steps, objective.settings.mu)
+        x = sample(objective.flux, [(tokens, pooled)], [1.0], noise, mu=objective.settings.mu)
         return to_pixels(vae.decode(x).sample)
 
 
-def run(config: Config) -> None:
-    launch(AdapterStage, config)
+def run(config: Config) -> bool:
+    return launch(AdapterStage, config)

@@ -6,6 +6,7 @@ alignment (REPA, arXiv 2410.06940) with the scene's own truth as the teacher. Th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from ..config import RunConfig
 from ..engine import launch
 from ..flux import Tap, build_flux, from_bfl, sample_times, shifted, to_bfl, velocity
 from ..region_attention import attend_by_region
-from .captions import caption, edit, tokenize
+from .captions import caption, describe, edit, tokenize, where
 from .latents import cached_latents, file_hash, take
 from .parser import parse
 from .scenes import generator, patch_labels, scene
@@ -73,8 +74,6 @@ def training_text(index: int, visit: int, instructions: float) -> str:
 
 def inverse_instruction(change, fine: bool) -> str | None:
     """The instruction that turns the edited scene back into its source, None where it cannot be said exactly."""
-    from .captions import describe, where
-
     old, new = change.subject, change.result
     if change.operation == "remove":
         return f"add {describe(old, True)}" if fine else None
@@ -93,6 +92,12 @@ def name_loss(named: Tensor, labels: Tensor, told: Tensor | None = None) -> Tens
     colours, shapes = named.float().split([10, 5], -1)
     entropy = -(labels[..., :10] * colours.log_softmax(-1)).sum(-1) - (labels[..., 10:] * shapes.log_softmax(-1)).sum(-1)
     return entropy.mean() if told is None else (entropy.mean(1) * told).mean()
+
+
+@lru_cache(maxsize=1)
+def epoch_order(seed: int, visit: int, scenes: int) -> np.ndarray:
+    """The order in which an epoch visits the scenes."""
+    return np.random.default_rng([seed, visit]).permutation(scenes)
 
 
 class BaseStage:
@@ -125,10 +130,7 @@ class BaseStage:
         run, scenes = self.config.run, self.config.scenes
         position = np.arange(step * run.batch, (step + 1) * run.batch)
         visit = int(position[0]) // scenes
-        order = np.random.default_rng([run.seed, visit]).permutation(scenes) if not hasattr(self, "_order") \
-            or self._order[0] != visit else self._order[1]
-        self._order = (visit, order)
-        index = order[position % scenes]
+        index = epoch_order(run.seed, visit, scenes)[position % scenes]
         ids = [tokenize(training_text(int(i), visit, self.config.instructions)) for i in index]
         labels = np.stack([patch_labels(scene("train", int(i))) for i in index])
         return index, torch.tensor(ids, device=self.device), torch.from_numpy(labels).to(self.device)
@@ -212,5 +214,5 @@ def load_base(flux_path: Path, text_path: Path, device: torch.device):
     return flux.to(device).eval().requires_grad_(False), load_text_encoder(text_path, device), record
 
 
-def run(config: Config) -> None:
-    launch(BaseStage, config)
+def run(config: Config) -> bool:
+    return launch(BaseStage, config)

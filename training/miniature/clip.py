@@ -61,5 +61,5 @@ class ClipStage:
         save_tower(self.config.export, CLIP, self.trainables.visual, step)
 
 
-def run(config: Config) -> None:
-    launch(ClipStage, config)
+def run(config: Config) -> bool:
+    return launch(ClipStage, config)

@@ -71,5 +71,5 @@ class Dinov2Stage:
         save_tower(self.config.export, DINOV2, self.trainables["model"], step)
 
 
-def run(config: Config) -> None:
-    launch(Dinov2Stage, config)
+def run(config: Config) -> bool:
+    return launch(Dinov2Stage, config)

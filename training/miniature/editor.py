@@ -110,5 +110,5 @@ class EditorStage:
                         licence="Apache-2.0")
 
 
-def run(config: Config) -> None:
-    launch(EditorStage, config)
+def run(config: Config) -> bool:
+    return launch(EditorStage, config)

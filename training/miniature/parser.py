@@ -14,11 +14,10 @@ _NAMES = [*COLOURS, *GROUNDS]
 
 
 @cache
-def _template(shape: str, size: str) -> tuple[np.ndarray, tuple[float, float]]:
-    """The shape's mask about the image centre, and its centroid's offset from its centre."""
-    mask = coverage(Thing(shape, "red", size, SIZE / 2, SIZE / 2))
-    y, x = ndimage.center_of_mass(mask)
-    return mask, (x + 0.5 - SIZE / 2, y + 0.5 - SIZE / 2)
+def _centroid(shape: str, size: str) -> tuple[float, float]:
+    """Offset (x, y) in pixels of a shape's centroid from its centre."""
+    y, x = ndimage.center_of_mass(coverage(Thing(shape, "red", size, SIZE / 2, SIZE / 2)))
+    return x + 0.5 - SIZE / 2, y + 0.5 - SIZE / 2
 
 
 def _overlap(mask: np.ndarray, thing: Thing) -> float:
@@ -48,7 +47,7 @@ def parse(image: np.ndarray) -> Scene:
             best = None
             for shape in SHAPES:
                 for size in RADII:
-                    _, (ox, oy) = _template(shape, size)
+                    ox, oy = _centroid(shape, size)
                     thing = Thing(shape, colour, size, cx + 0.5 - ox, cy + 0.5 - oy)
                     score = _overlap(mask.astype(np.float32), thing)
                     if best is None or score > best[0]:

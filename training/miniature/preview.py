@@ -24,7 +24,7 @@ class Config:
     count: int = 16
 
 
-def run(config: Config) -> None:
+def run(config: Config) -> bool:
     config.out.mkdir(parents=True, exist_ok=True)
     for index in range(config.count):
         change = change_of(config.split, index)
@@ -35,3 +35,4 @@ def run(config: Config) -> None:
         (config.out / f"{config.split}_{index:04d}.json").write_text(json.dumps(truth, indent=1), encoding="utf-8")
     config.bundled.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(render(scene(*BUNDLED))).save(config.bundled)
+    return True

@@ -76,5 +76,5 @@ class ReaderStage:
         save_text_encoder(self.config.export, self.trainables["text"], step)
 
 
-def run(config: Config) -> None:
-    launch(ReaderStage, config)
+def run(config: Config) -> bool:
+    return launch(ReaderStage, config)

@@ -122,5 +122,5 @@ def load_vae(path: Path, device: torch.device) -> AutoencoderKL:
     return vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
-def run(config: Config) -> None:
-    launch(VaeStage, config)
+def run(config: Config) -> bool:
+    return launch(VaeStage, config)
