@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .embedding import SemanticEmbedding
+from .area import shares
+from .embedding import SemanticEmbedding, tidy_masks
 
 _PARALLEL = 1e-4  # sine of an angle below which slerp is a straight line
 
@@ -22,7 +23,7 @@ def blend(
     mode: str = "lerp",
     levels: Collection[int] | None = None,
 ) -> SemanticEmbedding:
-    """Between a (t = 0) and b (t = 1), token by token; both need the same boxes and levels.
+    """Between a (t = 0) and b (t = 1), token by token; both need the same boxes, levels and masks.
 
     mode: "lerp" is the straight line; "slerp" turns the direction on the sphere (Shoemake 1985) and moves the length on a
         straight line. Opposite and (nearly) parallel vectors, which have no one arc, take the straight line.
@@ -35,7 +36,7 @@ def blend(
     if not math.isfinite(t):
         raise ValueError("The blend amount must be a finite number: use 0 for the first embedding and 1 for the second.")
     _check_alike(a, b)
-    weight = t * _of_levels(a, levels).to(a.tokens.dtype)
+    weight = t * of_levels(a, levels).to(a.tokens.dtype)
     move = _lerp if mode == "lerp" else _slerp
     pooled = a.pooled
     if a.pooled is not None and b.pooled is not None and (levels is None or 0 in levels):
@@ -52,7 +53,7 @@ def blend(
 
 def drop_levels(e: SemanticEmbedding, levels: Collection[int]) -> SemanticEmbedding:
     """Without the tokens of these levels. ValueError if a level is not there or nothing would be left."""
-    return _select(e, ~_of_levels(e, levels), f"Dropping levels {sorted(levels)} leaves no token: keep at least one level.")
+    return select(e, ~of_levels(e, levels), f"Dropping levels {sorted(levels)} leaves no token: keep at least one level.")
 
 
 def with_strength(
@@ -67,7 +68,7 @@ def with_strength(
     """
     if not factor >= 0 or math.isinf(factor):
         raise ValueError(f"A strength factor is a finite number from 0 (off) up, not {factor}.")
-    chosen = _of_levels(e, levels)
+    chosen = of_levels(e, levels)
     if boxes is not None:
         wanted = boxes.to(e.boxes)
         chosen &= ((e.boxes[:, None] - wanted[None]).abs() < 1e-6).all(-1).any(-1)
@@ -76,7 +77,7 @@ def with_strength(
 
 
 def compose(parts: list[SemanticEmbedding]) -> SemanticEmbedding:
-    """Join embeddings into one that is decoded together; tokens keep their boxes. Pooled is the first one that exists."""
+    """Join embeddings into one that is decoded together; tokens keep their boxes and masks. Pooled is the first there is."""
     if not parts:
         raise ValueError("There is nothing to compose: give at least one embedding.")
     first, batch = parts[0], max(part.batch for part in parts)
@@ -91,6 +92,7 @@ def compose(parts: list[SemanticEmbedding]) -> SemanticEmbedding:
     def join(name: str) -> Tensor:
         return torch.cat([getattr(part, name).to(device) for part in parts])
 
+    masks, masked_by = _join_masks(parts, device)
     return SemanticEmbedding(
         tokens=torch.cat([part.tokens.to(device, dtype).expand(batch, -1, -1) for part in parts], dim=1),
         boxes=join("boxes"),
@@ -98,6 +100,8 @@ def compose(parts: list[SemanticEmbedding]) -> SemanticEmbedding:
         strengths=join("strengths"),
         pooled=_match_batch(pooled, batch),
         source={"compose": [part.source for part in parts], **_origin(*parts)},
+        masks=masks,
+        masked_by=masked_by,
     )
 
 
@@ -115,7 +119,7 @@ def restrict(
     _check_alike(source, edited)
     if mask.ndim != 2 or not mask.is_floating_point() or not ((mask >= 0) & (mask <= 1)).all():
         raise ValueError(f"The mask must be floating [H, W] in 0..1, not {mask.dtype} {list(mask.shape)}.")
-    weight = _coverage(source.boxes, mask.to(source.boxes)) * _of_levels(source, levels)
+    weight = _coverage(source.boxes, mask.to(source.boxes)) * of_levels(source, levels)
     tokens = _lerp(source.tokens, edited.tokens, weight.to(source.tokens.dtype)[:, None])
     return replace(
         source,
@@ -126,15 +130,18 @@ def restrict(
     )
 
 
-def _select(e: SemanticEmbedding, keep: Tensor, complaint: str) -> SemanticEmbedding:
+def select(e: SemanticEmbedding, keep: Tensor, complaint: str) -> SemanticEmbedding:
+    """Only the tokens where `keep`, bool [T], says so. ValueError with this complaint if that is none."""
     if not keep.any():
         raise ValueError(complaint)
+    masks, masked_by = (None, None) if e.masks is None else tidy_masks(e.masks, e.masked_by[keep])
     return replace(
-        e, tokens=e.tokens[:, keep], boxes=e.boxes[keep], levels=e.levels[keep], strengths=e.strengths[keep]
-    )
+        e, tokens=e.tokens[:, keep], boxes=e.boxes[keep], levels=e.levels[keep], strengths=e.strengths[keep],
+        masks=masks, masked_by=masked_by,
+    )  # fmt: skip
 
 
-def _of_levels(e: SemanticEmbedding, levels: Collection[int] | None) -> Tensor:
+def of_levels(e: SemanticEmbedding, levels: Collection[int] | None) -> Tensor:
     """bool [T]: tokens of these levels; None means all. ValueError names a level that is not there."""
     if levels is None:
         return torch.ones_like(e.levels, dtype=torch.bool)
@@ -171,16 +178,23 @@ def _blend_strengths(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
 
 def _coverage(boxes: Tensor, mask: Tensor) -> Tensor:
     """[T] mean of the mask [H, W] over each box, pixels counted by the area that lies in the box."""
-
-    def overlap(low: Tensor, high: Tensor, size: int) -> Tensor:
-        edges = torch.arange(size + 1, device=mask.device, dtype=mask.dtype) / size
-        covered = torch.minimum(high[:, None], edges[1:]) - torch.maximum(low[:, None], edges[:-1])
-        return covered.clamp_min(0) / (high - low)[:, None]
-
-    across, down = overlap(boxes[:, 0], boxes[:, 2], mask.shape[1]), overlap(boxes[:, 1], boxes[:, 3], mask.shape[0])
+    across, down = shares(boxes[:, 0], boxes[:, 2], mask.shape[1]), shares(boxes[:, 1], boxes[:, 3], mask.shape[0])
     share = torch.einsum("th,hw,tw->t", down, mask, across)
     # Rounding must not leave a trace of an edit outside the mask, nor of the source inside.
     return torch.where(share < 1e-5, 0.0, torch.where(share > 1 - 1e-5, 1.0, share))
+
+
+def _join_masks(parts: list[SemanticEmbedding], device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    tables, rows, start = [], [], 0
+    for part in parts:
+        if part.masks is None:
+            rows.append(torch.full_like(part.levels, -1, device=device))
+            continue
+        own = part.masked_by.to(device)
+        rows.append(torch.where(own < 0, own, own + start))
+        tables.append(part.masks.to(device))
+        start += len(part.masks)
+    return tidy_masks(torch.cat(tables), torch.cat(rows)) if tables else (None, None)
 
 
 def _match_batch(pooled: Tensor | None, batch: int) -> Tensor | None:
@@ -225,3 +239,18 @@ def _check_alike(a: SemanticEmbedding, b: SemanticEmbedding) -> None:
             f"Embeddings with different layouts ({a.token_count} and {b.token_count} tokens) cannot be combined: "
             "build both with the same preset."
         )
+    if not _same_masks(a, b):
+        raise ValueError(
+            "Embeddings that are confined to different regions cannot be combined token by token: "
+            "combine them first and place the result in its region."
+        )
+
+
+def _same_masks(a: SemanticEmbedding, b: SemanticEmbedding) -> bool:
+    if a.masks is None or b.masks is None:
+        return a.masks is b.masks
+    pairs = torch.stack([a.masked_by.cpu(), b.masked_by.cpu()], dim=1).unique(dim=0).tolist()
+    return all(
+        one == other == -1 or (min(one, other) >= 0 and torch.equal(a.masks[one].cpu(), b.masks[other].cpu()))
+        for one, other in pairs
+    )

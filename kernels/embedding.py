@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .area import resample, settled
 from .hierarchy import Hierarchy
+
+MASK_SIDE = 256  # masks are kept at one size whatever the aspect: two pixels to a patch at 2048x2048
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,6 +24,8 @@ class SemanticEmbedding:
     strengths: [T] float32, additive log-bias on the attention logits: 0 = as trained, -inf = off.
     pooled:    [B, P] floating or None, the vector that Flux takes beside the sequence.
     source:    where it came from, JSON values only (adapter, pooled_width, edits, ...).
+    masks:     [M, 256, 256] float32 in 0..1, soft regions over the whole image, or None where no token is confined to one.
+    masked_by: [T] int64, the row of `masks` that a token is confined to beside its box, -1 = none; None iff masks is.
     Raises ValueError in one sentence if any of this does not hold.
     """
 
@@ -30,6 +35,8 @@ class SemanticEmbedding:
     strengths: Tensor
     pooled: Tensor | None = None
     source: dict[str, Any] = field(default_factory=dict)
+    masks: Tensor | None = None
+    masked_by: Tensor | None = None
 
     def __post_init__(self) -> None:
         tokens, count = self.tokens, self.tokens.shape[-2] if self.tokens.ndim == 3 else -1
@@ -59,6 +66,22 @@ class SemanticEmbedding:
                 )
             if not torch.isfinite(self.pooled).all():
                 raise ValueError("The embedding has a NaN or infinite pooled vector: encode the image again.")
+        if self.masks is not None or self.masked_by is not None:
+            self._check_masks()
+
+    def _check_masks(self) -> None:
+        masks, rows = self.masks, self.masked_by
+        if masks is None or rows is None:
+            raise ValueError("An embedding has either both masks and masked_by or neither: give the other one too.")
+        side = (MASK_SIDE, MASK_SIDE)
+        if masks.ndim != 3 or masks.shape[1:] != side or not len(masks) or masks.dtype != torch.float32:
+            raise ValueError(f"The masks of this embedding must be torch.float32 [M, {side[0]}, {side[1]}], not {_describe(masks)}.")
+        if not ((masks >= 0) & (masks <= 1)).all():
+            raise ValueError("A mask of the embedding is NaN or outside 0..1: make it with fit_mask.")
+        if tuple(rows.shape) != (self.token_count,) or rows.dtype != torch.int64:
+            raise ValueError(f"masked_by of this embedding must be torch.int64 [{self.token_count}], not {_describe(rows)}.")
+        if not ((rows >= -1) & (rows < len(masks))).all():
+            raise ValueError(f"masked_by must name one of {len(masks)} masks, counted from 0, or be -1 for none.")
 
     @property
     def batch(self) -> int:
@@ -81,6 +104,8 @@ class SemanticEmbedding:
             levels=self.levels.to(device=device),
             strengths=self.strengths.to(device=device),
             pooled=None if self.pooled is None else self.pooled.to(device=device, dtype=dtype),
+            masks=None if self.masks is None else self.masks.to(device=device),
+            masked_by=None if self.masked_by is None else self.masked_by.to(device=device),
         )
 
     def hierarchy(self) -> Hierarchy:
@@ -110,6 +135,35 @@ def from_hierarchy(
         pooled=pooled,
         source=dict(source or {}),
     )
+
+
+def fit_mask(mask: Tensor) -> Tensor:
+    """A MASK of any size and float dtype, [H, W] or [1, H, W], as float32 [256, 256] in 0..1 (area means, clamped).
+
+    ValueError for NaN and for a batch of masks: an embedding of many images has one layout for all of them.
+    """
+    if mask.ndim == 3 and mask.shape[0] > 1:
+        raise ValueError(f"There are {mask.shape[0]} masks and an embedding takes one for all its images: pick one of them.")
+    if mask.ndim not in (2, 3) or 0 in mask.shape:
+        raise ValueError(f"A mask is [H, W] or [1, H, W], not {_describe(mask)}.")
+    if mask.isnan().any():
+        raise ValueError("The mask has NaN values: make it again, white where the region is and black elsewhere.")
+    pixels = mask.reshape(mask.shape[-2:]).float().clamp(0, 1)
+    return settled(resample(pixels, MASK_SIDE, MASK_SIDE)).float()
+
+
+def tidy_masks(masks: Tensor, masked_by: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The fields `masks` and `masked_by` of an embedding: no mask that no token uses, none twice, None if none is left."""
+    kept: list[Tensor] = []
+    places = torch.full((len(masks) + 1,), -1, device=masked_by.device)  # the last one is read for -1
+    for row in masked_by.unique().tolist():
+        if row < 0:
+            continue
+        place = next((i for i, other in enumerate(kept) if torch.equal(other, masks[row])), len(kept))
+        if place == len(kept):
+            kept.append(masks[row])
+        places[row] = place
+    return (torch.stack(kept), places[masked_by]) if kept else (None, None)
 
 
 def _describe(value: Tensor) -> str:

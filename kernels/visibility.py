@@ -8,11 +8,16 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from .area import precise, resample, settled
 
 # Boxes travel through ComfyUI as integers in 1/65536. A cell border such as 1/3 may be half a step off after that, and
 # must not make a patch on the other side of the border see the cell; a real overlap is never that thin.
 BOX_STEP = 1 / 65536
+# Masks travel as bytes, so a mask and what it leaves over may add up to a little more than 1.
+MASK_STEP = 1 / 128
 
 
 def patch_grid(height: int, width: int, patch: int = 2) -> tuple[int, int]:
@@ -52,6 +57,8 @@ def region_bias(
     text: int,
     references: int = 0,
     mixing: Literal["all", "overlap"] = "all",
+    masks: Tensor | None = None,
+    masked_by: Tensor | None = None,
 ) -> Tensor:
     """The additive log-bias of every query of the joint sequence on the first T keys, the region tokens.
 
@@ -64,6 +71,11 @@ def region_bias(
     token. Region tokens see each other all (`mixing="all"`) or only where their boxes overlap (`"overlap"`).
     A strength of -inf is -inf for every query: exactly the sequence without that token, except that the deleted token
     still has a row of its own, which nobody reads.
+
+    `masks` [M, H, W] in 0..1 over the whole image and `masked_by` [T], the row that confines a token or -1, or both with
+    a leading batch dimension: an image patch over which the token's mask has the mean c sees it with log(c) added, not
+    at all where c is 0. Of tokens with different masks only those overlap whose masks do, so that a soft region and what
+    surrounds it (m and 1 - m) do not.
     """
     boxes = _checked(boxes)
     tokens = boxes.shape[-2]
@@ -85,11 +97,32 @@ def region_bias(
     plain = patches.new_ones((*lead, text - tokens, tokens))
     reference = patches.new_ones((*lead, references, tokens))
     seen = torch.cat([among, plain, patches, reference], dim=-2)
-    return torch.where(seen, strengths.unsqueeze(-2), float("-inf"))
+    bias = torch.where(seen, strengths.unsqueeze(-2), float("-inf"))
+    return bias if masks is None else bias + _mask_bias(masks, masked_by, grid, text, references, mixing)
+
+
+def _mask_bias(
+    masks: Tensor, masked_by: Tensor, grid: tuple[int, int], text: int, references: int, mixing: str
+) -> Tensor:
+    """float32 [S, T] or [B, S, T]: what the masks add to the bias of the boxes."""
+    count, tokens = masks.shape[-3], masked_by.shape[-1]
+    if masks.dim() != masked_by.dim() + 2 or not ((masked_by >= -1) & (masked_by < count)).all():
+        raise ValueError(f"The layout names masks that are not among the {count} given: masks and layout belong together.")
+    means = settled(resample(masks, *grid)).flatten(-2)  # [..., M, P]
+    means = torch.cat([means, torch.ones_like(means[..., :1, :])], dim=-2)  # the last row is of tokens without a mask
+    row = masked_by.remainder(count + 1)
+    seen = torch.take_along_dim(means, row.unsqueeze(-1), dim=-2)  # [..., T, P]
+    bias = F.pad(seen.log().mT.float(), (0, 0, text, references))
+    if mixing == "overlap":
+        shared = [(means + one.unsqueeze(-2) > 1 + MASK_STEP).any(-1) for one in means.unbind(-2)]
+        among = torch.stack(shared, dim=-2) | torch.eye(count + 1, dtype=torch.bool, device=means.device)
+        among = torch.take_along_dim(among, row.unsqueeze(-1), dim=-2)
+        among = torch.take_along_dim(among, row.unsqueeze(-2), dim=-1)
+        bias[..., :tokens, :] = torch.zeros_like(among, dtype=bias.dtype).masked_fill(~among, -torch.inf)
+    return bias
 
 
 def _checked(boxes: Tensor) -> Tensor:
-    """Boxes in float64, where differences of unit coordinates are exact far below BOX_STEP."""
     if boxes.dim() not in (2, 3) or boxes.shape[-1] != 4:
         raise ValueError(f"Boxes have the shape [tokens, 4] or [batch, tokens, 4], not {list(boxes.shape)}.")
-    return boxes.to(torch.float32 if boxes.device.type == "mps" else torch.float64)
+    return precise(boxes)

@@ -68,10 +68,15 @@ class MaskedAttention(io.ComfyNode):
                     tooltip="Which tokens of the embedding see one another: all as trained, or only those whose boxes "
                     "overlap, which keeps regions apart more strictly.",
                 ),
+                io.String.Input(
+                    "blocks", default="all", optional=True,  # prompts saved before it was there still run
+                    tooltip="In which blocks of the model the boxes are obeyed: all, double, single, or ranges counted from 0 "
+                    "such as double 0-9, single 20-37. In the others everything sees every token.",
+                ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The patched model, for KSampler.")],
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model, strength, start_percent, end_percent, token_mixing) -> io.NodeOutput:
-        return io.NodeOutput(flux.patch(model, strength, start_percent, end_percent, token_mixing))
+    def execute(cls, model, strength, start_percent, end_percent, token_mixing, blocks="all") -> io.NodeOutput:
+        return io.NodeOutput(flux.patch(model, strength, start_percent, end_percent, token_mixing, blocks))

@@ -1,4 +1,4 @@
-"""Semantic embedding -> CONDITIONING: tokens as cross-attention, pooled, and the layout under `model_conds`."""
+"""Semantic embedding -> CONDITIONING: tokens as cross-attention, pooled, and under `model_conds` the layout and its masks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from ...kernels.embedding import SemanticEmbedding
 from . import layout
 
 LAYOUT_KEY = "sda_layout"
+MASKS_KEY = "sda_masks"  # only where there are masks
 FLUX_POOLED = 768
+_CONTROLNET_KEY = "cross_attn_controlnet"  # core's: what a ControlNet reads in place of the cross-attention
 
 
 def to_conditioning(embedding: SemanticEmbedding, text: list | None = None) -> list:
@@ -18,12 +20,13 @@ def to_conditioning(embedding: SemanticEmbedding, text: list | None = None) -> l
 
     text: ordinary CONDITIONING; every entry of it gives one entry of the result and keeps its own settings. An entry
         that is itself an embedding's keeps its layout: its tokens follow ours as further region tokens.
-    The pooled vector is the text's, else the adapter's, else zeros.
+    The pooled vector is the text's, else the adapter's, else zeros. A ControlNet, which knows no boxes, reads the text
+    alone, else the tokens that own the whole image; with neither it reads what Flux reads.
     """
     own = embedding.to("cpu", torch.float32)
     if text is None:
-        return [[own.tokens, _settings(embedding, {}, own.pooled)]]
-    return [[_join(own.tokens, tokens), _settings(embedding, settings, own.pooled)] for tokens, settings in text]
+        return [[own.tokens, _settings(own, {}, None)]]
+    return [[_join(own.tokens, tokens), _settings(own, settings, tokens)] for tokens, settings in text]
 
 
 def _join(tokens: Tensor, text: Tensor) -> Tensor:
@@ -41,22 +44,36 @@ def _join(tokens: Tensor, text: Tensor) -> Tensor:
     return torch.cat([tokens.expand(batch, -1, -1), text.to(tokens).expand(batch, -1, -1)], dim=1)
 
 
-def _settings(embedding: SemanticEmbedding, settings: dict, pooled: Tensor | None) -> dict:
+def _settings(embedding: SemanticEmbedding, settings: dict, text: Tensor | None) -> dict:
     if settings.get("attention_mask") is not None:
         raise ValueError(
             "The text conditioning already carries an attention mask: apply the style model after Embedding to "
             "Conditioning, not before."
         )
     conds = dict(settings.get("model_conds", {}))
+    settings = dict(settings)
+    if _CONTROLNET_KEY not in settings:
+        prompt = _whole_image(embedding) if text is None or LAYOUT_KEY in conds else text
+        if prompt is not None:
+            settings[_CONTROLNET_KEY] = prompt
     own = layout.encode(embedding)
     if LAYOUT_KEY in conds:
-        other = conds[LAYOUT_KEY].cond
-        own = torch.cat([own.expand(other.shape[0], -1, -1), other], dim=1)
-    conds[LAYOUT_KEY] = comfy.conds.CONDRegular(own)
+        there = conds[MASKS_KEY].cond if MASKS_KEY in conds else None
+        own = layout.join(own, (conds[LAYOUT_KEY].cond, there))
+    for key, part in zip((LAYOUT_KEY, MASKS_KEY), own):
+        if part is not None:
+            conds[key] = comfy.conds.CONDRegular(part)
     given = settings.get("pooled_output")
     if given is None:
-        given = pooled if pooled is not None else _zeros(embedding)
+        given = embedding.pooled if embedding.pooled is not None else _zeros(embedding)
     return {**settings, "pooled_output": given, "model_conds": conds}
+
+
+def _whole_image(embedding: SemanticEmbedding) -> Tensor | None:
+    chosen = (embedding.boxes == embedding.boxes.new_tensor([0.0, 0.0, 1.0, 1.0])).all(-1)
+    if embedding.masked_by is not None:
+        chosen &= embedding.masked_by < 0
+    return embedding.tokens[:, chosen] if chosen.any() else None
 
 
 def _zeros(embedding: SemanticEmbedding) -> Tensor:

@@ -19,20 +19,22 @@ from torch import Tensor
 from ...kernels.attention import Regions, masked_attention
 from ...kernels.visibility import patch_grid, region_bias
 from . import layout as layout_codec
-from .conditioning import LAYOUT_KEY
+from .blocks import Blocks, parse_blocks
+from .conditioning import LAYOUT_KEY, MASKS_KEY
 
 WRAPPER_KEY = "semantic_diffusion_adapter"
 # Core's own exact attention functions; any other (SageAttention, flash, xformers) was asked for by the user and is kept.
 _EXACT = {"attention_pytorch", "attention_basic", "attention_split", "attention_sub_quad"}
 
 
-def patch(model, strength: float = 1.0, start: float = 0.0, end: float = 1.0, mixing: str = "all"):
+def patch(model, strength: float = 1.0, start: float = 0.0, end: float = 1.0, mixing: str = "all", blocks: str = "all"):
     """A clone of a Flux MODEL under which layouts are obeyed.
 
     strength: factor on the weight of all region tokens, 0 = off, 1 = as trained (adds ln(strength) to the logits).
     start, end: part of the sampling in which the patch works, by the sigmas of the model's own schedule; outside of it
         every query sees every region token.
     mixing: "all" or "overlap", which region tokens see one another.
+    blocks: in which blocks (`parse_blocks`); in the others every query sees every region token, at no strength.
     """
     network = model.get_model_object("diffusion_model")
     if not isinstance(network, comfy.ldm.flux.model.Flux):
@@ -44,43 +46,56 @@ def patch(model, strength: float = 1.0, start: float = 0.0, end: float = 1.0, mi
         raise ValueError(f"The strength must be 0 (off) or more, not {strength}.")
     if not 0 <= start <= end <= 1:
         raise ValueError(f"start_percent ({start}) must not be after end_percent ({end}): swap them.")
+    chosen = parse_blocks(blocks, len(network.double_blocks), len(network.single_blocks))
     patched = model.clone()
     patched.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, WRAPPER_KEY)  # a second patch replaces the first
-    wrapper = layout_wrapper(model.model, math.log(strength) if strength > 0 else -math.inf, start, end, mixing)
+    log_strength = math.log(strength) if strength > 0 else -math.inf
+    wrapper = layout_wrapper(model.model, log_strength, start, end, mixing, chosen)
     patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, WRAPPER_KEY, wrapper)
     return patched
 
 
-def layout_wrapper(base_model, log_strength: float, start: float, end: float, mixing: str) -> Callable:
+def layout_wrapper(
+    base_model, log_strength: float, start: float, end: float, mixing: str, blocks: Blocks | None
+) -> Callable:
     """The DIFFUSION_MODEL wrapper. A function, not an object: core deep-copies model options on every clone."""
 
     def wrapper(
         executor, x, timestep, context, y=None, guidance=None, ref_latents=None, control=None,
         transformer_options={}, **kwargs,  # noqa: B006  (core's own signature; never written to)
     ):  # fmt: skip
-        layout = kwargs.pop(LAYOUT_KEY, None)
+        layout, masks = kwargs.pop(LAYOUT_KEY, None), kwargs.pop(MASKS_KEY, None)
         if layout is not None and _active(base_model, transformer_options, start, end):
             _check(executor.class_obj, layout, context, y)
-            regions = prepare(layout, x, context, ref_latents, executor.class_obj.patch_size, log_strength, mixing)
+            patch_size = executor.class_obj.patch_size
+            regions = prepare(layout, x, context, ref_latents, patch_size, log_strength, mixing, masks)
             if not regions.trivial:
                 previous = transformer_options.get("optimized_attention_override")
-                override = regional_attention(regions, previous)
+                override = regional_attention(regions, previous, blocks)
                 transformer_options = {**transformer_options, "optimized_attention_override": override}
         return executor(x, timestep, context, y, guidance, ref_latents, control, transformer_options, **kwargs)
 
     return wrapper
 
 
-def prepare(layout: Tensor, x: Tensor, context: Tensor, references, patch: int, log_strength: float, mixing: str) -> Regions:
+def prepare(
+    layout: Tensor, x: Tensor, context: Tensor, references, patch: int, log_strength: float, mixing: str,
+    masks: Tensor | None = None,
+) -> Regions:  # fmt: skip
     """The regions of one forward: the latent's real patch grid, the text and reference tokens that it will have."""
-    boxes, strengths = layout_codec.decode(layout.to(x.device))
+    if masks is not None:
+        masks = masks.to(x.device)
+    boxes, strengths, masks, masked_by = layout_codec.decode(layout.to(x.device), masks)
     grids = [patch_grid(*latent.shape[-2:], patch) for latent in (x, *(references or ()))]
     extra = sum(rows * cols for rows, cols in grids[1:])
-    return Regions(region_bias(boxes, strengths + log_strength, grids[0], context.shape[1], extra, mixing))
+    return Regions(region_bias(boxes, strengths + log_strength, grids[0], context.shape[1], extra, mixing, masks, masked_by))
 
 
-def regional_attention(regions: Regions, previous: Callable | None) -> Callable:
-    """An `optimized_attention_override` that masks the joint attention and calls `previous` for the attention itself."""
+def regional_attention(regions: Regions, previous: Callable | None, blocks: Blocks | None = None) -> Callable:
+    """An `optimized_attention_override` that masks the joint attention and calls `previous` for the attention itself.
+
+    blocks: only in these; None for all, also where core does not say which block it is.
+    """
 
     def override(func, q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False, skip_output_reshape=False, **kwargs):
         def host(q, k, v, **more):
@@ -88,7 +103,8 @@ def regional_attention(regions: Regions, previous: Callable | None) -> Callable:
             return func(q, k, v, heads, **arguments) if previous is None else previous(func, q, k, v, heads, **arguments)
 
         sequence = 2 if skip_reshape else 1
-        if q.shape[sequence] != regions.length or k.shape[sequence] != regions.length:
+        elsewhere = blocks is not None and not _among(blocks, kwargs.get("transformer_options"))
+        if elsewhere or q.shape[sequence] != regions.length or k.shape[sequence] != regions.length:
             return host(q, k, v, mask=mask, skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape)
         if not skip_reshape:
             q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
@@ -105,6 +121,12 @@ def regional_attention(regions: Regions, previous: Callable | None) -> Callable:
         return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
 
     return override
+
+
+def _among(blocks: Blocks, transformer_options: dict | None) -> bool:
+    """Is this attention in one of the blocks? Core writes where it is while it goes through them."""
+    here = transformer_options or {}
+    return "block_index" not in here or (here.get("block_type"), here["block_index"]) in blocks
 
 
 def _with_mask(regions: Regions, mask: Tensor, q: Tensor) -> Tensor:

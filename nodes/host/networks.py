@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -145,10 +145,7 @@ def edit_embedding(
         progress=lambda done, total: _report(progress, done, total),
     )
     edits = [*embedding.source.get("edits", ()), instruction]
-    return SemanticEmbedding(
-        _give_back(tokens), embedding.boxes, embedding.levels, embedding.strengths, embedding.pooled,
-        {**embedding.source, "edits": edits},
-    )  # fmt: skip
+    return replace(embedding, tokens=_give_back(tokens), source={**embedding.source, "edits": edits})
 
 
 def _report(progress, done: int, total: int) -> None:

@@ -119,6 +119,48 @@ def test_compose_joins_tokens_in_order():
         algebra.compose([a, embedding(batch=3)])
 
 
+def confined(e, *masks):
+    """The first tokens of `e` in the first of the masks, the next in the next, in blocks of 16; the others free."""
+    rows = torch.full((e.token_count,), -1)
+    for row in range(len(masks)):
+        rows[16 * row : 16 * row + 16] = row
+    return dataclasses.replace(e, masks=torch.stack(masks), masked_by=rows)
+
+
+MASKS = torch.rand(3, 256, 256, generator=torch.Generator().manual_seed(0))
+
+
+def test_masks_follow_their_tokens():
+    e = confined(embedding(), *MASKS)
+    kept = algebra.drop_levels(e, {1})
+    assert torch.equal(kept.masks, MASKS[[0, 2]]) and kept.masked_by.tolist() == [0] * 16 + [1] * 16 + [-1] * 16
+    assert algebra.select(e, e.masked_by < 0, "").masks is None
+    for same in (algebra.with_strength(e, 0.5), algebra.blend(e, e, 0.3), algebra.restrict(e, e, torch.ones(2, 2))):
+        assert torch.equal(same.masks, e.masks) and torch.equal(same.masked_by, e.masked_by)
+
+
+def test_compose_keeps_every_mask_once():
+    a, b, free = confined(embedding(1), MASKS[0], MASKS[1]), confined(embedding(2), MASKS[1], MASKS[2]), embedding(3, "global16")
+    joined = algebra.compose([free, a, b, a])
+    assert torch.equal(joined.masks, MASKS)
+    assert joined.masked_by.tolist() == [-1] * 16 + ([0] * 16 + [1] * 16 + [-1] * 32) + ([1] * 16 + [2] * 16 + [-1] * 32) + (
+        [0] * 16 + [1] * 16 + [-1] * 32
+    )
+    assert algebra.compose([free, embedding(1)]).masks is None
+
+
+def test_only_equal_masks_are_combined_token_by_token():
+    a, b = confined(embedding(1), MASKS[0], MASKS[1]), embedding(2)
+    reordered = dataclasses.replace(confined(b, MASKS[1], MASKS[0]), masked_by=torch.tensor([1] * 16 + [0] * 16 + [-1] * 32))
+    assert torch.equal(algebra.blend(a, reordered, 0.5).masks, a.masks), "the order of the rows says nothing"
+    for other in (b, confined(b, MASKS[1], MASKS[0]), confined(b, MASKS[0])):
+        for function in (lambda x, y: algebra.blend(x, y, 0.5), lambda x, y: algebra.restrict(x, y, torch.ones(2, 2))):
+            for pair in ((a, other), (other, a)):
+                with pytest.raises(ValueError, match="confined to different regions") as caught:
+                    function(*pair)
+                assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
+
+
 def test_restrict_to_a_quadrant_swaps_exactly_its_tokens():
     source, edited = embedding(1), embedding(2)
     mask = torch.zeros(7, 10)

@@ -6,7 +6,9 @@ import dataclasses
 
 import pytest
 import torch
-from semantic_diffusion_adapter.kernels.embedding import SemanticEmbedding, from_hierarchy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from semantic_diffusion_adapter.kernels.embedding import MASK_SIDE, SemanticEmbedding, fit_mask, from_hierarchy, tidy_masks
 from semantic_diffusion_adapter.kernels.hierarchy import PRESETS, hierarchy
 
 
@@ -44,6 +46,14 @@ def test_dtype_moves_values_and_leaves_the_layout():
     made = embedding().to(dtype=torch.float16)
     assert made.tokens.dtype == made.pooled.dtype == torch.float16
     assert made.boxes.dtype == made.strengths.dtype == torch.float32 and made.levels.dtype == torch.int64
+    confined = masked(embedding()).to("cpu", torch.float16)
+    assert confined.masks.dtype == torch.float32 and confined.masked_by.dtype == torch.int64
+
+
+def masked(made: SemanticEmbedding) -> SemanticEmbedding:
+    """Two masks, the tokens in turn in the first, the second and none."""
+    rows = torch.arange(made.token_count) % 3 - 1
+    return dataclasses.replace(made, masks=torch.rand(2, MASK_SIDE, MASK_SIDE), masked_by=rows)
 
 
 def with_value(tensor, index, value):
@@ -76,6 +86,63 @@ def test_refusals(change, message):
     with pytest.raises(ValueError, match=message) as caught:
         dataclasses.replace(good, **change(good))
     assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda e: {"masks": None}, "both masks and masked_by or neither"),
+        (lambda e: {"masked_by": None}, "both masks and masked_by or neither"),
+        (lambda e: {"masks": e.masks[:0], "masked_by": e.masked_by * 0 - 1}, r"float32 \[M, 256, 256\]"),
+        (lambda e: {"masks": e.masks[:, :-1]}, r"float32 \[M, 256, 256\]"),
+        (lambda e: {"masks": e.masks.double()}, "float32"),
+        (lambda e: {"masks": e.masks * 2}, "outside 0..1"),
+        (lambda e: {"masks": e.masks * torch.nan}, "NaN or outside 0..1"),
+        (lambda e: {"masked_by": e.masked_by[:-1]}, r"int64 \[64\]"),
+        (lambda e: {"masked_by": e.masked_by.int()}, "int64"),
+        (lambda e: {"masked_by": e.masked_by + 1}, "one of 2 masks"),
+        (lambda e: {"masked_by": e.masked_by - 1}, "or be -1"),
+    ],
+)
+def test_refused_masks(change, message):
+    good = masked(embedding())
+    with pytest.raises(ValueError, match=message) as caught:
+        dataclasses.replace(good, **change(good))
+    assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
+
+
+@given(st.integers(1, 600), st.integers(1, 600), st.integers(0, 2**31))
+@settings(deadline=None, max_examples=20)
+def test_a_mask_of_any_size_keeps_its_area(height, width, seed):
+    mask = torch.rand(1, height, width, generator=torch.Generator().manual_seed(seed))
+    fitted = fit_mask(mask)
+    assert fitted.shape == (256, 256) and fitted.dtype == torch.float32
+    for part in (slice(None), slice(0, 128)):  # the whole and the upper half: sums over rows are linear
+        fine = mask[0].double().repeat_interleave(2, 0)[: height if part.stop else None]
+        assert fitted[part].double().mean().item() == pytest.approx(fine.mean().item(), abs=1e-5)
+
+
+def test_fit_mask_at_its_own_size_and_at_its_limits():
+    mask = torch.rand(MASK_SIDE, MASK_SIDE)
+    assert torch.equal(fit_mask(mask), mask) and torch.equal(fit_mask(mask[None]), mask)
+    assert torch.equal(fit_mask(torch.full((7, 13), 3.0)), torch.ones(256, 256)), "clamped, and not a rounding below 1"
+    assert torch.equal(fit_mask(torch.full((7, 13), -1.0)), torch.zeros(256, 256))
+    assert torch.equal(fit_mask(mask.half()), mask.half().float())
+    for wrong, message in (
+        (torch.ones(2, 8, 8), "2 masks .* pick one"),
+        (torch.ones(8), r"\[H, W\]"),
+        (torch.ones(1, 0, 8), r"\[H, W\]"),
+        (torch.full((8, 8), torch.nan), "NaN"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fit_mask(wrong)
+
+
+def test_tidy_masks_keeps_what_is_used_once():
+    a, b = torch.rand(2, MASK_SIDE, MASK_SIDE)
+    masks, rows = tidy_masks(torch.stack([b, a, b, a]), torch.tensor([3, -1, 1, 2]))
+    assert torch.equal(masks, torch.stack([a, b])) and rows.tolist() == [0, -1, 0, 1]
+    assert tidy_masks(torch.stack([a, b]), torch.tensor([-1, -1])) == (None, None)
 
 
 def test_off_is_a_legal_strength():

@@ -103,12 +103,71 @@ def test_batched_layouts_are_their_entries_stacked():
     assert region_bias(torch.stack([one, two]), strengths[0], (3, 5), text=8).shape == (2, 23, 6)
 
 
+@given(levels, grids, st.integers(1, 9), st.integers(1, 9), st.integers(0, 999), st.sampled_from(["all", "overlap"]))
+@settings(max_examples=40, deadline=None)
+def test_a_mask_adds_the_log_of_its_mean_over_the_patch(made, grid, height, width, seed, mixing):
+    """Against the mean over a picture so fine that every patch is a whole number of its pixels."""
+    made, (rows, cols) = hierarchy(made), grid
+    generator = torch.Generator().manual_seed(seed)
+    masks = torch.rand(2, height, width, generator=generator)
+    masks = torch.where(masks < 0.3, 0.0, torch.where(masks > 0.8, 1.0, masks))
+    masked_by = torch.randint(-1, 2, (made.token_count,), generator=generator)
+    strengths = torch.randn(made.token_count, generator=generator)
+    text = made.token_count + 2
+    plain = region_bias(made.boxes(), strengths, grid, text, 3, mixing)
+    bias = region_bias(made.boxes(), strengths, grid, text, 3, mixing, masks, masked_by)
+    fine = masks.double().repeat_interleave(rows, 1).repeat_interleave(cols, 2)
+    means = torch.nn.functional.avg_pool2d(fine, (height, width)).flatten(1)
+    expected = plain.clone()
+    for token, row in enumerate(masked_by.tolist()):
+        if row >= 0:
+            expected[text : text + rows * cols, token] += means[row].log().float()
+    beside = slice(made.token_count if mixing == "overlap" else 0, None)
+    assert torch.equal(bias[beside].isinf(), expected[beside].isinf())
+    assert torch.allclose(bias[beside], expected[beside], atol=1e-5)
+    among = bias[: made.token_count]
+    assert torch.equal(among.isinf(), among.T.isinf()) and not among.diagonal().isinf().any()
+
+
+def test_a_mask_that_shows_everything_is_no_mask():
+    made = hierarchy("tree64")
+    strengths, rows = torch.randn(64), torch.arange(64) % 2 - 1
+    plain = region_bias(made.boxes(), strengths, (5, 7), 70, 4, "overlap")
+    assert torch.equal(region_bias(made.boxes(), strengths, (5, 7), 70, 4, "overlap", torch.ones(1, 256, 256), rows), plain)
+
+
+def test_a_region_and_what_surrounds_it_do_not_mix():
+    """Also where the mask is soft, and after both went through bytes."""
+    soft = torch.linspace(-0.5, 1.5, 256).clamp(0, 1).expand(256, 256)
+    masks = torch.stack([soft, 1 - soft, (soft > 0).float()])
+    masks = (masks * 255).round() / 255
+    boxes, rows = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(5, 4), torch.tensor([0, 0, 1, 2, -1])
+    bias = region_bias(boxes, torch.zeros(5), (16, 16), 5, 0, "overlap", masks, rows)
+    assert (bias[:5] == 0).int().tolist() == [
+        [1, 1, 0, 1, 1],
+        [1, 1, 0, 1, 1],
+        [0, 0, 1, 1, 1],
+        [1, 1, 1, 1, 1],
+        [1, 1, 1, 1, 1],
+    ]
+    assert (region_bias(boxes, torch.zeros(5), (16, 16), 5, 0, "all", masks, rows)[:5] == 0).all()
+
+
+def test_batched_masks_are_their_entries_stacked():
+    boxes, masks = hierarchy([[1, 1, 2], [2, 2, 1]]).boxes(), torch.rand(2, 3, 8, 8)
+    rows = torch.randint(-1, 3, (2, 6))
+    bias = region_bias(boxes, torch.zeros(6), (3, 5), 8, 2, "overlap", masks, rows)
+    for entry in range(2):
+        assert torch.equal(bias[entry], region_bias(boxes, torch.zeros(6), (3, 5), 8, 2, "overlap", masks[entry], rows[entry]))
+
+
 @pytest.mark.parametrize(
     "call, words",
     [
         (lambda b: region_bias(b, torch.zeros(3), (2, 2), 8), "one each"),
         (lambda b: region_bias(b, torch.zeros(4), (2, 2), 3), "cannot begin with 4"),
         (lambda b: region_bias(b, torch.zeros(4), (2, 2), 8, mixing="some"), "'some'"),
+        (lambda b: region_bias(b, torch.zeros(4), (2, 2), 8, masks=torch.ones(1, 4, 4), masked_by=b.long()[:, 0] + 1), "not among the 1"),
         (lambda b: visible(b[0], (2, 2)), r"\[tokens, 4\]"),
         (lambda b: patch_grid(0, 4), "0x4"),
     ],

@@ -14,7 +14,7 @@ pytest.importorskip("comfy.sd", reason="no ComfyUI here: set COMFYUI_PATH, or `p
 from semantic_diffusion_adapter.kernels import algebra  # noqa: E402
 from semantic_diffusion_adapter.kernels.embedding import SemanticEmbedding  # noqa: E402
 from semantic_diffusion_adapter.nodes.host import layout  # noqa: E402
-from semantic_diffusion_adapter.nodes.host.conditioning import LAYOUT_KEY, to_conditioning  # noqa: E402
+from semantic_diffusion_adapter.nodes.host.conditioning import LAYOUT_KEY, MASKS_KEY, to_conditioning  # noqa: E402
 
 UNIT = st.floats(0, 1, width=32)
 
@@ -29,9 +29,10 @@ def test_layout_round_trip(rows):
     e = SemanticEmbedding(
         torch.zeros(1, len(rows), 1), table[:, :4].float(), table[:, 4].long(), table[:, 5].float()
     )
-    encoded = layout.encode(e)
-    assert encoded.dtype == torch.int32 and encoded.shape == (1, len(rows), 6)
-    boxes, strengths = layout.decode(encoded)
+    encoded, nothing = layout.encode(e)
+    assert nothing is None and encoded.dtype == torch.int32 and encoded.shape == (1, len(rows), 7)
+    boxes, strengths, *nothing = layout.decode(encoded)
+    assert nothing == [None, None] and (encoded[..., 6] == -1).all()
     assert (boxes - e.boxes).abs().max() <= 0.5 / 65536 + 1e-7
     assert torch.equal(strengths.isinf(), e.strengths.isinf())
     assert torch.allclose(strengths, e.strengths, atol=1e-5, rtol=1e-6)
@@ -40,10 +41,10 @@ def test_layout_round_trip(rows):
 
 def test_layout_of_a_batch_is_shared_where_it_is_one(embedding):
     e = embedding()
-    one = layout.encode(e)
+    one, _ = layout.encode(e)
     assert layout.decode(one.repeat(3, 1, 1))[0].shape == (64, 4)
-    other = layout.encode(algebra.with_strength(e, 0.0, levels={2}))
-    boxes, strengths = layout.decode(torch.cat([one, other]))
+    other, _ = layout.encode(algebra.with_strength(e, 0.0, levels={2}))
+    boxes, strengths, _, _ = layout.decode(torch.cat([one, other]))
     assert boxes.shape == (2, 64, 4) and strengths.shape == (2, 64)
     assert torch.equal(strengths[0], e.strengths) and torch.isinf(strengths[1, 32:]).all()
 
@@ -74,7 +75,48 @@ def test_two_embeddings_are_decoded_together(embedding):
     text = [[torch.randn(1, 3, 24), {"pooled_output": torch.ones(1, 24)}]]
     tokens, settings = to_conditioning(a, to_conditioning(b, text))[0]
     assert torch.equal(tokens, torch.cat([a.tokens, b.tokens, text[0][0]], dim=1))
-    assert torch.equal(settings["model_conds"][LAYOUT_KEY].cond, torch.cat([layout.encode(a), layout.encode(b)], dim=1))
+    conds = settings["model_conds"]
+    assert torch.equal(conds[LAYOUT_KEY].cond, torch.cat([layout.encode(a)[0], layout.encode(b)[0]], dim=1))
+    assert set(conds) == {LAYOUT_KEY}, "without a mask there is no second key"
+
+
+def confined(e, *masks):
+    """Tokens in turn in each of the masks and in none."""
+    return dataclasses.replace(e, masks=torch.stack(masks), masked_by=torch.arange(e.token_count) % (len(masks) + 1) - 1)
+
+
+def test_masks_round_trip_as_bytes(embedding):
+    e = confined(embedding(), *torch.rand(2, 256, 256))
+    encoded, masks = layout.encode(e)
+    assert masks.dtype == torch.uint8 and masks.shape == (1, 2, 256, 256)
+    for dtype in (torch.uint8, torch.bfloat16, torch.float16):  # as core hands them on
+        _, _, back, rows = layout.decode(encoded, masks.to(dtype))
+        assert (back - e.masks).abs().max() <= 0.5 / 255 + 1e-6 and torch.equal(rows, e.masked_by)
+    ends = layout.decode(*layout.encode(confined(e, torch.ones(256, 256), torch.zeros(256, 256))))[2]
+    assert torch.equal(ends[0], torch.ones(256, 256)) and torch.equal(ends[1], torch.zeros(256, 256))
+
+
+def test_masks_of_a_batch_are_shared_where_they_are_one(embedding):
+    encoded, masks = layout.encode(confined(embedding(), torch.rand(256, 256)))
+    boxes, _, shared, rows = layout.decode(encoded.repeat(2, 1, 1), masks.repeat(2, 1, 1, 1))
+    assert boxes.shape == (64, 4) and shared.shape == (1, 256, 256) and rows.shape == (64,)
+    boxes, strengths, own, rows = layout.decode(encoded.repeat(2, 1, 1), torch.cat([masks, 255 - masks]))
+    assert boxes.shape == (2, 64, 4) and strengths.shape == rows.shape == (2, 64) and own.shape == (2, 1, 256, 256)
+    assert torch.equal(own[0], shared)
+
+
+def test_joined_masks_stay_with_their_tokens(embedding):
+    masks = torch.randint(0, 256, (3, 256, 256)) / 255
+    a, b, free = confined(embedding(seed=1), masks[0], masks[1]), confined(embedding(seed=2), masks[2]), embedding(seed=3)
+    joined = to_conditioning(a, to_conditioning(free, to_conditioning(b)))[0][1]["model_conds"]
+    boxes, _, table, rows = layout.decode(joined[LAYOUT_KEY].cond, joined[MASKS_KEY].cond)
+    assert torch.allclose(table, masks) and boxes.shape == (192, 4)
+    assert torch.equal(rows[:64], a.masked_by) and (rows[64:128] == -1).all()
+    assert torch.equal(rows[128:], torch.where(b.masked_by < 0, -1, b.masked_by + 2))
+    last = to_conditioning(free, to_conditioning(b))[0][1]["model_conds"]
+    assert torch.equal(layout.decode(last[LAYOUT_KEY].cond, last[MASKS_KEY].cond)[3][64:], b.masked_by)
+    composed = to_conditioning(algebra.compose([a, free, b]))[0][1]["model_conds"]
+    assert all(torch.equal(joined[key].cond, composed[key].cond) for key in (LAYOUT_KEY, MASKS_KEY))
 
 
 def test_refusals(embedding):

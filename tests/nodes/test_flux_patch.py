@@ -11,10 +11,10 @@ import torch
 pytest.importorskip("comfy.sd", reason="no ComfyUI here: set COMFYUI_PATH, or `python3 run.py test` makes one")
 
 import node_helpers  # noqa: E402
-from semantic_diffusion_adapter.kernels import algebra, visibility  # noqa: E402
+from semantic_diffusion_adapter.kernels import algebra, regions, visibility  # noqa: E402
 from semantic_diffusion_adapter.kernels.embedding import from_hierarchy  # noqa: E402
 from semantic_diffusion_adapter.kernels.hierarchy import hierarchy  # noqa: E402
-from semantic_diffusion_adapter.nodes.host import flux  # noqa: E402
+from semantic_diffusion_adapter.nodes.host import blocks, flux  # noqa: E402
 from semantic_diffusion_adapter.nodes.host.conditioning import to_conditioning  # noqa: E402
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -30,14 +30,18 @@ def without_layout(positive: list) -> list:
     return [[tokens, {k: v for k, v in settings.items() if k != "model_conds"}] for tokens, settings in positive]
 
 
-def dense_oracle(model, e, grid, text: int, references: int = 0, mixing: str = "all", log_strength: float = 0.0):
-    """A clone whose every attention is core's mathematics in float64 with one dense mask, written out."""
-    bias = visibility.region_bias(e.boxes, e.strengths + log_strength, grid, text, references, mixing).double()
+def dense_oracle(
+    model, e, grid, text: int, references: int = 0, mixing: str = "all", log_strength: float = 0.0, where=lambda kind, index: True
+):
+    """A clone whose every attention is core's mathematics in float64 with one dense mask `where` it belongs, written out."""
+    strengths = e.strengths + log_strength
+    bias = visibility.region_bias(e.boxes, strengths, grid, text, references, mixing, e.masks, e.masked_by).double()
     calls = []
 
-    def override(func, q, k, v, heads, **kwargs):
+    def override(func, q, k, v, heads, transformer_options, **kwargs):
         mask = torch.zeros(q.shape[2], q.shape[2], dtype=torch.float64)
-        mask[:, : e.token_count] = bias
+        if where(transformer_options["block_type"], transformer_options["block_index"]):
+            mask[:, : e.token_count] = bias
         logits = q.double() @ k.double().transpose(-1, -2) / math.sqrt(q.shape[-1]) + mask
         calls.append(q.shape)
         return (logits.softmax(-1) @ v.double()).to(q.dtype).transpose(1, 2).flatten(2)
@@ -74,6 +78,111 @@ def test_equals_the_dense_mask_for_any_latent(toy, embedding, size, mixing):
     assert len(calls) == 2 * 4, "the oracle must have been every attention of two steps"
     result = toy.sample(flux.patch(toy.model, mixing=mixing), positive, size=size)
     assert torch.allclose(result, expected, **CLOSE)
+
+
+def soft_mask(seed: int = 0) -> torch.Tensor:
+    """Blocks of 0, 1 and between, in steps that bytes hold."""
+    blocks = torch.randint(-64, 320, (5, 5), generator=torch.Generator().manual_seed(seed)).clamp(0, 255) / 255
+    return torch.nn.functional.interpolate(blocks[None, None], (256, 256))[0, 0]
+
+
+@pytest.mark.parametrize("mixing", ["all", "overlap"])
+@pytest.mark.parametrize("size", [(8, 8), (7, 9), (12, 5)])
+def test_masks_equal_the_dense_mask_for_any_latent(toy, embedding, size, mixing):
+    e = regions.insert(embedding("tree64", seed=1), embedding("global16", seed=2), soft_mask())
+    assert e.masks is not None
+    positive = to_conditioning(e, plain(torch.randn(1, 5, 24)))
+    oracle, _ = dense_oracle(toy.model, e, visibility.patch_grid(*size), e.token_count + 5, mixing=mixing)
+    expected = toy.sample(oracle, without_layout(positive), size=size, steps=1)
+    result = toy.sample(flux.patch(toy.model, mixing=mixing), positive, size=size, steps=1)
+    assert torch.allclose(result, expected, **CLOSE)
+
+
+def test_an_unpatched_flux_ignores_masks(toy, embedding):
+    positive = to_conditioning(regions.confine(embedding(), soft_mask()))
+    assert torch.equal(toy.sample(toy.model, positive, steps=1), toy.sample(toy.model, without_layout(positive), steps=1))
+
+
+def test_two_masks_in_one_batch_keep_their_own(toy, embedding):
+    """As many tokens and masks on either side of the guidance: core joins them into one forward."""
+    one = regions.confine(embedding("global16", seed=1), soft_mask(1))
+    two = regions.confine(embedding("global16", seed=2), soft_mask(2))
+    model = flux.patch(toy.model)
+    guided = toy.sample(model, to_conditioning(one), to_conditioning(two), cfg=3.0, steps=1)
+    first, second = (toy.sample(model, to_conditioning(e), steps=1) for e in (one, two))
+    assert torch.allclose(guided, second + 3.0 * (first - second), rtol=1e-3, atol=1e-3)
+    mixed = toy.sample(model, to_conditioning(one), to_conditioning(embedding("global16", seed=2)), cfg=3.0, steps=1)
+    assert not torch.allclose(mixed, guided, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["box", "hard", "soft"])
+def test_nothing_leaks_out_of_a_region_at_the_injection_site(toy, embedding, kind, monkeypatch):
+    """In Flux's first block, where only its own keys and values know of a token yet: with the region's tokens at full
+    strength and quite others in their place, the attention output of every patch outside differs by exactly 0."""
+    first = []
+    make = flux.regional_attention
+
+    def recording(*arguments):
+        override = make(*arguments)
+
+        def record(*inputs, **more):
+            first.append(override(*inputs, **more))
+            return first[-1]
+
+        return record
+
+    monkeypatch.setattr(flux, "regional_attention", recording)
+    base, other = embedding("tree64", seed=1), algebra.with_strength(embedding("global16", seed=2), 2.0)
+    if kind == "box":
+        e = algebra.compose([base, regions.move_into(other, (0.5, 0.25, 1.0, 0.75))])
+    else:
+        mask = regions.box_mask((0.5, 0.25, 1.0, 0.75))
+        e = regions.insert(base, other, mask if kind == "hard" else regions.feather(mask, 0.4), "join")
+    loud = e.tokens.clone()
+    loud[:, 64:] *= -20
+    outputs = []
+    for tokens in (e.tokens, loud):
+        first.clear()
+        toy.sample(flux.patch(toy.model), to_conditioning(dataclasses.replace(e, tokens=tokens)), size=(10, 14), steps=1)
+        outputs.append(first[0][0, e.token_count :])
+    seen = visibility.region_bias(e.boxes, e.strengths, (5, 7), e.token_count, masks=e.masks, masked_by=e.masked_by)
+    seen = (seen[e.token_count :, 64:] > -math.inf).any(1)
+    change = (outputs[0] - outputs[1]).abs().amax(1)
+    assert 0 < seen.sum() < 35 and len(change) == 35
+    assert (change[~seen] == 0).all() and (change[seen] > 0).all()
+
+
+@pytest.mark.parametrize("text", ["double", "single 1", "double 0, single 0-0", "double 1-1,SINGLE"])
+def test_only_the_chosen_blocks_are_masked(toy, embedding, text):
+    chosen = blocks.parse_blocks(text, 2, 2)
+    e = embedding("tree64")
+    oracle, calls = dense_oracle(toy.model, e, (4, 4), 64, where=lambda *here: here in chosen)
+    expected = toy.sample(oracle, without_layout(to_conditioning(e)))
+    assert len(calls) == 2 * 4
+    result = toy.sample(flux.patch(toy.model, blocks=text), to_conditioning(e))
+    assert torch.allclose(result, expected, **CLOSE)
+    assert not torch.allclose(result, toy.sample(flux.patch(toy.model), to_conditioning(e)), **CLOSE)
+
+
+def test_the_text_form_of_blocks():
+    assert blocks.parse_blocks("all", 19, 38) is blocks.parse_blocks("", 19, 38) is blocks.parse_blocks("single, double", 19, 38) is None
+    assert blocks.parse_blocks("double 0-9, single 20-37", 19, 38) == {("double", i) for i in range(10)} | {
+        ("single", i) for i in range(20, 38)
+    }
+    assert blocks.parse_blocks("double 3", 19, 38) == {("double", 3)}
+    for text, message in (
+        ("double 19", "no double block 19: this model has 19"),
+        ("single 3-99", "no single block 99: this model has 38"),
+        ("single 9-3", "run backwards"),
+        ("triple", "'triple' are not understood"),
+        ("double 0-", "are not understood"),
+        ("0-9", "are not understood"),
+        ("double,,single", "are not understood"),
+        ("all, double", "are not understood"),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            blocks.parse_blocks(text, 19, 38)
+        assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
 
 
 def test_strength_off_for_a_cell_is_deleting_its_tokens(toy, embedding):
@@ -176,7 +285,7 @@ def test_another_packs_override_is_chained(toy, embedding):
     assert seen
     oracle, _ = dense_oracle(toy.model, e, (4, 4), 64)
     dense = oracle.model_options["transformer_options"][OVERRIDE]
-    oracle.model_options["transformer_options"][OVERRIDE] = lambda func, q, k, v, heads, **kw: dense(func, q, k, v * 1.5, heads)
+    oracle.model_options["transformer_options"][OVERRIDE] = lambda func, q, k, v, heads, **kw: dense(func, q, k, v * 1.5, heads, **kw)
     assert torch.allclose(result, toy.sample(oracle, without_layout(positive)), **CLOSE)
     assert model.model_options["transformer_options"][OVERRIDE] is louder
 
@@ -289,9 +398,21 @@ def test_half_precision_does_not_move_a_border(toy, embedding, monkeypatch):
     monkeypatch.setattr(flux, "prepare", lambda layout, x, *rest: prepared.append((x.dtype, prepare(layout, x, *rest))) or prepared[-1][1])
     toy.model.model.manual_cast_dtype = torch.bfloat16
     toy.sample(flux.patch(toy.model), to_conditioning(from_hierarchy(torch.randn(1, 18, 24), grids)), size=(24, 24), steps=1)
-    dtype, regions = prepared[0]
+    dtype, made = prepared[0]
     assert dtype == torch.bfloat16
-    assert torch.equal(regions.bias[0, 18:] == 0, visibility.visible(grids.boxes(), (12, 12)))
+    assert torch.equal(made.bias[0, 18:] == 0, visibility.visible(grids.boxes(), (12, 12)))
+
+
+def test_half_precision_does_not_change_a_mask(toy, embedding, monkeypatch):
+    """Core casts the masks' bytes to the model's dtype, which holds them all."""
+    e = regions.confine(embedding("global16"), (torch.arange(65536) % 256).view(256, 256).T / 255)
+    prepared = []
+    prepare = flux.prepare
+    monkeypatch.setattr(flux, "prepare", lambda *arguments: prepared.append(prepare(*arguments)) or prepared[-1])
+    toy.model.model.manual_cast_dtype = torch.bfloat16
+    toy.sample(flux.patch(toy.model), to_conditioning(e), size=(24, 24), steps=1)
+    expected = visibility.region_bias(e.boxes, e.strengths, (12, 12), 16, masks=e.masks, masked_by=e.masked_by)
+    assert torch.allclose(prepared[0].bias[0], expected, atol=1e-5)
 
 
 def test_refusals(toy, embedding):
@@ -312,6 +433,8 @@ def test_refusals(toy, embedding):
         flux.patch(toy.model, start=0.7, end=0.2)
     with pytest.raises(ValueError, match="strength"):
         flux.patch(toy.model, strength=-1.0)
+    with pytest.raises(ValueError, match="no single block 2: this model has 2"):
+        flux.patch(toy.model, blocks="single 0-2")
     model = flux.patch(toy.model)
     with pytest.raises(ValueError, match="width 16 and this model reads 24"):
         toy.sample(model, to_conditioning(embedding(width=16)))
