@@ -7,6 +7,7 @@ the record before it touches a tensor, and every refusal is one sentence that na
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import struct
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 FORMAT_VERSION = 1
 RECORD_KEY = "sda"
-KINDS = ("adapter", "edit_decoder", "vision_tower", "flux", "vae", "text_encoder")
+KINDS = ("adapter", "edit_decoder", "vision_tower", "flux", "vae", "text_encoder", "embedding")
 SCALE_SUFFIX = "::scale"
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 
@@ -32,6 +33,7 @@ def save(
     config: dict[str, Any],
     *,
     dtype: torch.dtype | None = None,
+    metadata: dict[str, str] | None = None,
     **fields: Any,
 ) -> None:
     """Write a checkpoint in one step: a temporary file beside it, then one rename.
@@ -39,8 +41,9 @@ def save(
     dtype: storage of the floating tensors: None keeps each as it is, a floating dtype casts, ``torch.int8`` stores
         every floating tensor of two or more dimensions as int8 with one float32 scale per row (``<name>::scale``, so
         that rows of any magnitude keep seven bits) and the others as float16.
+    metadata: text for other readers, put beside the record (a ComfyUI page finds `workflow` there).
     fields: further entries of the record, JSON only.
-    Raises ValueError for an unknown kind, a reserved field or a tensor that is not finite.
+    Raises ValueError for an unknown kind, a reserved field, a tensor that is not finite or a file that cannot be written.
     """
     if kind not in KINDS:
         raise ValueError(f"Cannot save a checkpoint of kind {kind!r}: use one of {', '.join(KINDS)}.")
@@ -63,36 +66,42 @@ def save(
             stored[key] = value.clone() if memory in seen else value
             seen.add(memory)
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        save_file(stored, temporary, metadata={RECORD_KEY: json.dumps(record, sort_keys=True)})
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save_file(stored, temporary, metadata={**(metadata or {}), RECORD_KEY: json.dumps(record, sort_keys=True)})
         # Some releases of safetensors make files that only their owner can read; a server often runs as someone else.
         mask = os.umask(0)
         os.umask(mask)
         os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, target)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{path} was not written ({reason}): make room on the disk or choose another folder.") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
-def read_header(path: str | os.PathLike) -> dict[str, Any]:
-    """The record of a checkpoint, read without loading a tensor. ValueError in one sentence if there is none we can read."""
+def read_header(path: str | os.PathLike, kind: str | None = None) -> dict[str, Any]:
+    """The record of a checkpoint (of this kind), read without loading a tensor. ValueError in one sentence if it will not do."""
     metadata, _ = _safetensors_header(path)
     text = metadata.get(RECORD_KEY)
     if text is None:
-        raise ValueError(f"{path} has no Semantic Diffusion Adapter record: choose a file made by the `sda` commands.")
+        raise ValueError(f"{path} has no Semantic Diffusion Adapter record: choose a file that this pack made.")
     try:
         record = json.loads(text)
-        version, kind, config = record["format_version"], record["kind"], record["config"]
+        version, found, config = record["format_version"], record["kind"], record["config"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"The record in {path} is damaged: download or export the file again.") from error
-    if not isinstance(version, int) or not isinstance(kind, str) or not isinstance(config, dict):
+    if not isinstance(version, int) or not isinstance(found, str) or not isinstance(config, dict):
         raise ValueError(f"The record in {path} is damaged: download or export the file again.")
     if version > FORMAT_VERSION:
         raise ValueError(
             f"{path} has format version {version} and this pack reads up to {FORMAT_VERSION}: update the pack."
         )
+    if kind not in (None, found):
+        raise ValueError(f"{path} holds a checkpoint of kind {found!r} where {kind!r} is needed: choose another file.")
     return record
 
 
@@ -106,11 +115,7 @@ def load(path: str | os.PathLike, kind: str) -> tuple[dict[str, Tensor], dict[st
 
     Raises ValueError in one sentence: no safetensors file, truncated, no record, newer version, another kind, not finite.
     """
-    record = read_header(path)
-    if record["kind"] != kind:
-        raise ValueError(
-            f"{path} holds a checkpoint of kind {record['kind']!r} where {kind!r} is needed: choose another file."
-        )
+    record = read_header(path, kind)
     stored = load_tensors(path)
     tensors = {
         name: _unpack(stored, name) for name in stored if not name.endswith(SCALE_SUFFIX)
@@ -203,10 +208,10 @@ def _safetensors_header(path: str | os.PathLike) -> tuple[dict[str, str], dict[s
         raise ValueError(f"{path} is cut short: download or export it again.")
     try:
         header = json.loads(text)
-        metadata = header.pop("__metadata__", {})
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        metadata = dict(header.pop("__metadata__", {}))
+        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise ValueError(f"{path} is not a safetensors file: only safetensors checkpoints are loaded.") from error
-    if 8 + length + end > size:
+    if end > size:
         raise ValueError(f"{path} is cut short: download or export it again.")
     return metadata, header

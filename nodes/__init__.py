@@ -6,11 +6,17 @@ from comfy_api.latest import ComfyExtension, io
 
 from .blend import BlendEmbeddings
 from .decode import EmbeddingToConditioning, MaskedAttention
+from .dials import EmbeddingStrength, KeepOutsideMask
 from .edit import EditEmbedding
 from .encode import BuildEmbedding, EncodeImage
+from .files import LoadEmbedding, SaveEmbedding
+from .guide import EditGuider
 from .host import folders
 from .load import LoadAdapter, LoadEditDecoder, LoadVisionEncoders
 from .miniature import LoadMiniature
+from .region import ComposeEmbeddings, PlaceEmbedding, RegionalPrompt
+from .see import PreviewEmbedding, VisiblePatches
+from .style import FromStyleModel
 
 
 class SemanticDiffusionExtension(ComfyExtension):
@@ -25,8 +31,19 @@ class SemanticDiffusionExtension(ComfyExtension):
             EncodeImage,
             BuildEmbedding,
             EditEmbedding,
+            KeepOutsideMask,
             BlendEmbeddings,
+            ComposeEmbeddings,
+            PlaceEmbedding,
+            RegionalPrompt,
+            FromStyleModel,
+            EmbeddingStrength,
+            PreviewEmbedding,
+            VisiblePatches,
+            SaveEmbedding,
+            LoadEmbedding,
             EmbeddingToConditioning,
             MaskedAttention,
+            EditGuider,
             LoadMiniature,
         ]

@@ -114,7 +114,13 @@ def test_refusals_are_one_sentence(tmp_path):
     refused("'y' .* NaN or infinite")
 
 
-@pytest.mark.parametrize("header", [b"{}", b'{"x": 3}', b"{nonsense", b'{"x": {"data_offsets": [0]}}'])
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"{}", b'{"x": 3}', b"{nonsense", b'{"x": {"data_offsets": [0]}}', b'{"x": {"data_offsets": [0, "1"]}}',
+        b'{"__metadata__": 3}', b'{"x": ' + b"[" * 100_000,
+    ],
+)  # fmt: skip
 def test_malformed_headers_never_raise_anything_else(tmp_path, header):
     path = tmp_path / "a.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header)

@@ -22,6 +22,7 @@ import comfy.utils  # noqa: E402
 import folder_paths  # noqa: E402
 import semantic_diffusion_adapter  # noqa: E402
 from comfy_api.latest import ComfyExtension, io  # noqa: E402
+from semantic_diffusion_adapter.kernels import algebra, regions  # noqa: E402
 from semantic_diffusion_adapter.nodes import blend, decode, edit, encode, load  # noqa: E402
 from semantic_diffusion_adapter.nodes import miniature as miniature_node  # noqa: E402
 from semantic_diffusion_adapter.nodes.host import folders, miniature, networks, text_encoder, versions  # noqa: E402
@@ -38,7 +39,18 @@ FROZEN = {
     "SDAEditEmbedding": (["embedding", "clip", "edit_decoder", "instruction", "mode"], ["SDA_EMBEDDING"]),
     "SDABlendEmbeddings": (["embedding_a", "embedding_b", "amount", "mode", "levels"], ["SDA_EMBEDDING"]),
     "SDAEmbeddingToConditioning": (["embedding", "text"], ["CONDITIONING"]),
-    "SDAMaskedAttention": (["model", "strength", "start_percent", "end_percent", "token_mixing"], ["MODEL"]),
+    "SDAMaskedAttention": (["model", "strength", "start_percent", "end_percent", "token_mixing", "blocks"], ["MODEL"]),
+    "SDAEditGuider": (["model", "source", "edited", "edit_strength", "negative", "cfg"], ["GUIDER"]),
+    "SDARegionalPrompt": (["clip", "text", "x", "y", "width", "height", "mode", "embedding", "mask"], ["SDA_EMBEDDING"]),
+    "SDAPlace": (["embedding", "other", "x", "y", "width", "height", "mode", "mask"], ["SDA_EMBEDDING"]),
+    "SDACompose": (["embedding", "other", "x", "y", "width", "height", "mode", "mask"], ["SDA_EMBEDDING"]),
+    "SDAFromStyleModel": (["style_model", "clip_vision_output", "preset"], ["SDA_EMBEDDING"]),
+    "SDAStrength": (["embedding", "strength", "levels", "cells"], ["SDA_EMBEDDING"]),
+    "SDAKeepOutsideMask": (["edited", "source", "mask", "feather"], ["SDA_EMBEDDING"]),
+    "SDASaveEmbedding": (["embedding", "filename_prefix", "image"], []),
+    "SDALoadEmbedding": (["file"], ["SDA_EMBEDDING", "IMAGE"]),
+    "SDAPreviewEmbedding": (["embedding", "measure", "image", "compare"], ["IMAGE"]),
+    "SDAVisiblePatches": (["embedding", "latent", "level", "token"], ["MASK"]),
     "SDALoadMiniature": ([], ["MODEL", "CLIP", "VAE", "COMBO", "COMBO", "COMBO", "COMBO", "IMAGE"]),
 }  # fmt: skip
 
@@ -130,7 +142,7 @@ def test_fingerprints_follow_the_files(assets, monkeypatch):
 
 def test_only_file_loaders_have_fingerprints(node_list):
     loaders = {n.GET_SCHEMA().node_id for n in node_list if n.fingerprint_inputs.__func__ is not io.ComfyNode.fingerprint_inputs.__func__}
-    assert loaders == {"SDALoadVisionEncoders", "SDALoadAdapter", "SDALoadEditDecoder", "SDALoadMiniature"}
+    assert loaders == {"SDALoadVisionEncoders", "SDALoadAdapter", "SDALoadEditDecoder", "SDALoadEmbedding", "SDALoadMiniature"}
 
 
 @pytest.fixture
@@ -165,6 +177,17 @@ def test_the_nodes_pass_their_widgets_on(loaded):
     assert outputs[7].shape == (1, 128, 128, 3) and 0 <= outputs[7].min() <= outputs[7].max() <= 1
     (patched,) = decode.MaskedAttention.execute(outputs[0], 1.0, 0.0, 1.0, "all").result
     assert patched is not outputs[0]
+
+
+def test_an_edit_keeps_regions_and_dials(loaded):
+    _, _, editor, _, e, clip = loaded
+    mask = torch.zeros(256, 256)
+    mask[:, 128:] = 0.5
+    confined = algebra.with_strength(regions.confine(e, mask), 0.5, levels={0})
+    (edited,) = edit.EditEmbedding.execute(confined, clip, editor, "a red circle", "parallel").result
+    assert not torch.equal(edited.tokens, confined.tokens)
+    for name in ("boxes", "levels", "strengths", "masks", "masked_by"):
+        assert torch.equal(getattr(edited, name), getattr(confined, name))
 
 
 def test_bad_input_is_one_sentence_with_a_remedy(loaded, assets):

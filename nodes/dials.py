@@ -1,0 +1,69 @@
+"""Dials: how much each level and cell counts, and where an edit may not reach."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..kernels import algebra, regions
+from . import types
+from .blend import ALL, parse_levels
+from .host import canvas
+from .host.versions import schema
+
+
+class EmbeddingStrength(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="SDAStrength",
+            display_name="Embedding Strength",
+            description="How much an embedding counts: all of it, some levels, or single cells. 1 is as trained, 0 is off.",
+            search_aliases=["weight", "attention bias", "level"],
+            inputs=[
+                types.Embedding.Input("embedding", tooltip="The embedding to weigh."),
+                io.Float.Input(
+                    "strength", default=1.0, min=0.0, max=2.0, step=0.05,
+                    tooltip="Factor on the attention that the tokens get: less than 1 lets a prompt count for more, 0 is off.",
+                ),
+                io.String.Input(
+                    "levels", default=ALL,
+                    tooltip="Which levels the strength is for: all, or numbers such as 0 (the whole image) or 1,2 (the cells).",
+                ),
+                io.String.Input(
+                    "cells", default="",
+                    tooltip="Factors of single cells on top of it, as level:row,column=factor, such as 1:0,1=0.5; 2:3,3=0. Also 2=0.7 "
+                    "for a level. Click the cells in the picture instead of writing.",
+                ),
+            ],
+            outputs=[types.Embedding.Output(display_name="embedding", tooltip="The weighed embedding.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, embedding, strength, levels, cells) -> io.NodeOutput:
+        weighed = regions.strength_cells(algebra.with_strength(embedding, strength, parse_levels(levels)), cells)
+        return io.NodeOutput(weighed, ui=canvas.shown(embedding))
+
+
+class KeepOutsideMask(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="SDAKeepOutsideMask",
+            display_name="Keep Outside Mask",
+            description="Let an edit happen only inside a mask: every token whose box misses it returns to the source's.",
+            search_aliases=["inpaint", "protect", "restrict edit"],
+            inputs=[
+                types.Embedding.Input("edited", tooltip="The edited embedding."),
+                types.Embedding.Input("source", tooltip="The embedding before the edit."),
+                io.Mask.Input("mask", tooltip="Where the edit may happen: white. Any size; a picture's mask from the mask editor."),
+                io.Float.Input(
+                    "feather", default=0.05, min=0.0, max=0.5, step=0.01,
+                    tooltip="How softly the mask ends, as a share of the picture's side.",
+                ),
+            ],
+            outputs=[types.Embedding.Output(display_name="embedding", tooltip="Edited inside the mask, the source outside.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, edited, source, mask, feather) -> io.NodeOutput:
+        return io.NodeOutput(algebra.restrict(edited, source, regions.feather(mask, feather)))

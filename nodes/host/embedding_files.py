@@ -1,0 +1,131 @@
+"""Embedding files in core's input and output folders: their names, thumbnails, and the workflow that made them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from io import BytesIO
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import comfy.model_management
+import folder_paths
+import numpy as np
+import torch
+import torch.nn.functional as F
+from comfy.cli_args import args
+from PIL import Image
+from torch import Tensor
+
+from ...kernels import embedding_file
+from ...kernels.embedding import SemanticEmbedding
+
+OUTPUT = " [output]"  # core's mark for a name in the output folder
+THUMBNAIL = 256
+
+
+def files() -> list[str]:
+    """The safetensors files of the input folder, then those of the output folder with core's mark; subfolders included."""
+    ours = _below(folder_paths.get_input_directory())
+    return [*ours, *(name + OUTPUT for name in _below(folder_paths.get_output_directory()))]
+
+
+def find(file: str) -> Path:
+    """The file that a name of `files` means. ValueError if it leads elsewhere or is not there."""
+    name, folder = folder_paths.annotated_filepath(file)
+    folders = folder_paths.get_input_directory(), folder_paths.get_output_directory()
+    folder = folder or folders[0]
+    if folder not in folders or _leads_out(name):
+        raise ValueError(f"{file!r} is outside ComfyUI's input and output folders: copy the file into one of them.")
+    path = Path(folder, name)
+    if not path.is_file():
+        raise ValueError(f"There is no embedding {name!r} in {folder}: put the file there and refresh the page (R).")
+    return path
+
+
+def fingerprint(file: str | None) -> str:
+    """The hash of a file. Empty for a missing file or a linked name, which core does not know yet."""
+    try:
+        return hashlib.sha256(find(file).read_bytes()).hexdigest() if file else ""
+    except ValueError:
+        return ""
+
+
+def load(file: str) -> tuple[SemanticEmbedding, Tensor]:
+    """(embedding, thumbnail as IMAGE [1, H, W, 3]; grey if the file has none)."""
+    embedding, jpeg = embedding_file.load(find(file))
+    return embedding.to(comfy.model_management.intermediate_device()), _picture(jpeg)
+
+
+def save(embedding: SemanticEmbedding, prefix: str, image: Tensor | None, hidden: Any) -> str:
+    """Write an embedding by core's naming rules, with the workflow that core knows of; "name (size in KB)" of the file.
+
+    image: IMAGE whose first picture becomes the thumbnail. hidden: the node's PROMPT, EXTRA_PNGINFO and UNIQUE_ID, or None.
+    """
+    if _leads_out(prefix) or not PureWindowsPath(prefix).parts:
+        raise ValueError(f"The file name {prefix!r} leads out of the output folder: write a name such as embeddings/mine.")
+    height, width = (0, 0) if image is None else image.shape[1:3]
+    root = folder_paths.get_output_directory()
+    try:
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, root, width, height)
+    except OSError as error:
+        raise ValueError(f"The folder of {prefix!r} cannot be used ({error.strerror}): choose another name.") from error
+    path = Path(folder, f"{name}_{counter:05}_{embedding_file.SUFFIX}")
+    embedding_file.save(path, embedding, None if image is None else _jpeg(image), _workflow(hidden))
+    text = f"{Path(subfolder, path.name).as_posix()} ({path.stat().st_size / 1024:.0f} KB)"
+    _show(text, hidden)
+    return text
+
+
+def _below(folder: str) -> list[str]:
+    found, seen = [], set()
+    for place, below, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(place) in seen:  # a link back to a folder above
+            below.clear()
+            continue
+        seen.add(os.path.realpath(place))
+        found += [Path(place, name) for name in names if name.endswith(embedding_file.SUFFIX)]
+    return sorted(path.relative_to(folder).as_posix() for path in found)
+
+
+def _leads_out(name: str) -> bool:
+    path = PureWindowsPath(name)  # knows both slashes and drives, on any system
+    return bool(path.anchor) or ".." in path.parts
+
+
+def _jpeg(image: Tensor) -> bytes:
+    pixels = image[:1, ..., :3].float().movedim(-1, 1)
+    scale = min(1.0, THUMBNAIL / max(pixels.shape[-2:]))
+    size = [max(1, round(side * scale)) for side in pixels.shape[-2:]]
+    pixels = F.interpolate(pixels, size=size, mode="area")[0].movedim(0, -1)
+    made = BytesIO()
+    Image.fromarray((pixels.clamp(0, 1) * 255).round().byte().cpu().numpy()).save(made, "JPEG", quality=85)
+    return made.getvalue()
+
+
+def _picture(jpeg: bytes | None) -> Tensor:
+    try:
+        with Image.open(BytesIO(jpeg or b""), formats=["JPEG"]) as file:
+            if max(file.size) <= THUMBNAIL:
+                return torch.from_numpy(np.asarray(file.convert("RGB"), dtype=np.float32) / 255)[None]
+    except (OSError, Image.DecompressionBombError):
+        pass  # no thumbnail, or a damaged one: the embedding itself is fine
+    return torch.full((1, THUMBNAIL, THUMBNAIL, 3), 0.5)
+
+
+def _workflow(hidden: Any) -> dict[str, str]:
+    """What core writes into its PNG files; the page opens the workflow when the file is dropped on it."""
+    if hidden is None or args.disable_metadata:
+        return {}
+    known = {"prompt": hidden.prompt, **(hidden.extra_pnginfo or {})}
+    return {name: json.dumps(value) for name, value in known.items() if value is not None}
+
+
+def _show(text: str, hidden: Any) -> None:
+    """Write a line into the node, as core's Get Image Size does."""
+    # Not imported: the module brings the whole application. Where there is a page to write to, it is already here.
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    if server is not None and hidden is not None and hidden.unique_id is not None:
+        server.send_progress_text(text, hidden.unique_id)
