@@ -34,7 +34,9 @@ class AdapterTraining:
     masked: bool = True
     """Patches see only the tokens whose boxes they overlap. False is the ablation."""
     mu: float = 0.5
+    """Time shift of training. Above the base's it spends the steps where tokens, not the noisy picture, tell what to paint."""
     uniform: float = 0.2
+    """Share of uniform times beside the shifted logit-normal ones."""
     unlock: float = 0.8
     """Share of the run after which DINOv2's last blocks learn too."""
     unlock_blocks: int = 1

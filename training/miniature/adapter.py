@@ -15,10 +15,10 @@ from ..adapter import AdapterObjective, AdapterTraining, Batch, named_hierarchy
 from ..config import RunConfig
 from ..engine import launch
 from ..flux import Tap
-from .base import TAPPED, load_base, name_loss, sample, training_text
+from .base import TAPPED, labels_of, load_base, name_loss, sample, training_text
 from .latents import cached_latents, file_hash, take
 from .parser import parse
-from .scenes import patch_labels, scene
+from .scenes import scene
 from .score import colour_position, f1, strict
 from .text import encode, token_ids
 from .towers import read_tower, save_tower, unit_images
@@ -56,7 +56,8 @@ class AdapterStage:
 
     def __init__(self, config: Config, device: torch.device):
         self.config, self.device = config, device
-        flux, text, _ = load_base(config.flux, config.text, device)
+        flux, text, base = load_base(config.flux, config.text, device)
+        self.mu = base["config"]["sampling_shift_mu"]
         self.vae = load_vae(config.vae, device)
         self.towers = {t.config.id: t for t in (read_tower(Path(p), device) for p in config.towers)}
         self.latents = cached_latents(config.vae, "train", config.scenes, config.cache, device)
@@ -73,6 +74,10 @@ class AdapterStage:
         attention = next(iter(flux.attn_processors.values()))
         self.objective = AdapterObjective(flux, attention, adapter, self.towers, config.objective,
                                           lambda labels: config.align * name_loss(head(tap.value), labels))
+        if config.run.compile:  # block by block: one small graph for each length instead of a large one for each preset
+            torch._dynamo.config.recompile_limit = 64
+            for block in (*adapter.layers, *flux.transformer_blocks, *flux.single_transformer_blocks):
+                block.compile(dynamic=False)
         # The tower's last blocks are trainables from the start, so that checkpoints never change shape; they learn late.
         self.tuned = nn.ParameterList(self.objective.unlock())
         self.trainables = nn.ModuleDict({"adapter": adapter, "tuned": self.tuned})
@@ -89,8 +94,8 @@ class AdapterStage:
     def loss(self, step: int, generator: torch.Generator):
         run, scenes = self.config.run, self.config.scenes
         index = np.random.default_rng([run.seed, 7, step]).integers(scenes, size=run.batch)
-        labels = torch.from_numpy(np.stack([patch_labels(scene("train", int(i))) for i in index])).to(self.device)
-        batch = Batch(take(self.latents, index, self.device), unit_images("train", index, self.device), labels)
+        batch = Batch(take(self.latents, index, self.device), unit_images("train", index, self.device),
+                      labels_of(index).to(self.device))
         return self.objective.loss(batch, step / run.max_steps, generator)
 
     def validate(self) -> dict[str, float]:
@@ -98,7 +103,7 @@ class AdapterStage:
         with torch.autocast(self.device.type, torch.bfloat16):
             tokens, _ = self.adapter(self.objective.features(unit_images("validation", range(48), self.device)),
                                      named_hierarchy(self.config.validate))
-        pictures = decode(self.objective, self.vae, tokens, self.config.validate)
+        pictures = decode(self.objective, self.vae, tokens, self.config.validate, self.mu)
         found = [parse(p) for p in pictures]
         return {"f1": f1(truth, found, strict), "f1_colour_position": f1(truth, found, colour_position)}
 
@@ -114,13 +119,13 @@ class AdapterStage:
 
 
 @torch.no_grad()
-def decode(objective: AdapterObjective, vae, tokens: Tensor, preset: str, seed: int = 0) -> np.ndarray:
+def decode(objective: AdapterObjective, vae, tokens: Tensor, preset: str, mu: float, seed: int = 0) -> np.ndarray:
     """Pictures [B, 128, 128, 3] uint8 that the frozen Flux paints from embeddings of one preset."""
     noise = torch.randn(len(tokens), 8, 16, 16, generator=torch.Generator().manual_seed(seed)).to(tokens.device)
     objective.attention.regions = objective.regions(preset, (8, 8), tokens.device)
     with torch.autocast(tokens.device.type, torch.bfloat16):
         pooled = tokens.new_zeros(len(tokens), objective.flux.config.pooled_projection_dim)
-        x = sample(objective.flux, [(tokens, pooled)], [1.0], noise, mu=objective.settings.mu)
+        x = sample(objective.flux, [(tokens, pooled)], [1.0], noise, mu=mu)
         return to_pixels(vae.decode(x).sample)
 
 

@@ -1,7 +1,8 @@
 """Stage 2b: the tiny text encoder and the tiny Flux, trained together from captions (and instructions) to latents.
 
 Beside the flow loss a linear head on the image stream of a middle block names what each patch shows: representation
-alignment (REPA, arXiv 2410.06940) with the scene's own truth as the teacher. The head is not exported.
+alignment (REPA, arXiv 2410.06940) with the scene's own truth as the teacher. A second head tells the patch's own row and
+column, which rotary positions alone give a patch no direct way to know. Flux's file has neither.
 """
 from __future__ import annotations
 
@@ -32,6 +33,7 @@ FLUX = dict(hidden_size=192, num_heads=3, depth=3, depth_single_blocks=6, axes_d
             vec_in_dim=192, in_channels=8, mlp_ratio=4, theta=10000, qkv_bias=True, guidance_embed=False, patch_size=2,
             latent={"channels": 8, "scale": 1.0, "shift": 0.0, "downsample": 8}, sampling_shift_mu=0.5)
 TAPPED = 1  # the single block whose image stream the alignment head reads
+FINE = 0.7  # share of places said as coordinates: they leave less to chance than words do, so there is more to learn from them
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,10 @@ class Config:
     cache: Path
     scenes: int = 80_000
     """Distinct training scenes, visited again and again."""
-    mu: float = 0.5
-    """Time shift of training and sampling."""
+    mu: float = 1.2
+    """Time shift of training and sampling: what stands where is settled while little but noise is left."""
+    opening: int = 2000
+    """Steps at the start whose times all lie above 0.9, where a picture can be told from its text alone."""
     uniform: float = 0.2
     """Share of uniform times beside the shifted logit-normal ones."""
     drop_text: float = 0.1
@@ -55,8 +59,12 @@ class Config:
     """Share of zero pooled vectors: what the adapter will give."""
     instructions: float = 0.25
     """Share of texts that are a source caption with an instruction, whose picture is the edited scene."""
-    align: float = 0.3
+    align: float = 0.6
     """Weight of the alignment loss."""
+    place: float = 0.1
+    """Weight of telling the patch's own place."""
+    text_scale: float = 0.3
+    """Learning rate of the text encoder as a share of Flux's: it knows its words already."""
 
 
 def training_text(index: int, visit: int, instructions: float) -> str:
@@ -65,11 +73,11 @@ def training_text(index: int, visit: int, instructions: float) -> str:
     rng = generator("train", index, purpose=100 + visit)
     truth = scene("train", index)
     if rng.random() < instructions:
-        change = edit(truth, rng, fine=rng.random() < 0.5)
-        inverse = inverse_instruction(change, fine=rng.random() < 0.5)
+        change = edit(truth, rng, fine=rng.random() < FINE)
+        inverse = inverse_instruction(change, fine=rng.random() < FINE)
         if inverse is not None:
-            return f"{caption(change.target, rng, fine=rng.random() < 0.5)}. {inverse}"
-    return caption(truth, rng, fine=rng.random() < 0.5)
+            return f"{caption(change.target, rng, fine=rng.random() < FINE)}. {inverse}"
+    return caption(truth, rng, fine=rng.random() < FINE)
 
 
 def inverse_instruction(change, fine: bool) -> str | None:
@@ -86,6 +94,16 @@ def inverse_instruction(change, fine: bool) -> str | None:
     return f"move the {new.name} {where(old.x, old.y, old.place, True).replace('at', 'to', 1)}" if fine else None
 
 
+@lru_cache(maxsize=1 << 15)
+def _labels(index: int) -> np.ndarray:
+    return patch_labels(scene("train", index))
+
+
+def labels_of(index) -> Tensor:
+    """What the patches of training scenes show, [N, 64, 15]; remembered, since drawing them again costs time every epoch."""
+    return torch.from_numpy(np.stack([_labels(int(i)) for i in index]))
+
+
 def name_loss(named: Tensor, labels: Tensor, told: Tensor | None = None) -> Tensor:
     """Cross-entropy of predicted against true patch labels, [B, 64, 15] both (scenes.patch_labels), over samples whose
     scene the model was `told` ([B] bool; None: all)."""
@@ -100,6 +118,14 @@ def epoch_order(seed: int, visit: int, scenes: int) -> np.ndarray:
     return np.random.default_rng([seed, visit]).permutation(scenes)
 
 
+def place_loss(placed: Tensor) -> Tensor:
+    """Cross-entropy of predicted against true row and column of patches, [B, 64, 16] logits: 8 rows, 8 columns."""
+    where = torch.arange(8, device=placed.device)
+    rows, columns = placed.float().unflatten(1, (8, 8)).split(8, -1)
+    entropy = F.cross_entropy(rows.flatten(0, 2), where[None, :, None].expand(rows.shape[:3]).flatten())
+    return entropy + F.cross_entropy(columns.flatten(0, 2), where.expand(columns.shape[:3]).flatten())
+
+
 class BaseStage:
     name = "base"
 
@@ -109,7 +135,8 @@ class BaseStage:
         self.vae = load_vae(config.vae, device)
         text = load_text_encoder(config.text, device).train().requires_grad_(True)
         self.trainables = nn.ModuleDict({"text": text, "flux": build_flux(FLUX),
-                                         "align": nn.Linear(FLUX["hidden_size"], 15)}).to(device)
+                                         "align": nn.Linear(FLUX["hidden_size"], 15),
+                                         "place": nn.Linear(FLUX["hidden_size"], 16)}).to(device)
         # Zero output and zero modulation at the start (adaLN-zero, as DiT): the first steps learn the mean.
         for block in (*self.flux.transformer_blocks, *self.flux.single_transformer_blocks):
             for name, layer in block.named_modules():
@@ -132,8 +159,7 @@ class BaseStage:
         visit = int(position[0]) // scenes
         index = epoch_order(run.seed, visit, scenes)[position % scenes]
         ids = [tokenize(training_text(int(i), visit, self.config.instructions)) for i in index]
-        labels = np.stack([patch_labels(scene("train", int(i))) for i in index])
-        return index, torch.tensor(ids, device=self.device), torch.from_numpy(labels).to(self.device)
+        return index, torch.tensor(ids, device=self.device), labels_of(index).to(self.device)
 
     def loss(self, step: int, generator: torch.Generator):
         config, device = self.config, self.device
@@ -141,22 +167,26 @@ class BaseStage:
         x0 = take(self.latents, index, device)
         count = len(index)
         t = sample_times(count, config.mu, config.uniform, generator, device)
+        if step < config.opening:
+            t = 0.9 + 0.1 * t
         noise = torch.randn(x0.shape, generator=generator, device=device)
         empty = torch.rand(count, generator=generator, device=device) < config.drop_text
         ids = torch.where(empty[:, None], token_ids([""], device), ids)
         keep_pooled = torch.rand(count, 1, generator=generator, device=device) >= config.drop_pooled
-        flow, align = self.objective(x0, noise, t, ids, keep_pooled, labels, empty)
-        return flow + config.align * align, {"flow": flow, "align": align}
+        flow, align, place = self.objective(x0, noise, t, ids, keep_pooled, labels, empty)
+        return flow + config.align * align + config.place * place, {"flow": flow, "align": align, "place": place}
 
     def _objective(self, x0, noise, t, ids, keep_pooled, labels, empty):
         context, pooled = encode(self.trainables["text"], ids)
         x = x0 + t[:, None, None, None] * (noise - x0)
         predicted = velocity(self.flux, x, t, context, pooled * keep_pooled)
         flow = F.mse_loss(predicted.float(), noise - x0)
-        return flow, name_loss(self.trainables["align"](self.tap.value), labels, ~empty)
+        stream = self.tap.value
+        named, placed = self.trainables["align"](stream), self.trainables["place"](stream)
+        return flow, name_loss(named, labels, ~empty), place_loss(placed)
 
     def scales(self, step: int) -> dict[str, float]:
-        return {}
+        return {"text": self.config.text_scale}
 
     def validate(self) -> dict[str, float]:
         truth = [scene("validation", i) for i in range(48)]

@@ -1,9 +1,10 @@
 """Measures the shipped miniature on scenes that it was never trained on.
 
     python3 run.py eval [--scenes N] [--seed S] [--json] [--dump DIR]
+    python3 run.py eval kit [--scenes N] [--seed S] [--json]
 
-Reconstruction, locality, editing and blend, as the modules of `evaluation/` define them. A run over the default scenes
-replaces benchmarks/miniature.md.
+Reconstruction, locality, editing and blend, or the artist's kit, as the modules of `evaluation/` define them. A run over the
+default scenes replaces benchmarks/miniature.md or benchmarks/kit.md.
 """
 from __future__ import annotations
 
@@ -18,11 +19,11 @@ from tqdm import tqdm
 
 from ..engine import pick_device
 from .captions import OPERATIONS
-from .evaluation import blend, editing, locality, reconstruction, table
+from .evaluation import blend, editing, kit, locality, reconstruction, table
 from .evaluation.system import ASSETS, Miniature
 from .scenes import render
 
-SCENES = 256
+SCENES = {"system": 256, "kit": 64}  # by default
 
 
 def painted_in_all(count: int) -> int:
@@ -61,6 +62,13 @@ def run(system: Miniature, count: int, seed: int) -> tuple[dict, dict, dict]:
     return results, asides, {"edits": changes, "sources": sources, "reconstructions": rebuilt, "edited": edited}
 
 
+def run_kit(system: Miniature, count: int, seed: int) -> dict:
+    """The kit's figures over the first `count` test scenes."""
+    changes = editing.instructions("test", count, seed)
+    sources = np.stack([render(change.source) for change in changes])
+    return kit.run(system, changes, sources, system.noise("test", range(count), seed), seed, render)
+
+
 def rounded(value):
     """Floats with four decimals, at any depth."""
     if isinstance(value, dict):
@@ -87,21 +95,27 @@ def dump(folder: Path, painted: dict) -> None:
 def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="run.py eval", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--scenes", type=int, default=SCENES, help=f"test scenes, at least 2 (default: {SCENES})")
+    parser.add_argument("part", nargs="?", choices=list(SCENES), default="system", help="what is measured (default: system)")
+    parser.add_argument("--scenes", type=int, help="test scenes, at least 2 (default: 256, for kit 64)")
     parser.add_argument("--seed", type=int, default=0, help="another seed makes fresh scenes and noise (default: 0)")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--dump", type=Path, help="folder for every source, reconstruction and edit")
     parser.add_argument("--assets", type=Path, default=ASSETS, help="folder of the weights (default: the shipped ones)")
     options = parser.parse_args(argv)
+    options.scenes = options.scenes or SCENES[options.part]
     if options.scenes < 2 or options.seed < 0:
         parser.error("--scenes is at least 2 and --seed at least 0.")
     try:
         if options.dump:
             options.dump.mkdir(parents=True, exist_ok=True)  # before the work, not after it
-        with tqdm(total=painted_in_all(options.scenes), desc="painting", unit="picture", mininterval=1) as bar:
+        pictures = kit.PAINTED * options.scenes if options.part == "kit" else painted_in_all(options.scenes)
+        with tqdm(total=pictures, desc="painting", unit="picture", mininterval=1) as bar:
             system = Miniature(options.assets, pick_device("auto"), bar.update)
-            results, asides, painted = run(system, options.scenes, options.seed)
-        if options.dump:
+            if options.part == "kit":
+                results, asides, painted = run_kit(system, options.scenes, options.seed), {}, {}
+            else:
+                results, asides, painted = run(system, options.scenes, options.seed)
+        if options.dump and painted:
             dump(options.dump, painted)
     except (ValueError, OSError) as error:
         print(f"eval: {error}", file=sys.stderr)
@@ -110,10 +124,14 @@ def main(argv: list[str] | None = None) -> int:
         print("eval: stopped", file=sys.stderr)
         return 130
     results = rounded(results)
-    page = table.page(results, asides, options.scenes, options.seed, " ".join(["python3 run.py eval", *argv]))
+    command = " ".join(["python3 run.py eval", *argv])
+    if options.part == "kit":
+        page, path = table.kit_page(results, options.scenes, options.seed, command), table.KIT_PAGE
+    else:
+        page, path = table.page(results, asides, options.scenes, options.seed, command), table.PAGE
     print(page)
-    if (options.scenes, options.seed, options.assets) == (SCENES, 0, ASSETS):
-        table.PAGE.write_text(page, encoding="utf-8")
+    if (options.scenes, options.seed, options.assets) == (SCENES[options.part], 0, ASSETS):
+        path.write_text(page, encoding="utf-8")
     if options.json:
         print(json.dumps(results))
     return 0

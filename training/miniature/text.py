@@ -16,7 +16,21 @@ ARCHITECTURE = dict(vocab_size=len(VOCABULARY), d_model=192, d_kv=48, d_ff=512, 
 
 
 def build_text_encoder(architecture: dict = ARCHITECTURE) -> T5EncoderModel:
-    return T5EncoderModel(T5Config(**architecture))
+    """A T5 encoder whose number words start as waves of their number, so that near coordinates are near from the start:
+    as sixty-four unrelated words each would have to be learnt alone."""
+    encoder = T5EncoderModel(T5Config(**architecture))
+    numbers = [n for n, word in enumerate(VOCABULARY) if word.isdigit()]
+    with torch.no_grad():
+        encoder.shared.weight[numbers] = waves([float(VOCABULARY[n]) for n in numbers], encoder.config.d_model)
+    return encoder
+
+
+def waves(pixels: list[float], width: int) -> Tensor:
+    """[N, width] of unit variance: sines and cosines of coordinates, mixed at random. The slow frequencies are those of
+    Flux's rotary positions (16 pixels to a patch), so that its attention finds a place by a linear map of its words."""
+    frequencies = torch.cat([torch.tensor([8.0, 4.0, 2.0]), 10_000 ** (-torch.arange(5) / 14)]) / 16
+    angles = torch.tensor(pixels)[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], 1) @ torch.randn(16, width) / 8 ** 0.5
 
 
 def token_ids(texts: list[str], device=None) -> Tensor:

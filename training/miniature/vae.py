@@ -36,6 +36,9 @@ class Config:
     """Weight of the mean squared error beside the mean absolute one: shapes are few pixels among much ground."""
     busy: int = 2
     """Images of each batch that are crowded with overlapping things, for the same reason."""
+    crop: int = 64
+    """Side in pixels of the windows trained on until the rate decays; whole images from then on. A window lies about a thing,
+    so that four times the edges fit into the same time; the whole images then teach the norms and the middle attention."""
 
 
 def images(split: str, indices, seed: int = 0) -> Tensor:
@@ -67,16 +70,27 @@ class VaeStage:
         self.config, self.device = config, device
         self.trainables = AutoencoderKL(**ARCHITECTURE).to(device, memory_format=torch.channels_last)
         # Uncompiled, the CPU's group norm spends more time in its backward than all convolutions together.
-        self.objective = torch.compile(self._objective) if config.run.compile else self._objective
+        self.objective = torch.compile(self._objective, dynamic=False) if config.run.compile else self._objective
 
     def loss(self, step: int, generator: torch.Generator):
-        index = torch.randint(self.config.scenes, (self.config.run.batch,), generator=generator, device=self.device)
-        pictures = [render(busy_scene(generator_of("train", i, purpose=9)) if n < self.config.busy else scene("train", i))
-                    for n, i in enumerate(index.tolist())]
-        x = to_tensor(pictures).to(self.device, memory_format=torch.channels_last)
-        noise = torch.randn(self.config.run.batch, 8, 16, 16, generator=generator, device=self.device)
+        run = self.config.run
+        side = self.config.crop if step < (1 - run.decay) * run.max_steps else 128
+        count = run.batch * (128 // side) ** 2
+        index = torch.randint(self.config.scenes, (count,), generator=generator, device=self.device)
+        x = to_tensor([self.window(i, n < self.config.busy * count // run.batch, side) for n, i in enumerate(index.tolist())])
+        x = x.to(self.device, memory_format=torch.channels_last)
+        noise = torch.randn(count, 8, side // 8, side // 8, generator=generator, device=self.device)
         absolute, squared, kl = self.objective(x, noise)
         return absolute + self.config.squared * squared + self.config.kl * kl, {"absolute": absolute, "squared": squared, "kl": kl}
+
+    @staticmethod
+    def window(index: int, busy: bool, side: int) -> np.ndarray:
+        """A square of a scene, [side, side, 3] uint8, that holds the centre of one of its things."""
+        rng = generator_of("train", index, purpose=9)
+        it = busy_scene(rng) if busy else scene("train", index)
+        thing = it.things[rng.integers(len(it.things))]
+        x, y = (int(np.clip(rng.uniform(c - side, c), 0, 128 - side)) for c in (thing.x, thing.y))
+        return render(it)[y:y + side, x:x + side]
 
     def _objective(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         posterior = self.trainables.encode(x).latent_dist

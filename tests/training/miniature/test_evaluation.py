@@ -20,6 +20,7 @@ from semantic_diffusion_adapter.training.miniature.captions import OPERATIONS, E
 from semantic_diffusion_adapter.training.miniature.evaluation import (  # noqa: E402
     blend,
     editing,
+    kit,
     locality,
     reconstruction,
     system,
@@ -259,6 +260,33 @@ def test_painted_in_all_is_what_is_painted(toy, monkeypatch):
     monkeypatch.setattr(system, "sample", lambda flux, contexts, weights, noise, **rest: noise)
     evaluate.run(miniature, 3, 0)
     assert sum(painted) == evaluate.painted_in_all(3)
+
+
+def test_the_kit(toy_assets, capsys):
+    assert evaluate.main(["kit", "--scenes", "2", "--seed", "5", "--json", "--assets", str(toy_assets)]) == 0
+    printed = capsys.readouterr().out
+    results = json.loads(printed.splitlines()[-1])
+    assert {part: set(values) for part, values in results.items()} == {
+        "compose": {"f1"}, "regional_prompt": {"in_box"}, "keep_outside_mask": {"preservation_gain", "success_change"},
+        "edit_strength": {"monotonic"}, "place": {"f1"}}
+    assert all(-1 <= value <= 1 for values in results.values() for value in values.values())
+    assert "| regional_prompt | in_box |" in printed
+
+
+def test_the_kit_paints_what_its_bar_says(toy, monkeypatch):
+    miniature, painted = toy
+    painted.clear()
+    monkeypatch.setattr(system, "sample", lambda flux, contexts, weights, noise, **rest: noise)
+    evaluate.run_kit(miniature, 2, 0)
+    assert sum(painted) == 2 * kit.PAINTED
+
+
+def test_things_across_the_border_of_two_halves_count_for_neither():
+    left = Scene("grey", (Thing("circle", "red", "small", 30, 40), Thing("square", "blue", "large", 60, 90)))
+    right = Scene("grey", (Thing("cross", "cyan", "small", 100, 40), Thing("circle", "green", "small", 20, 100)))
+    seen = Scene("grey", (left.things[0], Thing("square", "blue", "large", 58, 92), right.things[0]))
+    truth, counted = kit.halves(left, right, seen)
+    assert truth.things == (left.things[0], right.things[0]) and counted.things == (seen.things[0], seen.things[2])
 
 
 @pytest.mark.parametrize("file, command", [

@@ -19,8 +19,9 @@ from ....kernels.attention import Regions, masked_attention
 from ....kernels.edit_decoder import EditDecoder, EditDecoderConfig
 from ....kernels.embedding import SemanticEmbedding, from_hierarchy
 from ....kernels.hierarchy import Hierarchy
+from ....kernels.visibility import region_bias
 from ....kernels.vision.towers import VisionTower
-from ...adapter import named_hierarchy, regions_for
+from ...adapter import named_hierarchy
 from ...region_attention import RegionAttention
 from ..base import load_base, sample
 from ..editor import load_adapter
@@ -134,7 +135,6 @@ class Miniature:
             dinov2 = _read(assets, (f"clip_vision/{tower}", command), lambda path: read_tower(path, device))
             self.encoders[name] = Encoder(adapter, {t.config.id: t for t in (clip, dinov2)}, kept["masked"])
         self.editor = _read(assets, _EDITOR, _load_editor).to(device)
-        self._regions: dict[str, Regions] = {}
 
     def noise(self, split: str, indices: Sequence[int], seed: int) -> Tensor:
         return noise_of(split, indices, seed, self.latent_shape)
@@ -163,12 +163,19 @@ class Miniature:
 
     def paint(self, embedding: SemanticEmbedding, variant: str, noise: Tensor) -> np.ndarray:
         """Pictures [N, 128, 128, 3] uint8 that Flux paints from embeddings of a variant, under its visibility if masked."""
-        def contexts(rows: slice):
-            tokens = embedding.tokens[rows].to(self.device)
-            return [(tokens, tokens.new_zeros(len(tokens), self.flux.config.pooled_projection_dim))]
+        masked = self.encoders[VARIANTS[variant].adapter].masked
+        return self.paint_regions(embedding if masked else None, [embedding.tokens], [1.0], noise)
 
-        self.attention.regions = self._visibility(variant) if self.encoders[VARIANTS[variant].adapter].masked else None
-        return self._paint(contexts, [1.0], noise)
+    def paint_regions(self, layout: SemanticEmbedding | None, tokens: Sequence[Tensor], weights: list[float],
+                      noise: Tensor) -> np.ndarray:
+        """Pictures [N, 128, 128, 3] uint8 along the sum of weights x velocities of token sequences [N, L, D], whose first
+        tokens are those of `layout` and are seen as it says. None: every patch sees every token."""
+        def contexts(rows: slice):
+            parts = [part[rows].to(self.device) for part in tokens]
+            return [(part, part.new_zeros(len(part), self.flux.config.pooled_projection_dim)) for part in parts]
+
+        self.attention.regions = None if layout is None else self._visibility(layout, tokens[0].shape[1])
+        return self._paint(contexts, weights, noise)
 
     def paint_text(self, prompts: Sequence[str], noise: Tensor, latents: Tensor | None = None, start: float = 1.0) -> np.ndarray:
         """Pictures [N, 128, 128, 3] uint8 of prompts at guidance 2.5. With latents [N, C, h, w]: SDEdit (arXiv 2108.01073),
@@ -211,11 +218,10 @@ class Miniature:
             self.progress(len(part))
         return np.concatenate(pictures)
 
-    def _visibility(self, variant: str) -> Regions:
-        if variant not in self._regions:
-            rows, cols = (side // 2 for side in self.latent_shape[1:])
-            self._regions[variant] = regions_for(VARIANTS[variant].hierarchy, (rows, cols), self.device)
-        return self._regions[variant]
+    def _visibility(self, layout: SemanticEmbedding, length: int) -> Regions:
+        grid = tuple(side // 2 for side in self.latent_shape[1:])
+        bias = region_bias(layout.boxes, layout.strengths, grid, length, masks=layout.masks, masked_by=layout.masked_by)
+        return Regions(bias.to(self.device))
 
     def _autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16)

@@ -12,6 +12,7 @@ from ..captions import OPERATIONS
 from .system import GUIDANCE
 
 PAGE = Path(__file__).resolve().parents[3] / "benchmarks" / "miniature.md"
+KIT_PAGE = PAGE.with_name("kit.md")
 COLUMNS = {"f1": "F1", "f1_colour_position": "F1 (colour, position)", "position_px": "position error, px",
            "background": "ground", "psnr": "PSNR, dB"}
 
@@ -81,5 +82,20 @@ def page(results: dict, asides: dict, scenes: int, seed: int, command: str) -> s
         "## Blend",
         "",
         f"Evenness of the way from A to B over 9 amounts, {asides['blend_pairs']} pairs: {number(results['blend']['evenness'])}.",
+        "",
+    ])
+
+
+def kit_page(results: dict, scenes: int, seed: int, command: str) -> str:
+    """results: what `eval kit --json` prints."""
+    return "\n".join([
+        "# The artist's kit, on the miniature",
+        "",
+        f"{machine()}; {date.today()}; `{command}`",
+        "",
+        f"{scenes} scenes of the test split (seed {seed}), never trained on; 20 Euler steps. What each figure means stands in the "
+        "docstring of `training/miniature/evaluation/kit.py`.",
+        "",
+        *rows(["", "figure", ""], [[part, name, number(value)] for part, values in results.items() for name, value in values.items()]),
         "",
     ])
