@@ -8,7 +8,8 @@ import pytest
 import torch
 from semantic_diffusion_adapter.training.config import RunConfig
 from semantic_diffusion_adapter.training.miniature import reader
-from semantic_diffusion_adapter.training.miniature.text import load_text_encoder
+from semantic_diffusion_adapter.training.miniature.captions import VOCABULARY
+from semantic_diffusion_adapter.training.miniature.text import build_text_encoder, load_text_encoder, token_ids, waves
 
 
 @pytest.fixture
@@ -36,3 +37,27 @@ def test_the_exported_encoder_is_the_trained_one(stage: reader.ReaderStage) -> N
     loaded = load_text_encoder(stage.config.export, torch.device("cpu"))
     for name, tensor in stage.trainables["text"].state_dict().items():
         assert torch.allclose(loaded.state_dict()[name], tensor, atol=2e-3), name
+
+
+def test_recall_counts_the_words_about_shapes_and_nothing_else() -> None:
+    ids = token_ids(["a small red circle at 34 88, a large blue cross at the top left, on a grey ground"])
+    codes = torch.randn(len(VOCABULARY), 6, generator=torch.Generator().manual_seed(0))
+    about = [["small", "red", "34", "88", "a"], ["large", "blue", "the", "top", "left"]]
+    perfect = torch.full((1, ids.shape[1], 5 * 6), 7.0)  # wrong wherever no shape stands
+    for shape, words in zip(("circle", "cross"), about):
+        at = int((ids[0] == VOCABULARY.index(shape)).nonzero())
+        perfect[0, at] = torch.cat([codes[VOCABULARY.index(word)] for word in words])
+    assert reader.recall_loss(perfect, ids, codes) == 0
+    assert reader.recall_loss(torch.zeros_like(perfect), ids, codes) > 0.3
+    assert reader.recall_loss(perfect, token_ids([""]), codes) == 0
+
+
+def test_near_coordinates_have_near_words() -> None:
+    torch.manual_seed(0)
+    rows = waves([float(n) for n in range(0, 128, 2)], 192)
+    assert 0.8 < rows.std() < 1.25
+    likeness = torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=-1)
+    assert likeness.diagonal(1).min() > 0.8 > 0.5 > likeness.diagonal(16).max()  # 2 px and 32 px apart
+    table = build_text_encoder().shared.weight
+    words = [table[VOCABULARY.index(word)] for word in ("34", "36", "red")]
+    assert torch.cosine_similarity(words[0], words[1], dim=0) > 0.8 > 0.4 > torch.cosine_similarity(words[0], words[2], dim=0).abs()
