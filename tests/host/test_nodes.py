@@ -23,6 +23,17 @@ IDS = {
     "SDABlendEmbeddings",
     "SDAEmbeddingToConditioning",
     "SDAMaskedAttention",
+    "SDAEditGuider",
+    "SDARegionalPrompt",
+    "SDAPlace",
+    "SDACompose",
+    "SDAFromStyleModel",
+    "SDAStrength",
+    "SDAKeepOutsideMask",
+    "SDAPreviewEmbedding",
+    "SDAVisiblePatches",
+    "SDASaveEmbedding",
+    "SDALoadEmbedding",
     "SDALoadMiniature",
 }
 

@@ -1,0 +1,161 @@
+/**
+ * The two things that the canvas widget edits: a box, and the strengths of cells.
+ *
+ * A tool turns what the hand does into new values of the node's widgets and draws them; it keeps none of those values.
+ * `state` is the list of the widgets' values, in the order that the extension names them.
+ */
+
+import { paintBox, paintCells, paintLevels } from "./paint.js";
+import * as regions from "./regions.js";
+
+const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+const SIZES = { "+": 1, "=": 1, "-": -1, _: -1 };
+const RESETS = ["Delete", "Backspace"];
+const CURSORS = { n: "ns", s: "ns", e: "ew", w: "ew", nw: "nwse", se: "nwse", ne: "nesw", sw: "nesw" };
+
+// AltGr, with which many keyboards write brackets, reports Ctrl and Alt as well.
+const plain = (event) => event.getModifierState("AltGraph") || !(event.ctrlKey || event.metaKey || event.altKey);
+
+/** State [x, y, width, height]. */
+export class BoxTool {
+  label = "Box in the picture";
+  hint = "Drag to move, resize or draw · Arrows move · Shift+arrows resize · Ctrl ×10 · + − size · Delete resets · Ctrl+Z";
+  choices = [];
+  levels = [];
+
+  constructor(initial) {
+    this.initial = initial;
+  }
+
+  describe(box) {
+    const [x, y, width, height] = regions.fitBox(box).map((value) => value.toFixed(2));
+    return `x ${x} · y ${y} · width ${width} · height ${height}`;
+  }
+
+  problem() {
+    return "";
+  }
+
+  cursor(box, point, reach) {
+    const held = regions.grabBox(box, point, reach);
+    return held === "move" ? "move" : held ? `${CURSORS[held]}-resize` : "crosshair";
+  }
+
+  /** What a drag that begins at `start` makes of the box. */
+  press(box, start, reach) {
+    const held = regions.grabBox(box, start, reach);
+    return ({ point, moved }) => {
+      const [dx, dy] = [point[0] - start[0], point[1] - start[1]];
+      if (!moved) return box;
+      if (!held) return regions.spanBox(start, point);
+      return held === "move" ? regions.moveBox(box, dx, dy) : regions.resizeBox(box, held, dx, dy);
+    };
+  }
+
+  key(box, event) {
+    const [dx, dy] = ARROWS[event.key] ?? [0, 0];
+    if (dx || dy) {
+      const step = regions.STEP * (event.ctrlKey || event.metaKey ? 10 : 1);
+      return event.shiftKey ? regions.resizeBox(box, "se", dx * step, dy * step) : regions.moveBox(box, dx * step, dy * step);
+    }
+    if (!plain(event)) return undefined;
+    if (event.key in SIZES) return this.turn(box, SIZES[event.key]);
+    return RESETS.includes(event.key) ? this.initial : undefined;
+  }
+
+  turn(box, steps) {
+    return regions.growBox(box, regions.STEP * steps);
+  }
+
+  paint(ctx, frame, box, editable) {
+    paintLevels(ctx, frame, this.levels);
+    paintBox(ctx, frame, box, editable);
+  }
+}
+
+/** State [text of the cells]. Which cell is selected is the hand's, not the workflow's. */
+export class CellTool {
+  label = "Strength of the picture's cells";
+  hint = "Click a cell, drag up or down · Arrows select · + − strength · [ ] level · Delete resets the cell · Ctrl+Z";
+  #levels = regions.levelsOf();
+  #selected = this.#levels[1][0];
+
+  constructor(initial) {
+    this.initial = initial;
+  }
+
+  /** The levels to choose from; the selection stays where it was, as far as there is such a cell. */
+  set levels(levels) {
+    this.#levels = levels;
+    const same = ({ level, row, column }) =>
+      level === this.#selected.level && row === this.#selected.row && column === this.#selected.column;
+    this.#selected = levels.flat().find(same) ?? levels[0][0];
+  }
+
+  /** For the buttons: what each level is called, and whether it is the one worked on. */
+  get choices() {
+    return this.#levels.map((cells) => {
+      const count = (side) => new Set(cells.map((cell) => cell[side])).size;
+      const grid = `${count("row")}×${count("column")}`;
+      return { text: grid, label: `Level ${cells[0].level}: ${grid} cells`, chosen: cells === this.#cells };
+    });
+  }
+
+  choose(depth) {
+    const cells = this.#levels[Math.min(Math.max(depth, 0), this.#levels.length - 1)];
+    const [x0, y0, x1, y1] = this.#selected.box;
+    if (cells !== this.#cells) this.#selected = regions.cellAt(cells, [(x0 + x1) / 2, (y0 + y1) / 2]) ?? cells[0];
+  }
+
+  get #cells() {
+    return this.#levels.find((cells) => cells.includes(this.#selected));
+  }
+
+  describe([text]) {
+    const { level, row, column } = this.#selected;
+    const factor = regions.factorOf(regions.parseCells(text), this.#selected);
+    return `Level ${level} · row ${row} · column ${column} · ${factor === 0 ? "off" : `strength ${factor.toFixed(2)}`}`;
+  }
+
+  problem([text]) {
+    try {
+      regions.parseCells(text);
+      return "";
+    } catch (error) {
+      return error.message;
+    }
+  }
+
+  cursor() {
+    return "ns-resize";
+  }
+
+  press([text], start) {
+    this.#selected = regions.cellAt(this.#cells, start) ?? this.#selected;
+    return ({ moved, rise }) => (moved ? this.#raised(text, rise / 100) : [text]);
+  }
+
+  key([text], event) {
+    if (!plain(event)) return undefined;
+    if (event.key in ARROWS) this.#selected = regions.neighbour(this.#cells, this.#selected, ...ARROWS[event.key]);
+    else if (event.key === "[") this.choose(this.#levels.indexOf(this.#cells) - 1);
+    else if (event.key === "]") this.choose(this.#levels.indexOf(this.#cells) + 1);
+    else if (event.key in SIZES) return this.turn([text], SIZES[event.key]);
+    else if (RESETS.includes(event.key)) return this.#raised(text, null);
+    else return undefined;
+    return [text];
+  }
+
+  turn([text], steps) {
+    return this.#raised(text, 0.05 * steps);
+  }
+
+  #raised(text, amount) {
+    return [regions.formatCells(regions.raiseCell(regions.parseCells(text), this.#selected, amount))];
+  }
+
+  paint(ctx, frame, [text], editable) {
+    paintLevels(ctx, frame, this.#levels, this.#cells);
+    if (!this.problem([text])) paintCells(ctx, frame, this.#cells, regions.parseCells(text), editable ? this.#selected : null);
+  }
+}
