@@ -64,11 +64,6 @@ class EditorStage:
         dim = self.adapter.config.out_dim
         self.trainables = nn.ModuleDict({"decoder": EditDecoder(EditDecoderConfig(
             dim, dim, self.adapter.config.hierarchy, config.width, config.heads, config.layers))}).to(device)
-        if config.run.compile:
-            torch._dynamo.config.recompile_limit = 64
-            for layer in self.adapter.layers:
-                layer.compile(dynamic=False)
-            self.decoder.stack.compile(dynamic=False)
         tokens = torch.cat([self.embed([change_of("train", i).source for i in range(n, n + 32)], "tree128")
                             for n in range(0, 256, 32)])
         self.decoder.set_token_statistics(tokens.mean((0, 1)), tokens.std((0, 1)))

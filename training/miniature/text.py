@@ -47,7 +47,7 @@ def encode(encoder: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def save_text_encoder(path: Path, encoder: nn.Module, step: int) -> None:
-    checkpoint.save(path, encoder.state_dict(), kind="text_encoder", dtype=torch.float16, step=step,
+    checkpoint.save(path, encoder.state_dict(), kind="text_encoder", dtype=torch.int8, step=step,
                     config={"t5": ARCHITECTURE, "vocabulary": list(VOCABULARY), "length": LENGTH})
 
 

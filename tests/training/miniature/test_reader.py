@@ -36,7 +36,7 @@ def test_the_exported_encoder_is_the_trained_one(stage: reader.ReaderStage) -> N
     stage.export(3)
     loaded = load_text_encoder(stage.config.export, torch.device("cpu"))
     for name, tensor in stage.trainables["text"].state_dict().items():
-        assert torch.allclose(loaded.state_dict()[name], tensor, atol=2e-3), name
+        assert torch.allclose(loaded.state_dict()[name], tensor, atol=0.03), name  # stored in eight bits
 
 
 def test_recall_counts_the_words_about_shapes_and_nothing_else() -> None:

@@ -1,0 +1,97 @@
+"""Every template of the miniature, queued over the API of a real ComfyUI with the shipped weights."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from semantic_diffusion_adapter.runner.client import Client
+from semantic_diffusion_adapter.runner.workflow import pictures, to_prompt
+
+pytestmark = pytest.mark.host
+
+TEMPLATES = {
+    path.stem: json.loads(path.read_text(encoding="utf-8"))
+    for path in sorted((Path(__file__).resolve().parents[2] / "example_workflows").glob("*.json"))
+    if "miniature" in path.stem.lower()
+}
+
+
+@pytest.fixture
+def prompt(request, nodes: dict, miniature: Path) -> dict:
+    """The template of this name as an API prompt, new for every test."""
+    return to_prompt(TEMPLATES[request.param], nodes)
+
+
+def of(name: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("prompt", [name], indirect=True)
+
+
+def of_class(prompt: dict, kind: str) -> list[str]:
+    return [key for key, node in prompt.items() if node["class_type"] == kind]
+
+
+def pixels(client: Client, output: dict) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(client.image(output))).convert("RGB"))
+
+
+def run(client: Client, prompt: dict) -> dict[str, np.ndarray]:
+    """Every saved picture as uint8 [H, W, 3], by name."""
+    return {name: pixels(client, output) for name, output in pictures(prompt, client.run(prompt)).items()}
+
+
+@pytest.mark.parametrize("prompt", TEMPLATES, indirect=True)
+def test_a_template_shows_everything_that_it_promises(client: Client, nodes: dict, prompt: dict) -> None:
+    outputs = client.run(prompt)
+    assert outputs.keys() >= {key for key, node in prompt.items() if nodes[node["class_type"]]["output_node"]}
+    images = {name: pixels(client, output) for name, output in pictures(prompt, outputs).items()}
+    assert {name: image.shape for name, image in images.items()} == dict.fromkeys(images, (128, 128, 3))
+    assert len({image.tobytes() for image in images.values()}) == len(images) > 1, "no two of its pictures are the same"
+
+
+@of("Blend two images (miniature)")
+def test_the_blend_ends_in_either_picture(client: Client, prompt: dict) -> None:
+    (blend,), (paint,) = of_class(prompt, "SDABlendEmbeddings"), of_class(prompt, "SDAEmbeddingToConditioning")
+    for amount, end in ((0.0, "embedding_a"), (1.0, "embedding_b")):
+        prompt[blend]["inputs"]["amount"] = amount
+        prompt[paint]["inputs"]["embedding"] = [blend, 0]
+        blended = run(client, prompt)["blend"]
+        prompt[paint]["inputs"]["embedding"] = prompt[blend]["inputs"][end]
+        assert np.abs(blended.astype(int) - run(client, prompt)["blend"]).max() <= 2
+
+
+@of("Edit strength (miniature)")
+def test_strength_zero_is_what_the_plain_sampler_paints(client: Client, nodes: dict, prompt: dict) -> None:
+    plain = to_prompt(TEMPLATES["Reconstruct and edit (miniature)"], nodes)
+    painted, truth = run(client, prompt)["strength_0"], run(client, plain)["reconstruction"]
+    assert np.abs(painted.astype(int) - truth).max() <= 2
+
+
+@of("Save and reuse an embedding (miniature)")
+def test_what_was_saved_paints_the_same_picture(client: Client, prompt: dict) -> None:
+    """As the note in the template says: pick the file, connect it, and only Load Miniature is still needed."""
+    (save,), (load,) = of_class(prompt, "SDASaveEmbedding"), of_class(prompt, "SDALoadEmbedding")
+    (paint,) = of_class(prompt, "SDAEmbeddingToConditioning")
+    outputs = client.run(prompt)
+    before = pixels(client, pictures(prompt, outputs)["reuse"])
+    (text,) = outputs[save]["text"]
+    prompt[load]["inputs"]["file"] = text.rsplit(" (", 1)[0] + " [output]"
+    prompt[paint]["inputs"]["embedding"] = [load, 0]
+    rest = ("SDASaveEmbedding", "SDABuildEmbedding", "SDAEncodeImage", "SDALoadVisionEncoders", "SDALoadAdapter")
+    prompt = {key: node for key, node in prompt.items() if node["class_type"] not in rest}
+    # The file holds half precision: the same picture, not always the same bits.
+    assert np.abs(before.astype(int) - run(client, prompt)["reuse"]).mean() < 1
+
+
+@of("Miniature tour")
+def test_the_tour_shows_who_sees_a_cells_token(client: Client, prompt: dict) -> None:
+    """Token 40 of level 2 is the first of the cell in the third row and column of 4 x 4."""
+    (shown,) = of_class(prompt, "MaskPreview")
+    (output,) = client.run(prompt)[shown]["images"]
+    expected = np.zeros((128, 128, 3), dtype=np.uint8)
+    expected[64:96, 64:96] = 255
+    assert np.array_equal(pixels(client, output), expected)
