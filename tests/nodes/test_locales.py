@@ -6,6 +6,8 @@ import asyncio
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -135,10 +137,16 @@ def test_nodes_call_one_another_by_their_names(schemas, language):
                 assert name in translated[path], f"{path} does not mention {name}"
 
 
-def test_comfyui_serves_them(tmp_path, monkeypatch):
-    from app.custom_node_manager import CustomNodeManager
-
+def test_comfyui_serves_them(tmp_path):
+    """By core's own manager, in a process of its own: core's package `utils` must not meet another module of that name."""
     shutil.copytree(LOCALES, tmp_path / "pack" / "locales")
-    monkeypatch.setattr(folder_paths, "get_folder_paths", lambda name: [str(tmp_path)])
-    served = CustomNodeManager().build_translations()
+    ask = (
+        "import json, sys; core, pack = sys.argv[1:]; sys.path.insert(0, core); sys.argv[1:] = ['--cpu'];"
+        "import folder_paths; folder_paths.get_folder_paths = lambda name: [pack];"
+        "from app.custom_node_manager import CustomNodeManager;"
+        "print(json.dumps(CustomNodeManager().build_translations()))"
+    )
+    core = str(Path(folder_paths.__file__).parent)
+    asked = subprocess.run([sys.executable, "-c", ask, core, str(tmp_path)], capture_output=True, text=True, check=True)
+    served = json.loads(asked.stdout.splitlines()[-1])
     assert served == {language: load(language, "main") | {"nodeDefs": load(language)} for language in LANGUAGES}

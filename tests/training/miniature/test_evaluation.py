@@ -199,7 +199,7 @@ def test_painting_attends_as_training_does(toy):
     miniature, _ = toy
     x, t = miniature.noise("test", range(2), 0), torch.tensor([0.3, 0.9])
     tokens = torch.randn(2, 128, 48, generator=torch.Generator().manual_seed(0))
-    for regions in (miniature._visibility("tree128"), None):
+    for regions in (miniature._visibility(from_hierarchy(tokens, PRESETS["tree128"]), 128), None):
         found = []
         for processor in (system.Attention(), RegionAttention()):
             processor.regions = regions
