@@ -60,6 +60,14 @@ def learning_rate(run: RunConfig, step: int) -> float:
     return run.lr * min(1.0, (step + 1) / max(1, run.warmup), max(0.0, tail))
 
 
+def compile_blocks(*stacks: nn.ModuleList) -> None:
+    """Compile networks block by block: one small graph for each length of the sequence, whatever surrounds it."""
+    torch._dynamo.config.recompile_limit = 64
+    for stack in stacks:
+        for block in stack:
+            block.compile(dynamic=False)
+
+
 class Average:
     """Exponential moving average of the trainables, with the usual warm-up of its decay."""
 

@@ -13,7 +13,7 @@ from ...kernels import checkpoint
 from ...kernels.adapter import Adapter, AdapterConfig
 from ..adapter import AdapterObjective, AdapterTraining, Batch, named_hierarchy
 from ..config import RunConfig
-from ..engine import launch
+from ..engine import compile_blocks, launch
 from ..flux import Tap
 from .base import TAPPED, labels_of, load_base, name_loss, sample, training_text
 from .latents import cached_latents, file_hash, take
@@ -74,10 +74,8 @@ class AdapterStage:
         attention = next(iter(flux.attn_processors.values()))
         self.objective = AdapterObjective(flux, attention, adapter, self.towers, config.objective,
                                           lambda labels: config.align * name_loss(head(tap.value), labels))
-        if config.run.compile:  # block by block: one small graph for each length instead of a large one for each preset
-            torch._dynamo.config.recompile_limit = 64
-            for block in (*adapter.layers, *flux.transformer_blocks, *flux.single_transformer_blocks):
-                block.compile(dynamic=False)
+        if config.run.compile:
+            compile_blocks(adapter.layers, flux.transformer_blocks, flux.single_transformer_blocks)
         # The tower's last blocks are trainables from the start, so that checkpoints never change shape; they learn late.
         self.tuned = nn.ParameterList(self.objective.unlock())
         self.trainables = nn.ModuleDict({"adapter": adapter, "tuned": self.tuned})

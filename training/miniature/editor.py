@@ -13,7 +13,7 @@ from ...kernels.edit_decoder import EditDecoder, EditDecoderConfig
 from ..adapter import named_hierarchy
 from ..config import RunConfig
 from ..editor import EditorTraining, editor_loss
-from ..engine import launch
+from ..engine import compile_blocks, launch
 from .captions import Edit, edit
 from .latents import file_hash
 from .scenes import generator as generator_of
@@ -67,6 +67,8 @@ class EditorStage:
         tokens = torch.cat([self.embed([change_of("train", i).source for i in range(n, n + 32)], "tree128")
                             for n in range(0, 256, 32)])
         self.decoder.set_token_statistics(tokens.mean((0, 1)), tokens.std((0, 1)))
+        if config.run.compile:
+            compile_blocks(self.adapter.layers, self.decoder.stack.block)
 
     @property
     def decoder(self) -> EditDecoder:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +24,6 @@ from .captions import OPERATIONS
 from .evaluation import blend, editing, kit, locality, reconstruction, table
 from .evaluation.system import ASSETS, Miniature
 from .scenes import render
-
-SCENES = {"system": 256, "kit": 64}  # by default
 
 
 def painted_in_all(count: int) -> int:
@@ -62,11 +62,27 @@ def run(system: Miniature, count: int, seed: int) -> tuple[dict, dict, dict]:
     return results, asides, {"edits": changes, "sources": sources, "reconstructions": rebuilt, "edited": edited}
 
 
-def run_kit(system: Miniature, count: int, seed: int) -> dict:
-    """The kit's figures over the first `count` test scenes."""
+def run_kit(system: Miniature, count: int, seed: int) -> tuple[dict, dict, dict]:
+    """The kit's figures over the first `count` test scenes; nothing beside them is kept."""
     changes = editing.instructions("test", count, seed)
     sources = np.stack([render(change.source) for change in changes])
-    return kit.run(system, changes, sources, system.noise("test", range(count), seed), seed, render)
+    return kit.run(system, changes, sources, system.noise("test", range(count), seed), seed), {}, {}
+
+
+@dataclass(frozen=True)
+class Part:
+    """What can be measured: on how many scenes by default, how many pictures that paints, and where its page goes."""
+
+    scenes: int
+    pictures: Callable[[int], int]
+    measure: Callable[[Miniature, int, int], tuple[dict, dict, dict]]
+    page: Callable[[dict, dict, int, int, str], str]
+    file: Path
+
+
+PARTS = {"system": Part(256, painted_in_all, run, table.page, table.PAGE),
+         "kit": Part(64, lambda count: kit.PAINTED * count, run_kit,
+                    lambda results, asides, *rest: table.kit_page(results, *rest), table.KIT_PAGE)}
 
 
 def rounded(value):
@@ -95,27 +111,26 @@ def dump(folder: Path, painted: dict) -> None:
 def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="run.py eval", description=__doc__.split("\n\n")[0])
-    parser.add_argument("part", nargs="?", choices=list(SCENES), default="system", help="what is measured (default: system)")
+    parser.add_argument("part", nargs="?", choices=list(PARTS), default="system", help="what is measured (default: system)")
     parser.add_argument("--scenes", type=int, help="test scenes, at least 2 (default: 256, for kit 64)")
     parser.add_argument("--seed", type=int, default=0, help="another seed makes fresh scenes and noise (default: 0)")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--dump", type=Path, help="folder for every source, reconstruction and edit")
     parser.add_argument("--assets", type=Path, default=ASSETS, help="folder of the weights (default: the shipped ones)")
     options = parser.parse_args(argv)
-    options.scenes = options.scenes or SCENES[options.part]
+    part = PARTS[options.part]
+    options.scenes = options.scenes or part.scenes
     if options.scenes < 2 or options.seed < 0:
         parser.error("--scenes is at least 2 and --seed at least 0.")
+    if options.dump and options.part == "kit":
+        parser.error("--dump keeps the pictures of the system, not of the kit; leave one of the two out.")
     try:
         if options.dump:
             options.dump.mkdir(parents=True, exist_ok=True)  # before the work, not after it
-        pictures = kit.PAINTED * options.scenes if options.part == "kit" else painted_in_all(options.scenes)
-        with tqdm(total=pictures, desc="painting", unit="picture", mininterval=1) as bar:
+        with tqdm(total=part.pictures(options.scenes), desc="painting", unit="picture", mininterval=1) as bar:
             system = Miniature(options.assets, pick_device("auto"), bar.update)
-            if options.part == "kit":
-                results, asides, painted = run_kit(system, options.scenes, options.seed), {}, {}
-            else:
-                results, asides, painted = run(system, options.scenes, options.seed)
-        if options.dump and painted:
+            results, asides, painted = part.measure(system, options.scenes, options.seed)
+        if options.dump:
             dump(options.dump, painted)
     except (ValueError, OSError) as error:
         print(f"eval: {error}", file=sys.stderr)
@@ -125,13 +140,10 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     results = rounded(results)
     command = " ".join(["python3 run.py eval", *argv])
-    if options.part == "kit":
-        page, path = table.kit_page(results, options.scenes, options.seed, command), table.KIT_PAGE
-    else:
-        page, path = table.page(results, asides, options.scenes, options.seed, command), table.PAGE
+    page = part.page(results, asides, options.scenes, options.seed, command)
     print(page)
-    if (options.scenes, options.seed, options.assets) == (SCENES[options.part], 0, ASSETS):
-        path.write_text(page, encoding="utf-8")
+    if (options.scenes, options.seed, options.assets) == (part.scenes, 0, ASSETS):
+        part.file.write_text(page, encoding="utf-8")
     if options.json:
         print(json.dumps(results))
     return 0

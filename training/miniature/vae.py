@@ -125,7 +125,6 @@ class VaeStage:
 
     def export(self, step: int) -> None:
         self.unit_variance()
-        # Eight bits cost less than 0.1 dB of 43.
         checkpoint.save(self.config.export, self.trainables.state_dict(), kind="vae", config=ARCHITECTURE, step=step,
                         dtype=torch.int8)
 

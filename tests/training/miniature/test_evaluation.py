@@ -273,6 +273,12 @@ def test_the_kit(toy_assets, capsys):
     assert "| regional_prompt | in_box |" in printed
 
 
+def test_the_kit_has_no_pictures_to_dump(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        evaluate.main(["kit", "--dump", str(tmp_path / "pictures")])
+    assert "--dump keeps the pictures of the system" in capsys.readouterr().err and not (tmp_path / "pictures").exists()
+
+
 def test_the_kit_paints_what_its_bar_says(toy, monkeypatch):
     miniature, painted = toy
     painted.clear()

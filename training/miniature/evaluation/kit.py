@@ -12,6 +12,7 @@ place               a scene placed into the middle half of another of its ground
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from ....kernels.algebra import compose, restrict
 from ....kernels.embedding import SemanticEmbedding
 from ....kernels.regions import box_mask, confine, feather, insert, move_into, region_tokens
 from ..captions import Edit
-from ..scenes import COLOURS, GROUNDS, SHAPES, SIZE, Scene, Thing, choice, generator, scene
+from ..scenes import COLOURS, GROUNDS, SHAPES, SIZE, Scene, Thing, choice, generator, render, scene
 from ..score import distance, f1, strict
 from ..text import encode, token_ids
 from .editing import REACH, judge, summary
@@ -39,8 +40,8 @@ def partners(scenes: Sequence[Scene], seed: int) -> list[Scene]:
     found = []
     for number, each in enumerate(scenes):
         rng = generator("test", number, purpose=53, seed=seed)
-        found.append(next(other for other in (scene("test", int(rng.integers(10_000, 20_000)), seed) for _ in iter(int, 1))
-                          if other.ground == each.ground))
+        drawn = (scene("test", int(rng.integers(10_000, 20_000)), seed) for _ in count())
+        found.append(next(other for other in drawn if other.ground == each.ground))
     return found
 
 
@@ -79,10 +80,10 @@ def placed(system: Miniature, others, own: SemanticEmbedding, other: SemanticEmb
     return f1([moved(s) for s in others], inside, lambda a, b: a.name == b.name and distance(a, b) <= 8)
 
 
-def prompted(system: Miniature, count: int, noise: Tensor, seed: int) -> float:
+def prompted(system: Miniature, total: int, noise: Tensor, seed: int) -> float:
     """Share of regional prompts whose thing is found in its half, at guidance 2.5 against empty prompts in the same boxes."""
     named, grounds = [], []
-    for number in range(count):
+    for number in range(total):
         rng = generator("test", number, purpose=54, seed=seed)
         named.append([f"{colour} {choice(rng, SHAPES)}" for colour in rng.permutation(list(COLOURS))[:2]])
         grounds.append(choice(rng, tuple(GROUNDS)))
@@ -99,7 +100,7 @@ def prompted(system: Miniature, count: int, noise: Tensor, seed: int) -> float:
         return layout, torch.cat([layout.tokens, tokens(overall)], 1)
 
     layout, positive = sequence(texts, [f"on a {ground} ground" for ground in grounds])
-    _, negative = sequence([[""] * count] * 2, [""] * count)
+    _, negative = sequence([[""] * total] * 2, [""] * total)
     found = parse_all(system.paint_regions(layout, [positive, negative], [GUIDANCE, 1 - GUIDANCE], noise))
     hits = [any(t.name == pair[side] and (t.x >= SIZE / 2) == bool(side) for t in seen.things)
             for pair, seen in zip(named, found) for side in (0, 1)]
@@ -137,12 +138,12 @@ def steady(system: Miniature, own: SemanticEmbedding, edited: SemanticEmbedding,
     return float((np.diff(moved, axis=0) > -STILL).all(0).mean())
 
 
-def run(system: Miniature, changes: Sequence[Edit], sources: np.ndarray, noise: Tensor, seed: int, draw) -> dict:
-    """Every figure, as `--json` prints them. draw: scene -> picture."""
+def run(system: Miniature, changes: Sequence[Edit], sources: np.ndarray, noise: Tensor, seed: int) -> dict:
+    """Every figure, as `--json` prints them."""
     scenes = [change.source for change in changes]
     others = partners(scenes, seed)
     own = system.embed(sources, "tree128")
-    other = system.embed(np.stack([draw(s) for s in others]), "tree128")
+    other = system.embed(np.stack([render(s) for s in others]), "tree128")
     edited = system.edit(own, [change.instruction for change in changes], "parallel")
     gain, success = kept_outside(system, changes, own, edited, noise)
     return {
