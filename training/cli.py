@@ -1,4 +1,7 @@
-"""The `sda` command. `sda miniature STAGE` trains a stage of the miniature from its TOML file."""
+"""The `sda` command: every command is a module with a dataclass Config and run(config).
+
+A command's settings come from its TOML file (--config) and from flags, which win; `--help` lists every key.
+"""
 from __future__ import annotations
 
 import importlib
@@ -6,7 +9,18 @@ import sys
 from pathlib import Path
 
 CONFIGS = Path(__file__).parent / "miniature" / "configs"
-# stage -> (module, TOML file), in the order in which they build on one another; each module has Config and run(config).
+# command -> (module, what it does)
+COMMANDS = {
+    "prepare": ("data.prepare", "pictures to shards and an index"),
+    "prepare-edits": ("data.prepare_edits", "(source, target, instruction) sets to shards and an index"),
+    "cache": ("data.cache", "latents and tower features of prepared pictures"),
+    "train adapter": ("stages.adapter", "the adapter through a frozen FLUX.1"),
+    "train editor": ("stages.editor", "the edit decoder"),
+    "plan": ("plan", "memory, FLOPs, speed and cost of a training, before it starts"),
+    "export": ("export", "a run's averaged weights as the file that the nodes load"),
+    "evaluate": ("judge.evaluate", "reconstructions or edits of any pictures, measured and shown side by side"),
+}
+# stage of the miniature -> (module, TOML file), in the order in which they build on one another
 STAGES = {
     "scenes": ("preview", "scenes"), "vae": ("vae", "vae"), "text": ("reader", "text"), "base": ("base", "base"), "clip": ("clip", "clip"),
     "dinov2": ("dinov2", "dinov2"), "adapter": ("adapter", "adapter"), "editor": ("editor", "editor"),
@@ -15,37 +29,52 @@ STAGES = {
 
 
 def usage() -> str:
-    return ("usage: sda miniature STAGE [--config FILE.toml] [--KEY.SUBKEY VALUE ...]\n"
-            "       sda miniature all\n"
-            f"stages, in their order: {', '.join(STAGES)}\n"
-            "`sda miniature STAGE --help` lists every key. A stage that was stopped goes on where it was.")
+    wide = max(map(len, COMMANDS)) + 2
+    return "\n".join([
+        "usage: sda COMMAND [--config FILE.toml] [--KEY.SUBKEY VALUE ...]",
+        *(f"  {name:{wide}}{words}" for name, (_, words) in COMMANDS.items()),
+        f"  {'miniature':{wide}}STAGE or all: the toy-width system, from nothing to assets/miniature",
+        f"stages of the miniature, in their order: {', '.join(STAGES)}",
+        "`sda COMMAND --help` lists every key. What was stopped goes on where it was."])
 
 
-def run_stage(name: str, arguments: list[str]) -> bool:
-    """Whether the stage ran to its end."""
+def run_module(module_name: str, arguments: list[str], prog: str, file: Path | None = None) -> bool:
+    """Whether the module's run went to its end. file: the TOML file used where --config names none."""
     import tyro
 
     from .config import from_toml
 
-    module_name, file = STAGES[name]
-    path = CONFIGS / f"{file}.toml"
     if "--config" in arguments:
         at = arguments.index("--config")
         if at + 1 == len(arguments):
             raise ValueError("--config needs the name of a TOML file.")
-        path, arguments = Path(arguments[at + 1]), arguments[:at] + arguments[at + 2:]
-    module = importlib.import_module(f".miniature.{module_name}", __package__)
-    return module.run(tyro.cli(module.Config, default=from_toml(module.Config, path), args=arguments, prog=f"sda miniature {name}"))
+        file, arguments = Path(arguments[at + 1]), arguments[:at] + arguments[at + 2:]
+    module = importlib.import_module(f".{module_name}", __package__)
+    default = {"default": from_toml(module.Config, file)} if file else {}
+    return module.run(tyro.cli(module.Config, args=arguments, prog=prog, **default)) is not False
+
+
+def plan_of(argv: list[str]) -> list[tuple]:
+    """The calls of run_module that a command line asks for; empty where it asks for nothing that exists."""
+    if argv[:1] == ["miniature"] and len(argv) > 1 and argv[1] in (*STAGES, "all"):
+        names = STAGES if argv[1] == "all" else argv[1:2]
+        return [(f"miniature.{STAGES[n][0]}", argv[2:], f"sda miniature {n}", CONFIGS / f"{STAGES[n][1]}.toml") for n in names]
+    for words in (1, 2):
+        name = " ".join(argv[:words])
+        if name in COMMANDS:
+            return [(COMMANDS[name][0], argv[words:], f"sda {name}")]
+    return []
 
 
 def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
-    if len(argv) < 2 or argv[0] != "miniature" or argv[1] not in (*STAGES, "all"):
+    calls = plan_of(argv)
+    if not calls:
         print(usage())
         return 0 if argv in (["--help"], ["-h"]) else 2
     try:
-        for name in STAGES if argv[1] == "all" else argv[1:2]:
-            if not run_stage(name, argv[2:]):
+        for call in calls:
+            if not run_module(*call):
                 return 130
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"sda: {error}", file=sys.stderr)

@@ -34,7 +34,7 @@ def test_all_ends_where_a_stage_was_stopped(monkeypatch):
 @pytest.mark.parametrize(("arguments", "code"), [([], 2), (["miniature", "vea"], 2), (["--help"], 0)])
 def test_a_wrong_stage_gets_the_usage(arguments, code, capsys):
     assert cli.main(arguments) == code
-    assert "stages, in their order: scenes, vae, text, base" in capsys.readouterr().out
+    assert "in their order: scenes, vae, text, base" in capsys.readouterr().out
 
 
 def test_a_folder_that_cannot_be_is_one_sentence(tmp_path, capsys):
