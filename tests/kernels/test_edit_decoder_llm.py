@@ -108,9 +108,8 @@ def test_instruction_source_and_place_all_matter(decoder):
         decoder.generate(source.roll(1, 1), boxes, levels, instruction).roll(-1, 1),
     ):
         assert (edited - other).abs().max() > 1e-3
-    fine = (TABLE.level_ids() == 2).nonzero().flatten()[:4]  # one cell's tokens, then the same at another cell
-    there = fine + 4
-    assert not torch.equal(*(decoder.generate(source[:, :4], TABLE.boxes()[at], TABLE.level_ids()[at], instruction) for at in (fine, there)))
+    cells = (slice(64, 68), slice(68, 72))  # the tokens of one cell of the finest level, and of the next
+    assert not torch.equal(*(decoder(source[:, :4], TABLE.boxes()[c], TABLE.level_ids()[c], instruction) for c in cells))
 
 
 def test_the_residual_lives_in_normalised_space(decoder):
