@@ -62,7 +62,6 @@ class EditFlow:
         self.attention = attend_by_region(flux)
         if settings.checkpointing:
             flux.enable_gradient_checkpointing()
-            flux.train()  # diffusers recomputes in training mode only; Flux has no dropout
 
     def loss(self, tokens: Tensor, pooled: Tensor | None, hierarchy: Hierarchy, source: Tensor, target: Tensor, step: Step) -> Tensor:
         """A scalar: weighted squared error of the velocity towards the target picture.

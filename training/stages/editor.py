@@ -68,15 +68,16 @@ class EditorStage:
         self.towers = load_towers(config.vision.files, config.vision.ids, device, half)
         self.text = load_instruction_encoder(config.text.path, device, config.text.tokenizer, config.text.length, config.text.precision)
         self.decoder = new_decoder(config.decoder, self.adapter.config, self.text.width, half).to(device).train()
-        self.decoder.set_token_statistics(*self.statistics())
+        if config.decoder.start is None:
+            self.decoder.set_token_statistics(*self.statistics())
         self.trainables = nn.ModuleDict({"decoder": Learned(self.decoder)})
         self.frozen = {"adapter": self.adapter, **self.towers, "text": self.text.model}
         if config.decoder.architecture == "causal_lm" and config.decoder.lora_rank:
             self.frozen["llm"] = self.decoder.llm
         self.identity = {"plan": self.plan.hash, "adapter": file_hash(config.adapter), "text": self.text.hash,
                          "towers": [weights_hash(p) for p in config.vision.files]}
-        if config.decoder.llm:
-            self.identity["llm"] = weights_hash(config.decoder.llm)
+        if begun := config.decoder.llm or config.decoder.start:
+            self.identity["begun_from"] = weights_hash(begun)
         self.flow = self.through_flux() if config.flow.weight else None
         if config.run.compile:
             compile_blocks(self.adapter.layers, self.decoder.blocks)

@@ -8,8 +8,17 @@ from typing import Literal
 import numpy as np
 import torch
 
+from ...kernels import checkpoint
 from ...kernels.adapter import AdapterConfig
-from ...kernels.edit_decoder import EditDecoder, LLMEditDecoder, LLMEditDecoderConfig, T5EditDecoder, T5EditDecoderConfig
+from ...kernels.edit_decoder import (
+    EditDecoder,
+    LLMEditDecoder,
+    LLMEditDecoderConfig,
+    T5EditDecoder,
+    T5EditDecoderConfig,
+    build_edit_decoder,
+    read_config,
+)
 from ...kernels.edit_decoder.llm import llm_record
 from ..adapter import named_hierarchy
 from ..base import Precision, check_precision
@@ -69,6 +78,8 @@ class Decoder:
     layers: int = 12
     llm: Path | None = None
     """The folder of a causal LLM (config.json and safetensors), such as Qwen3's base models."""
+    start: Path | None = None
+    """An edit decoder's file to go on from, for the same adapter: what an earlier run exported. Its sizes are its own."""
     lora_rank: int = 64
     """Of the LoRA on the LLM, which is frozen; 0 trains the whole LLM."""
     lora_alpha: float = 64.0
@@ -79,9 +90,11 @@ class Decoder:
 def check(config) -> None:
     """Raise ValueError for what cannot work, before anything is loaded."""
     decoder, base = config.decoder, config.base
-    if (decoder.architecture == "causal_lm") != (decoder.llm is not None):
-        raise ValueError("decoder.llm is missing: give the folder of a causal LLM such as Qwen3." if decoder.llm is None else
-                         "decoder.llm is given for a T5; set decoder.architecture to causal_lm, or leave the LLM out.")
+    if decoder.llm and (decoder.architecture == "t5" or decoder.start):
+        raise ValueError("decoder.llm is given for a T5; set decoder.architecture to causal_lm, or leave the LLM out."
+                         if decoder.architecture == "t5" else "decoder.start has an LLM of its own; leave decoder.llm out.")
+    if decoder.architecture == "causal_lm" and not (decoder.llm or decoder.start):
+        raise ValueError("decoder.llm is missing: give the folder of a causal LLM such as Qwen3.")
     if config.flow.weight and (base.path is None or base.vae is None):
         raise ValueError("flow.weight asks for training through Flux; give base.path and base.vae, or set it to 0.")
     if config.flow.weight:
@@ -105,16 +118,33 @@ def held_out(index: Index, count: int) -> tuple[Index, Index]:
 
 
 def new_decoder(settings: Decoder, adapter: AdapterConfig, text_dim: int, dtype: torch.dtype) -> EditDecoder:
-    """An untrained decoder of the adapter's embeddings, frozen where it does not learn; dtype: of a frozen LLM."""
-    dim, hierarchy = adapter.out_dim, adapter.hierarchy
-    if settings.architecture == "t5":
-        decoder = T5EditDecoder(T5EditDecoderConfig(dim, text_dim, hierarchy, settings.width, settings.heads, settings.layers))
-        stack = decoder.stack
+    """The decoder of the adapter's embeddings before its training, frozen where it does not learn; dtype: of a frozen LLM."""
+    space = adapter.out_dim, text_dim, adapter.hierarchy
+    if settings.start:
+        decoder = read_decoder(settings, space)
+    elif settings.architecture == "t5":
+        decoder = T5EditDecoder(T5EditDecoderConfig(*space, settings.width, settings.heads, settings.layers))
     else:
-        stack = load_llm(settings.llm, dtype if settings.lora_rank else torch.float32)
-        decoder = LLMEditDecoder(LLMEditDecoderConfig(dim, text_dim, hierarchy, llm_record(stack.config)), stack)
-        if settings.lora_rank:
-            add_lora(decoder, settings.lora_rank, settings.lora_alpha)
+        llm = load_llm(settings.llm, torch.float32)
+        decoder = LLMEditDecoder(LLMEditDecoderConfig(*space, llm_record(llm.config)), llm)
+    stack = decoder.stack if settings.architecture == "t5" else decoder.llm
+    if settings.architecture == "causal_lm" and settings.lora_rank:
+        stack.to(dtype)
+        add_lora(decoder, settings.lora_rank, settings.lora_alpha)
     if settings.checkpointing:
         stack.gradient_checkpointing_enable({"use_reentrant": False})
+    return decoder
+
+
+def read_decoder(settings: Decoder, space: tuple) -> EditDecoder:
+    """The decoder in `settings.start`. ValueError where it is of another architecture or space (dim, text_dim, hierarchy)."""
+    tensors, record = checkpoint.load(settings.start, "edit_decoder")
+    config = read_config(record["config"])
+    if config.architecture != settings.architecture:
+        raise ValueError(f"{settings.start} is a {config.architecture} and decoder.architecture says {settings.architecture}; "
+                         "make them the same.")
+    if (config.dim, config.text_dim, config.hierarchy) != space:
+        raise ValueError(f"{settings.start} was made for another adapter or text encoder; start from one of this adapter.")
+    decoder = build_edit_decoder(config)
+    checkpoint.fill(decoder, {name: tensor.float() for name, tensor in tensors.items()}, settings.start)
     return decoder

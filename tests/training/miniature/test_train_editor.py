@@ -20,16 +20,18 @@ pytest.importorskip("peft", reason="peft is not installed: pip install -e '.[tra
 
 from semantic_diffusion_adapter.kernels import checkpoint  # noqa: E402
 from semantic_diffusion_adapter.kernels.edit_decoder import build_edit_decoder, read_config  # noqa: E402
-from semantic_diffusion_adapter.training.config import RunConfig  # noqa: E402
+from semantic_diffusion_adapter.training import cli  # noqa: E402
+from semantic_diffusion_adapter.training.config import RunConfig, from_toml, write_toml  # noqa: E402
 from semantic_diffusion_adapter.training.data import index as index_module  # noqa: E402
 from semantic_diffusion_adapter.training.data.decode import CorruptSample  # noqa: E402
 from semantic_diffusion_adapter.training.edit_augmentation import Augmentation  # noqa: E402
 from semantic_diffusion_adapter.training.edit_flow import FlowTraining  # noqa: E402
-from semantic_diffusion_adapter.training.engine import Step  # noqa: E402
+from semantic_diffusion_adapter.training.encoders import tower_config  # noqa: E402
+from semantic_diffusion_adapter.training.engine import Step, World  # noqa: E402
 from semantic_diffusion_adapter.training.miniature.editor import change_of  # noqa: E402
 from semantic_diffusion_adapter.training.miniature.scenes import render  # noqa: E402
 from semantic_diffusion_adapter.training.stages import editor  # noqa: E402
-from semantic_diffusion_adapter.training.stages.editor_config import Base, Decoder, Edits, Text, Vision, held_out  # noqa: E402
+from semantic_diffusion_adapter.training.stages.editor_config import Base, Decoder, Edits, Text, Vision, check, held_out  # noqa: E402
 
 CPU = torch.device("cpu")
 COUNT = 30
@@ -115,7 +117,8 @@ def test_a_run_ends_with_a_file_that_the_nodes_load(kind, request, capsys):
     settings = request.getfixturevalue(kind)
     assert editor.run(settings) is True
     further = replace(settings, run=replace(settings.run, max_steps=4))
-    assert editor.run(further) is True
+    write_toml(settings, settings.export.with_suffix(".toml"))
+    assert cli.main(["train", "editor", "--config", str(settings.export.with_suffix(".toml")), "--max-steps", "4"]) == 0
     assert "resumed editor at step 2" in capsys.readouterr().out
     lines = [json.loads(line) for line in (settings.run.out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
@@ -151,7 +154,7 @@ def test_only_lora_and_projections_are_trained_and_saved(with_llm):
     stage.loss(step())[0].backward()
     assert all(p.grad is None for n, p in stage.decoder.named_parameters() if n not in names)
     assert stage.decoder.out.weight.grad.abs().sum() > 0
-    assert "llm" in stage.frozen and "llm" in stage.identity
+    assert "llm" in stage.frozen and "begun_from" in stage.identity
 
 
 @pytest.mark.parametrize("kind", ["config", "with_llm"])
@@ -174,7 +177,8 @@ def test_the_flow_loss_reaches_the_decoder_through_a_frozen_flux(through_flux):
     torch.nn.init.normal_(stage.decoder.out.weight, std=0.1)
     before = {k: v.clone() for k, v in stage.flow.flux.state_dict().items()}
     total, parts = stage.loss(step())
-    assert total.item() == pytest.approx(sum(parts[k].item() for k in ("parallel", "autoregressive")) + 0.5 * parts["flow"].item(), rel=1e-5)
+    tokens = parts["parallel"].item() + parts["autoregressive"].item()
+    assert total.item() == pytest.approx(tokens + 0.5 * parts["flow"].item(), rel=1e-5)
     gradient = torch.autograd.grad(parts["flow"], stage.decoder.out.weight, retain_graph=True)[0]
     assert gradient.abs().sum() > 0
     total.backward()
@@ -182,6 +186,26 @@ def test_the_flow_loss_reaches_the_decoder_through_a_frozen_flux(through_flux):
     assert all(torch.equal(v, before[k]) for k, v in stage.flow.flux.state_dict().items())
     assert stage.pictures()["edits"].shape == (4 * 128, 4 * 128, 3)
     assert set(stage.validate()) == {"parallel", "autoregressive", "copy", "flow"}
+
+
+@pytest.mark.parametrize("kind", ["config", "with_llm"])
+def test_a_further_run_starts_from_the_file_of_the_first(kind, request, tmp_path):
+    """As fine-tuning through Flux does: with the first run's weights and its statistics of the space, the LLM's LoRA anew."""
+    settings = request.getfixturevalue(kind)
+    first = editor.EditorStage(settings, CPU)
+    torch.nn.init.normal_(first.decoder.out.weight, std=0.2)
+    first.decoder.set_token_statistics(first.decoder.token_mean + 1, first.decoder.token_std * 2)
+    first.export(7)
+    again = replace(settings.decoder, llm=None, start=settings.export)
+    second = editor.EditorStage(replace(settings, decoder=again), CPU)
+    arguments = torch.randn(1, 128, 48), second.decoder.places.table.boxes(), second.decoder.places.table.level_ids(), torch.randn(1, 5, 48)
+    torch.testing.assert_close(second.decoder(*arguments), first.decoder(*arguments), rtol=0.05, atol=0.05)  # the file is in bf16
+    assert second.decoder.token_mean.mean() > 0.5
+    assert {n for n, p in second.decoder.named_parameters() if p.requires_grad} == {
+        n for n, p in first.decoder.named_parameters() if p.requires_grad}
+    other = replace(again, architecture="t5" if kind == "with_llm" else "causal_lm")
+    with pytest.raises(ValueError, match="decoder.architecture says .*; make them the same"):
+        editor.EditorStage(replace(settings, decoder=other), CPU)
 
 
 def test_another_base_than_the_adapters_is_refused(through_flux, tmp_path):
@@ -236,6 +260,7 @@ def test_a_corrupt_sample_stops_the_run_or_gives_its_place_to_another(config, ed
 @pytest.mark.parametrize("changes, message", [
     ({"decoder": Decoder("causal_lm")}, "decoder.llm is missing"),
     ({"decoder": Decoder(llm=Path("llm"))}, "decoder.llm is given for a T5"),
+    ({"decoder": Decoder("causal_lm", llm=Path("llm"), start=Path("file"))}, "decoder.start has an LLM of its own"),
     ({"flow": FlowTraining(weight=1.0)}, "give base.path and base.vae"),
     ({"presets": ()}, "must each name at least one"),
     ({"presets": ("tree99",)}, "Unknown preset 'tree99'"),
@@ -246,3 +271,13 @@ def test_a_corrupt_sample_stops_the_run_or_gives_its_place_to_another(config, ed
 def test_what_cannot_work_is_refused_in_one_sentence(config, changes, message):
     with pytest.raises(ValueError, match=message):
         editor.EditorStage(replace(config, **changes), CPU)
+
+
+@pytest.mark.parametrize("name", ["flux1_dev_editor_24gb", "flux1_dev_editor_llm_24gb"])
+def test_the_recipes_are_read_and_ask_for_nothing_impossible(name):
+    settings = from_toml(editor.Config, Path(cli.__file__).parent / "configs" / f"{name}.toml")
+    check(settings)
+    vision = settings.vision
+    assert len(vision.files) == len([tower_config(Path("absent"), name) for name in vision.ids])
+    assert World(0, 1, 0, 1, CPU).share(settings.run.batch, settings.run.micro)
+    assert cli.plan_of(["train", "editor", "--config", "x.toml"])[0][0] == "stages.editor"
