@@ -18,6 +18,7 @@ from ..kernels.attention import Regions
 from ..kernels.hierarchy import PRESETS, Hierarchy, Level
 from ..kernels.visibility import region_bias
 from ..kernels.vision.towers import VisionTower
+from .engine.stage import Step
 from .flux import sample_times, velocity
 from .region_attention import RegionAttention
 
@@ -72,7 +73,7 @@ def regions_for(hierarchy: Hierarchy, grid: tuple[int, int], device: torch.devic
 
 
 class AdapterObjective:
-    """loss(batch, progress, generator) of the adapter under a frozen Flux with a RegionAttention in its blocks."""
+    """loss(batch, step) of the adapter under a frozen Flux with a RegionAttention in its blocks."""
 
     def __init__(self, flux: nn.Module, attention: RegionAttention, adapter: Adapter, towers: dict[str, VisionTower],
                  settings: AdapterTraining, extra: Callable[[Tensor], Tensor] | None = None):
@@ -91,16 +92,17 @@ class AdapterObjective:
     def features(self, images: Tensor) -> dict[str, Tensor]:
         return {name: tower(images) for name, tower in self.towers.items()}
 
-    def loss(self, batch: Batch, progress: float, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Batch, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean over the samples of a micro-batch, which are those of the step's positions."""
         settings, device = self.settings, batch.latents.device
-        presets = settings.presets(progress)
-        preset = presets[int(torch.randint(len(presets), (), generator=generator, device=device))]
+        presets = settings.presets(step.progress)
+        preset = presets[int(torch.randint(len(presets), (), generator=step.shared()))]
         tokens, pooled = self.adapter(self.features(batch.images), named_hierarchy(preset))
         if pooled is None:
             pooled = tokens.new_zeros(len(tokens), self.flux.config.pooled_projection_dim)
         x0 = batch.latents
-        t = sample_times(len(x0), settings.mu, settings.uniform, generator, device)
-        noise = torch.randn(x0.shape, generator=generator, device=device)
+        t = sample_times(step, settings.mu, settings.uniform)
+        noise = step.randn(*x0.shape[1:])
         x = x0 + t[:, None, None, None] * (noise - x0)
         self.attention.regions = self.regions(preset, (x.shape[-2] // 2, x.shape[-1] // 2), device)
         flow = F.mse_loss(velocity(self.flux, x, t, tokens, pooled).float(), noise - x0)

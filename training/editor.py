@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.edit_decoder import EditDecoder
+from .engine.stage import Step
 
 
 @dataclass(frozen=True)
@@ -23,25 +24,25 @@ class EditorTraining:
     """How much more a fully changed token weighs than an unchanged one."""
 
 
-def corrupt(target: Tensor, source: Tensor, std: Tensor, settings: EditorTraining, generator: torch.Generator) -> Tensor:
+def corrupt(target: Tensor, source: Tensor, std: Tensor, settings: EditorTraining, step: Step) -> Tensor:
     """A history [B, T, D] such as the decoder may have written itself."""
-    noise = torch.randn(target.shape, generator=generator, device=target.device) * std * settings.noise
-    swap = torch.rand(target.shape[:2], generator=generator, device=target.device) < settings.replaced
+    noise = step.randn(*target.shape[1:]) * std * settings.noise
+    swap = step.rand(target.shape[1]) < settings.replaced
     return torch.where(swap[..., None], source, target) + noise
 
 
 def editor_loss(decoder: EditDecoder, source: Tensor, target: Tensor, boxes: Tensor, levels: Tensor, instruction: Tensor,
-                settings: EditorTraining, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+                settings: EditorTraining, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean squared error on normalised tokens in both modes; tokens that change weigh more."""
     truth, before = decoder.normalise(target), decoder.normalise(source)
     change = (truth - before).square().mean(-1)
     weight = 1 + settings.changed * (change / change.amax(1, keepdim=True).clamp(min=1e-6))
-    weight = weight / weight.mean()
+    weight = weight / weight.mean(1, keepdim=True)
 
     def error(predicted: Tensor) -> Tensor:
         return ((decoder.normalise(predicted) - truth).square().mean(-1) * weight).mean()
 
-    history = corrupt(target, source, decoder.token_std, settings, generator)
+    history = corrupt(target, source, decoder.token_std, settings, step)
     parallel = error(decoder(source, boxes, levels, instruction))
     autoregressive = error(decoder(source, boxes, levels, instruction, history))
     parts = {"parallel": parallel, "autoregressive": autoregressive, "copy": (change * weight).mean()}

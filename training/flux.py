@@ -11,6 +11,8 @@ from diffusers import FluxTransformer2DModel
 from einops import rearrange
 from torch import Tensor, nn
 
+from .engine.stage import Step
+
 
 def build_flux(config: dict) -> FluxTransformer2DModel:
     """diffusers' Flux from ComfyUI's field names (see the `flux` checkpoint record)."""
@@ -56,11 +58,10 @@ def shifted(t: Tensor, mu: float) -> Tensor:
     return math.exp(mu) / (math.exp(mu) + 1 / t - 1)
 
 
-def sample_times(count: int, mu: float, uniform: float, generator: torch.Generator, device) -> Tensor:
-    """[count] times in (0, 1): sigmoid of a normal with the shift applied, or, for a share `uniform`, uniform."""
-    normal = torch.sigmoid(torch.randn(count, generator=generator, device=device))
-    flat = torch.rand(count, generator=generator, device=device)
-    pick = torch.rand(count, generator=generator, device=device) < uniform
+def sample_times(step: Step, mu: float, uniform: float) -> Tensor:
+    """One time in (0, 1) for each sample of the step: sigmoid of a normal with the shift applied, or, for a share `uniform`,
+    uniform."""
+    normal, flat, pick = torch.sigmoid(step.randn()), step.rand(), step.rand() < uniform
     return torch.where(pick, flat, shifted(normal, mu)).clamp(1e-3, 1 - 1e-3)
 
 

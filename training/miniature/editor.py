@@ -13,7 +13,7 @@ from ...kernels.edit_decoder import EditDecoder, EditDecoderConfig
 from ..adapter import named_hierarchy
 from ..config import RunConfig
 from ..editor import EditorTraining, editor_loss
-from ..engine import compile_blocks, launch
+from ..engine import Step, compile_blocks, launch
 from .captions import Edit, edit
 from .latents import file_hash
 from .scenes import generator as generator_of
@@ -28,7 +28,7 @@ class Config:
     run: RunConfig
     text: Path
     adapter: Path
-    towers: tuple[str, ...]
+    towers: tuple[Path, ...]
     """Files of the adapter's vision towers."""
     export: Path
     presets: tuple[str, ...] = ("tree128", "tree128", "tree64", "global32")
@@ -60,13 +60,16 @@ class EditorStage:
         self.config, self.device = config, device
         self.text = load_text_encoder(config.text, device)
         self.adapter, self.record = load_adapter(config.adapter, device)
-        self.towers = {t.config.id: t for t in (read_tower(Path(p), device) for p in config.towers)}
+        self.towers = {t.config.id: t for t in (read_tower(p, device) for p in config.towers)}
         dim = self.adapter.config.out_dim
         self.trainables = nn.ModuleDict({"decoder": EditDecoder(EditDecoderConfig(
             dim, dim, self.adapter.config.hierarchy, config.width, config.heads, config.layers))}).to(device)
         tokens = torch.cat([self.embed([change_of("train", i).source for i in range(n, n + 32)], "tree128")
                             for n in range(0, 256, 32)])
         self.decoder.set_token_statistics(tokens.mean((0, 1)), tokens.std((0, 1)))
+        self.frozen = {"text": self.text, "adapter": self.adapter, **self.towers}
+        self.identity = {"text": file_hash(config.text), "adapter": file_hash(config.adapter),
+                         "towers": [file_hash(p) for p in config.towers]}
         if config.run.compile:
             compile_blocks(self.adapter.layers, self.decoder.stack.block)
 
@@ -81,28 +84,28 @@ class EditorStage:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bf16"):
             return self.adapter({k: t(x) for k, t in self.towers.items()}, named_hierarchy(preset))[0]
 
-    def losses(self, changes: list[Edit], preset: str, generator: torch.Generator):
+    def losses(self, changes: list[Edit], preset: str, step: Step):
         both = self.embed([c.source for c in changes] + [c.target for c in changes], preset)
         source, target = both.chunk(2)
         with torch.no_grad():
             instruction, _ = encode(self.text, token_ids([c.instruction for c in changes], self.device))
         hierarchy = named_hierarchy(preset)
         return editor_loss(self.decoder, source, target, hierarchy.boxes(), hierarchy.level_ids(), instruction,
-                           self.config.objective, generator)
+                           self.config.objective, step)
 
-    def loss(self, step: int, generator: torch.Generator):
+    def loss(self, step: Step):
         config = self.config
-        index = torch.randint(config.scenes, (config.run.batch,), generator=generator, device=self.device).tolist()
-        preset = config.presets[int(torch.randint(len(config.presets), (), generator=generator, device=self.device))]
-        return self.losses([change_of("train", i) for i in index], preset, generator)
+        index = (step.rand() * config.scenes).long().tolist()
+        preset = config.presets[int(torch.randint(len(config.presets), (), generator=step.shared()))]
+        return self.losses([change_of("train", i) for i in index], preset, step)
 
     def scales(self, step: int) -> dict[str, float]:
         return {}
 
     def validate(self) -> dict[str, float]:
         changes = [change_of("validation", i) for i in range(96)]
-        generator = torch.Generator(self.device).manual_seed(0)
-        _, parts = self.losses(changes, "tree128", generator)
+        count = len(changes)
+        _, parts = self.losses(changes, "tree128", Step(0, 1, 0, "validation", self.device, range(count), count))
         return {k: float(v) for k, v in parts.items()}
 
     def export(self, step: int) -> None:
