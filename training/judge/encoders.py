@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...kernels import checkpoint
 from ...kernels.vision.towers import TowerConfig, load_tower
-from ..miniature.latents import file_hash
+from ..files import file_hash
 
 BATCH = 16
 SHORT, LONG = 224, 480  # px: the sides to which Splice resizes a picture before it compares structures
