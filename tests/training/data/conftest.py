@@ -1,0 +1,60 @@
+"""Prepared sets made by hand: real picture files in a real tar, without the command that usually makes them."""
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from semantic_diffusion_adapter.training.data import index as index_module
+
+
+def jpeg(height: int, width: int, seed: int = 0) -> bytes:
+    """A smooth coloured picture, another one for each seed."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+    stream = io.BytesIO()
+    small.resize((width, height), Image.Resampling.BICUBIC).save(stream, "JPEG", quality=90)
+    return stream.getvalue()
+
+
+def table_of(sizes, resolutions=(512,), kind="pictures", **columns) -> pa.Table:
+    """An index's table of pictures of these (height, width), without any shard."""
+    digests = [hashlib.sha256(f"{i} {s}".encode()).digest() for i, s in enumerate(sizes)]
+    values = {
+        "key": [f"{i:09}" for i in range(len(sizes))], "origin": [f"{i}.jpg" for i in range(len(sizes))],
+        "shard": ["shards/000000.tar"] * len(sizes), "offset": [0] * len(sizes), "length": [0] * len(sizes),
+        "sha256": digests, "height": [s[0] for s in sizes], "width": [s[1] for s in sizes],
+        "caption": [f"picture {i}" for i in range(len(sizes))],
+        **{f"bucket_{r}": [index_module.bucket_of(*s, r) for s in sizes] for r in resolutions}, **columns,
+    }
+    schema = index_module.schema(kind, resolutions)
+    return pa.table([pa.array(values[f.name], f.type) for f in schema], schema=schema)
+
+
+@pytest.fixture
+def written():
+    """write(url, pictures, resolutions): a tar and an index at any fsspec URL."""
+    def write(url: str, pictures: list[bytes], resolutions=(64,)) -> index_module.Index:
+        fs, root = fsspec.url_to_fs(url)
+        fs.makedirs(f"{root}/shards", exist_ok=True)
+        stream, offsets = io.BytesIO(), []
+        with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for i, data in enumerate(pictures):
+                info = tarfile.TarInfo(f"{i:09}.jpg")
+                info.size = len(data)
+                offsets.append(tar.offset + 512)
+                tar.addfile(info, io.BytesIO(data))
+        fs.pipe_file(f"{root}/shards/000000.tar", stream.getvalue())
+        sizes = [Image.open(io.BytesIO(p)).size[::-1] for p in pictures]
+        table = table_of(sizes, resolutions, offset=offsets, length=[len(p) for p in pictures],
+                         sha256=[hashlib.sha256(p).digest() for p in pictures])
+        with fs.open(f"{root}/index.parquet", "wb") as file:
+            pq.write_table(table, file)
+        return index_module.Index.read(url)
+    return write
