@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...kernels import checkpoint
 from ...kernels.adapter import Adapter, AdapterConfig
-from ...kernels.edit_decoder import EditDecoder, EditDecoderConfig
+from ...kernels.edit_decoder import EditDecoder, T5EditDecoder, T5EditDecoderConfig
 from ..adapter import named_hierarchy
 from ..config import RunConfig
 from ..editor import EditorTraining, editor_loss
@@ -62,7 +62,7 @@ class EditorStage:
         self.adapter, self.record = load_adapter(config.adapter, device)
         self.towers = {t.config.id: t for t in (read_tower(p, device) for p in config.towers)}
         dim = self.adapter.config.out_dim
-        self.trainables = nn.ModuleDict({"decoder": EditDecoder(EditDecoderConfig(
+        self.trainables = nn.ModuleDict({"decoder": T5EditDecoder(T5EditDecoderConfig(
             dim, dim, self.adapter.config.hierarchy, config.width, config.heads, config.layers))}).to(device)
         tokens = torch.cat([self.embed([change_of("train", i).source for i in range(n, n + 32)], "tree128")
                             for n in range(0, 256, 32)])

@@ -16,7 +16,7 @@ from torch import Tensor
 from ....kernels import checkpoint
 from ....kernels.adapter import Adapter
 from ....kernels.attention import Regions, masked_attention
-from ....kernels.edit_decoder import EditDecoder, EditDecoderConfig
+from ....kernels.edit_decoder import EditDecoder, build_edit_decoder, read_config
 from ....kernels.embedding import SemanticEmbedding, from_hierarchy
 from ....kernels.hierarchy import Hierarchy
 from ....kernels.visibility import region_bias
@@ -110,7 +110,7 @@ def _read(assets: Path, file: tuple[str, str], load: Callable):
 
 def _load_editor(path: Path) -> EditDecoder:
     state, record = checkpoint.load(path, "edit_decoder")
-    editor = EditDecoder(EditDecoderConfig.from_json(record["config"]))
+    editor = build_edit_decoder(read_config(record["config"]))
     checkpoint.fill(editor, {k: v.float() for k, v in state.items()}, path)
     return editor.eval().requires_grad_(False)
 
