@@ -37,12 +37,13 @@ class EditDecoderConfig:
 class EditDecoder(nn.Module):
     """Source embedding and instruction -> edited embedding of the same boxes and levels.
 
-    A subclass has an `out` layer [width -> dim], zero at the start so that an untrained decoder copies the source, and
-    says in `modes` which of MODES it can write in.
+    A subclass has an `out` layer [width -> dim], zero at the start so that an untrained decoder copies the source, says in
+    `modes` which of MODES it can write in, and has its transformer blocks in `blocks`.
     """
 
     modes: tuple[str, ...]
     out: nn.Linear
+    blocks: nn.ModuleList
 
     def __init__(self, config: EditDecoderConfig, width: int):
         """width: of the decoder's own stream."""

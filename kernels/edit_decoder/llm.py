@@ -8,7 +8,7 @@ arXiv 2504.06256. The instruction comes encoded by Flux's own text encoder; the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,8 @@ _HOUSEKEEPING = {
 
 @dataclass(frozen=True)
 class LLMEditDecoderConfig(EditDecoderConfig):
-    """llm: the decoder's transformers configuration (`model_type`, `hidden_size`, ...), as `llm_record` writes it."""
+    """llm: the decoder's transformers configuration (`model_type`, `hidden_size`, ...); what it leaves out is filled in with
+    transformers' defaults when the decoder is made."""
 
     architecture = "causal_lm"
 
@@ -41,7 +42,7 @@ class LLMEditDecoder(EditDecoder):
         llm = llm or new_llm(config.llm)
         llm.set_input_embeddings(None)  # it is fed with vectors only
         width = llm.config.hidden_size
-        super().__init__(config, width)
+        super().__init__(replace(config, llm=llm_record(llm.config)), width)
         self.llm = llm
         self.instruction_in = nn.Sequential(nn.LayerNorm(config.text_dim), nn.Linear(config.text_dim, width))
         self.source_in = nn.Linear(config.dim, width)
@@ -52,6 +53,10 @@ class LLMEditDecoder(EditDecoder):
         self.out = nn.Linear(width, config.dim)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return next(child for child in self.llm.children() if isinstance(child, nn.ModuleList))
 
     def forward(
         self, source: Tensor, boxes: Tensor, levels: Tensor, instruction: Tensor, history: Tensor | None = None

@@ -52,6 +52,10 @@ class T5EditDecoder(EditDecoder):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.stack.block
+
     def forward(
         self, source: Tensor, boxes: Tensor, levels: Tensor, instruction: Tensor, history: Tensor | None = None
     ) -> Tensor:

@@ -54,8 +54,8 @@ def inputs(preset: str = "tree64", batch: int = 2) -> tuple:
 def test_any_decoder_of_transformers_edits_and_round_trips(kind):
     """It edits every preset, the same each time, and its file has no words; the record is all that it takes to build it."""
     decoder = talkative(toy(kind))
-    config = LLMEditDecoderConfig(20, 12, TABLE.to_json(), llm_record(decoder.llm.config))
-    again = build_edit_decoder(read_config(json.loads(json.dumps(config.to_json()))))
+    again = build_edit_decoder(read_config(json.loads(json.dumps(decoder.config.to_json()))))
+    assert again.config == decoder.config and len(decoder.blocks) == 2
     again.eval().load_state_dict(load(save(decoder.state_dict())))
     for preset in PRESETS:
         arguments = inputs(preset)
