@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from ...kernels import checkpoint
+from ..files import file_hash
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
@@ -67,7 +68,7 @@ class Lpips(nn.Module):
     file's own tensors tell apart. ValueError for any other file.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, device: torch.device | None = None):
         super().__init__()
         import lpips
 
@@ -79,7 +80,12 @@ class Lpips(nn.Module):
         # "slice2.3.weight" is layer 3 of torchvision's `features`; the layers after the last slice are not used.
         own = {name: f"features.{name.split('.', 1)[1]}" for name in self.model.net.state_dict()}
         checkpoint.fill(self.model.net, {name: state[theirs] for name, theirs in own.items() if theirs in state}, path)
-        self.requires_grad_(False).eval()
+        self.path = path
+        self.to(device).requires_grad_(False).eval()
+
+    def describe(self) -> dict[str, str]:
+        """What the protocol says about it."""
+        return {"kind": f"LPIPS 0.1, {self.backbone}", "file": str(self.path), "sha256": file_hash(self.path)}
 
     @torch.no_grad()
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
