@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -61,3 +66,44 @@ def encoders(tmp_path_factory) -> dict[str, Path]:
     weights = open_clip.CLIP(**architecture).state_dict()
     save_file({k: v.contiguous() for k, v in weights.items()}, folders["open_clip"] / "open_clip_model.safetensors")
     return folders
+
+
+@pytest.fixture(scope="session")
+def miniature_files() -> Path:
+    """The folder of the shipped weights."""
+    folder = Path(__file__).resolve().parents[3] / "assets" / "miniature"
+    if not (folder / "semantic_adapters" / "miniature_tree128.safetensors").is_file():
+        pytest.skip("the miniature's weights are not in assets/miniature")
+    return folder
+
+
+@pytest.fixture
+def prepared_edits():
+    """prepared_edits(folder, [(source, target, instruction)], **columns): a set as `sda prepare-edits` leaves it, at 128 px."""
+    from semantic_diffusion_adapter.training.data import index
+
+    def png(picture: np.ndarray) -> bytes:
+        stream = io.BytesIO()
+        Image.fromarray(picture).save(stream, "PNG")
+        return stream.getvalue()
+
+    def prepare(folder: Path, edits: list[tuple[np.ndarray, np.ndarray, str]], **columns) -> Path:
+        (folder / "shards").mkdir(parents=True)
+        rows = []
+        with tarfile.open(folder / "shards" / "000000.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+            for place, (source, target, instruction) in enumerate(edits):
+                row = {"key": f"{place:09}", "origin": f"edit {place}", "shard": "shards/000000.tar", "caption": instruction,
+                       "height": source.shape[0], "width": source.shape[1], "mask_offset": 0, "mask_length": 0,
+                       "source_caption": "", "target_caption": "", "bucket_128": index.bucket_of(*source.shape[:2], 128)}
+                for prefix, picture in (("", source), ("target_", target)):
+                    data = png(picture)
+                    info = tarfile.TarInfo(f"{place:09}.{prefix}png")
+                    info.size = len(data)
+                    row |= {f"{prefix}offset": tar.offset + 512, f"{prefix}length": len(data),
+                            f"{prefix}sha256": hashlib.sha256(data).digest()}
+                    tar.addfile(info, io.BytesIO(data))
+                rows.append(row | {name: values[place] for name, values in columns.items()})
+        pq.write_table(pa.Table.from_pylist(rows, index.schema(index.EDITS, [128])), folder / index.NAME)
+        return folder
+
+    return prepare
