@@ -122,7 +122,7 @@ class AdapterStage:
 def decode(objective: AdapterObjective, vae, tokens: Tensor, preset: str, mu: float, seed: int = 0) -> np.ndarray:
     """Pictures [B, 128, 128, 3] uint8 that the frozen Flux paints from embeddings of one preset."""
     noise = torch.randn(len(tokens), 8, 16, 16, generator=torch.Generator().manual_seed(seed)).to(tokens.device)
-    objective.attention.regions = objective.regions(preset, (8, 8), tokens.device)
+    objective.attention.regions = objective.regions(named_hierarchy(preset), (8, 8), tokens.device)
     with torch.autocast(tokens.device.type, torch.bfloat16):
         pooled = tokens.new_zeros(len(tokens), objective.flux.config.pooled_projection_dim)
         x = sample(objective.flux, [(tokens, pooled)], [1.0], noise, mu=mu)
