@@ -47,7 +47,7 @@ class Config:
     scenes: int = 40_000
     align: float = 0.3
     """Weight of naming what each patch shows, by the base's own frozen head in the middle of the frozen Flux."""
-    align_head: Path = Path("runs/miniature/base/align.safetensors")
+    align_head: Path = Path("assets/miniature/training/align.safetensors")
     objective: AdapterTraining = field(default_factory=AdapterTraining)
 
 

@@ -44,6 +44,8 @@ class Config:
     """The text encoder to start from (stage `text`)."""
     export_flux: Path
     export_text: Path
+    export_align: Path
+    """The head that names what each patch shows: the adapter's stages need it, the nodes do not."""
     cache: Path
     scenes: int = 80_000
     """Distinct training scenes, visited again and again."""
@@ -196,7 +198,8 @@ class BaseStage:
         return self.figures
 
     def export(self, step: int) -> None:
-        save_file(self.trainables["align"].state_dict(), self.config.run.out / "align.safetensors")
+        self.config.export_align.parent.mkdir(parents=True, exist_ok=True)
+        save_file(self.trainables["align"].state_dict(), self.config.export_align)
         save_text_encoder(self.config.export_text, self.trainables["text"], step)
         config = {**FLUX, "sampling_shift_mu": self.config.mu}
         # Eight bits are enough for Flux: the difference in velocity is far below the noise of training.

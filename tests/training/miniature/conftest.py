@@ -38,7 +38,7 @@ def toy_assets(tmp_path_factory) -> Path:
         vae.VaeStage(vae.Config(run, vae_file), device).export(0)
         words = run.out / "text.safetensors"
         reader.ReaderStage(reader.Config(run, words), device).export(0)
-        stage = base.BaseStage(base.Config(run, vae_file, words, flux, t5, cache, scenes=32), device)
+        stage = base.BaseStage(base.Config(run, vae_file, words, flux, t5, run.out / "align.safetensors", cache, scenes=32), device)
         for parameter in stage.flux.parameters():  # an untrained one is silenced by zeros on purpose
             if not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.1)

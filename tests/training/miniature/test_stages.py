@@ -31,7 +31,7 @@ def make(name: str, assets: Path, tmp: Path, patch: pytest.MonkeyPatch):
         for key, value in dict(hidden_size=48, num_heads=2, axes_dim=[8, 8, 8], depth=1, depth_single_blocks=2,
                                context_in_dim=48, vec_in_dim=48).items():
             patch.setitem(base.FLUX, key, value)
-        return base.BaseStage(base.Config(run, vae_file, text, out, out, cache, scenes=32), CPU)
+        return base.BaseStage(base.Config(run, vae_file, text, out, out, out, cache, scenes=32), CPU)
     if name == "dinov2":
         return dinov2.Dinov2Stage(dinov2.Config(run, out), CPU)
     if name == "adapter":
