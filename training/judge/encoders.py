@@ -28,6 +28,11 @@ def to_tensor(pictures: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(pictures)).movedim(-1, 1).float() / 255
 
 
+def to_pixels(pictures: Tensor) -> np.ndarray:
+    """[..., 3, H, W] float in [0, 1] -> [..., H, W, 3] uint8."""
+    return (pictures * 255).round().byte().movedim(-3, -1).cpu().numpy()
+
+
 class Encoder(nn.Module):
     """A frozen encoder. `weights` is its file; `reads` says whether it has a text half."""
 

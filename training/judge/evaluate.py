@@ -10,7 +10,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -21,16 +21,18 @@ from PIL import Image
 from tqdm import tqdm
 
 from ...kernels.hierarchy import hierarchy
+from ..base import Precision
 from ..engine.world import pick_device
 from . import page
 from .encoders import to_tensor
 from .measures import EDITS, RECONSTRUCTION, Judge
 from .metrics import summary
-from .painter import Files, Painter
+from .painter import Files, Painter, seed_of
 from .samples import Edits, Pictures, Sample, Skipped
 
 VAE = "vae"  # the autoencoder's round trip: the ceiling
 COPY, NOTHING = "unedited", "source"  # the unedited embedding painted, and the source picture itself: what an edit must beat
+PROTOCOL = ("seed", "steps", "guidance", "resolution", "precision")  # beside the files, what decides the pixels that are painted
 SOFTWARE = ("torch", "diffusers", "transformers", "open_clip_torch", "torchmetrics", "lpips")
 
 
@@ -43,7 +45,9 @@ class Config:
     adapter: Path
     vae: Path
     towers: tuple[Path, ...]
-    """Files of the adapter's vision towers."""
+    """The adapter's vision towers: our files, or published ones that tower_ids names."""
+    tower_ids: tuple[str, ...] = ()
+    """For each tower the id of a published encoder, "" where the file says it itself; left out where all do."""
     images: str = ""
     """Pictures to reconstruct: a folder of files, or a folder or URL that `sda prepare` filled."""
     edits: str = ""
@@ -63,11 +67,14 @@ class Config:
     """Pictures are cropped to the aspect bucket of this resolution in pixels."""
     steps: int = 28
     """Euler steps of Flux."""
+    guidance: float = 3.5
+    """What a guidance-distilled base (FLUX.1-dev) is told."""
     seed: int = 0
     """Of the noise, which depends on it and on the picture alone."""
     batch: int = 8
     """Pictures painted at once."""
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Precision = "bf16"
+    """Of Flux: bf16, fp32, int8 or nf4."""
     device: str = "auto"
     clip: Path | None = None
     """CLIP of the measures: a folder of transformers or open_clip, or a tower's file."""
@@ -112,10 +119,8 @@ def run(config: Config) -> None:
     make_writable(config.out)
     device = pick_device(config.device)
     judge = Judge({name: getattr(config, name) for name in ("clip", "dino", "structure", "lpips")}, device)
-    painter = Painter(Files(config.flux, config.adapter, config.vae, config.towers, config.editor, config.text,
-                            config.tokenizer), device,
-                      config.precision, config.steps)
-    protocol = {key: getattr(config, key) for key in ("seed", "steps", "resolution", "precision")} | painter.describe()
+    painter = Painter(Files(**{field.name: getattr(config, field.name) for field in fields(Files)}), device, config.precision)
+    protocol = {key: getattr(config, key) for key in PROTOCOL} | painter.describe()
     agree(config.out / "protocol.json", protocol)
     if painter.editor is not None:
         painter.editor.check_mode(config.mode)
@@ -181,14 +186,15 @@ def paint(painter: Painter, task: Task, config: Config, folder: Path, batch: lis
         rest = [sample for sample in batch if not (folder / sample.key / f"{name}.png").exists()]
         if not rest:
             continue
-        pictures, keys = to_tensor([sample.source for sample in rest]), [sample.key for sample in rest]
+        pictures = to_tensor([sample.source for sample in rest])
         if name == VAE:
             made = painter.round_trip(pictures)
         else:
             embedding = painter.embed(pictures, config.presets[0] if task.name == "edits" else name)
             if name == config.mode:
                 embedding = painter.edit(embedding, [sample.instruction for sample in rest], name)
-            made = painter.paint(embedding, pictures.shape[-2:], keys, config.seed)
+            seeds = [seed_of(sample.key, config.seed) for sample in rest]
+            made = painter.paint(embedding, pictures.shape[-2:], seeds, config.steps, config.guidance)
         for sample, picture in zip(rest, made):
             save(folder / sample.key / f"{name}.png", picture)
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
 from ..data.decode import FORMATS, BadPicture, CorruptSample, decode, decode_edit, fit, open_picture
 from ..data.index import EDITS, Index, bucket_of
+from .encoders import to_pixels
 
 ENDINGS = {f".{ending}" for ending in FORMATS.values()} | {".jpeg", ".tiff"}
 
@@ -37,11 +37,6 @@ class Skipped:
 
     name: str
     reason: str
-
-
-def pixels(picture: Tensor) -> np.ndarray:
-    """[3, H, W] float in [0, 1] -> [H, W, 3] uint8."""
-    return (picture.movedim(0, -1) * 255).round().byte().numpy()
 
 
 def too_small(height: int, width: int, resolution: int) -> str:
@@ -90,7 +85,7 @@ class Pictures:
         bucket = bucket_of(image.height, image.width, self.resolution)
         if not any(bucket):
             return Skipped(name, too_small(image.height, image.width, self.resolution))
-        return Sample(hashlib.sha256(data).hexdigest()[:16], name, pixels(fit(image, bucket)))
+        return Sample(hashlib.sha256(data).hexdigest()[:16], name, to_pixels(fit(image, bucket)))
 
     def _row(self, row: int) -> Sample | Skipped:
         it, bucket = self.index[row], tuple(self.buckets[row].tolist())
@@ -102,7 +97,7 @@ class Pictures:
             return Skipped(it["origin"], f"unreadable: {error}")
 
     def _sample(self, row: int, it: dict, bucket: tuple[int, int]) -> Sample | Skipped:
-        return Sample(it["sha256"].hex()[:16], it["origin"], pixels(decode(self.index, row, bucket)))
+        return Sample(it["sha256"].hex()[:16], it["origin"], to_pixels(decode(self.index, row, bucket)))
 
 
 class Edits(Pictures):
@@ -119,4 +114,4 @@ class Edits(Pictures):
         source, target, instruction = decode_edit(self.index, row, bucket)
         content = it["sha256"] + it["target_sha256"] + instruction.encode()
         captions = (it["source_caption"] or "", it["target_caption"] or "")
-        return Sample(hashlib.sha256(content).hexdigest()[:16], it["origin"], pixels(source), pixels(target), instruction, captions)
+        return Sample(hashlib.sha256(content).hexdigest()[:16], it["origin"], to_pixels(source), to_pixels(target), instruction, captions)
