@@ -7,10 +7,10 @@ Flux and the towers are frozen; in the last phase the last blocks of the DINOv2 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.adapter import Adapter, token_similarity
@@ -18,7 +18,8 @@ from ..kernels.attention import Regions
 from ..kernels.hierarchy import PRESETS, Hierarchy, Level
 from ..kernels.visibility import region_bias
 from ..kernels.vision.towers import VisionTower
-from .flux import sample_times, velocity
+from .engine.stage import Step
+from .flux import mu_of, sample_times, velocity
 from .region_attention import RegionAttention
 
 
@@ -33,10 +34,15 @@ class AdapterTraining:
     """Weight of the mean squared cosine between tokens of one image."""
     masked: bool = True
     """Patches see only the tokens whose boxes they overlap. False is the ablation."""
-    mu: float = 0.5
-    """Time shift of training. Above the base's it spends the steps where tokens, not the noisy picture, tell what to paint."""
+    level_dropout: float = 0.0
+    """Share of batches that leave out the finer levels of their preset, from a random one on."""
+    mu: float | Literal["resolution"] = 0.5
+    """Time shift of training; "resolution": the one that the base itself samples with, which in FLUX.1 grows with the number
+    of patches. Above the base's it spends the steps where tokens, not the noisy picture, tell what to paint."""
     uniform: float = 0.2
     """Share of uniform times beside the shifted logit-normal ones."""
+    guidance: float = 1.0
+    """What a guidance-distilled base (FLUX.1-dev) is told: at 1.0 it predicts the plain velocity."""
     unlock: float = 0.8
     """Share of the run after which DINOv2's last blocks learn too."""
     unlock_blocks: int = 1
@@ -46,14 +52,25 @@ class AdapterTraining:
     def presets(self, progress: float) -> tuple[str, ...]:
         return next(tuple(phase[1:]) for phase in self.growth if progress < phase[0] or phase is self.growth[-1])
 
+    def draw(self, step: Step) -> Hierarchy:
+        """The hierarchy of a step, one for the whole batch."""
+        presets = self.presets(step.progress)
+        chosen = named_hierarchy(presets[int(torch.randint(len(presets), (), generator=step.shared()))])
+        if self.level_dropout and float(torch.rand((), generator=step.shared())) < self.level_dropout:
+            kept = 1 + int(torch.randint(max(1, len(chosen.levels) - 1), (), generator=step.shared()))
+            return Hierarchy(chosen.levels[:kept])
+        return chosen
+
 
 @dataclass(frozen=True)
 class Batch:
-    """latents [B, C, H, W] as Flux takes them, images [B, 3, h, w] in [0, 1], and what the extra loss needs."""
+    """latents [B, C, H, W] as Flux takes them, images [B, 3, h, w] in [0, 1], what the extra loss needs, and the features of
+    the towers that are known already (tower id -> [B, N, C])."""
 
     latents: Tensor
     images: Tensor
     extra: Tensor | None = None
+    features: dict[str, Tensor] = field(default_factory=dict)
 
 
 def named_hierarchy(name: str) -> Hierarchy:
@@ -72,7 +89,7 @@ def regions_for(hierarchy: Hierarchy, grid: tuple[int, int], device: torch.devic
 
 
 class AdapterObjective:
-    """loss(batch, progress, generator) of the adapter under a frozen Flux with a RegionAttention in its blocks."""
+    """loss(batch, step) of the adapter under a frozen Flux with a RegionAttention in its blocks."""
 
     def __init__(self, flux: nn.Module, attention: RegionAttention, adapter: Adapter, towers: dict[str, VisionTower],
                  settings: AdapterTraining, extra: Callable[[Tensor], Tensor] | None = None):
@@ -80,30 +97,42 @@ class AdapterObjective:
         self.settings, self.extra = settings, extra
         self._regions: dict[tuple, Regions] = {}
 
-    def regions(self, preset: str, grid: tuple[int, int], device: torch.device) -> Regions | None:
+    def regions(self, hierarchy: Hierarchy, grid: tuple[int, int], device: torch.device) -> Regions | None:
         if not self.settings.masked:
             return None
-        key = (preset, grid)
+        key = (hierarchy, grid)
         if key not in self._regions:
-            self._regions[key] = regions_for(named_hierarchy(preset), grid, device)
+            if len(self._regions) >= 16:  # buckets times presets are many, and large at 1024 px
+                del self._regions[next(iter(self._regions))]
+            self._regions[key] = regions_for(hierarchy, grid, device)
         return self._regions[key]
 
-    def features(self, images: Tensor) -> dict[str, Tensor]:
-        return {name: tower(images) for name, tower in self.towers.items()}
+    def features(self, images: Tensor, known: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Tower id -> patch features of images in [0, 1]; `known` ones are taken as they are."""
+        known = known or {}
+        return {name: known[name] if name in known else tower(images) for name, tower in self.towers.items()}
 
-    def loss(self, batch: Batch, progress: float, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        settings, device = self.settings, batch.latents.device
-        presets = settings.presets(progress)
-        preset = presets[int(torch.randint(len(presets), (), generator=generator, device=device))]
-        tokens, pooled = self.adapter(self.features(batch.images), named_hierarchy(preset))
-        if pooled is None:
-            pooled = tokens.new_zeros(len(tokens), self.flux.config.pooled_projection_dim)
-        x0 = batch.latents
-        t = sample_times(len(x0), settings.mu, settings.uniform, generator, device)
-        noise = torch.randn(x0.shape, generator=generator, device=device)
-        x = x0 + t[:, None, None, None] * (noise - x0)
-        self.attention.regions = self.regions(preset, (x.shape[-2] // 2, x.shape[-1] // 2), device)
-        flow = F.mse_loss(velocity(self.flux, x, t, tokens, pooled).float(), noise - x0)
+    def embed(self, batch: Batch, hierarchy: Hierarchy) -> tuple[Tensor, Tensor]:
+        """(tokens [B, T, D], pooled [B, P]) of the pictures; the pooled vector of an adapter without a head for it is zero."""
+        tokens, pooled = self.adapter(self.features(batch.images, batch.features), hierarchy)
+        return tokens, tokens.new_zeros(len(tokens), self.flux.config.pooled_projection_dim) if pooled is None else pooled
+
+    def flow(self, latents: Tensor, noise: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor, hierarchy: Hierarchy) -> Tensor:
+        """[B] mean squared error of the velocity that Flux predicts at times t under the embedding."""
+        x = latents + t[:, None, None, None] * (noise - latents)
+        guidance = torch.full_like(t, self.settings.guidance) if self.flux.config.guidance_embeds else None
+        self.attention.regions = self.regions(hierarchy, (x.shape[-2] // 2, x.shape[-1] // 2), x.device)
+        found = velocity(self.flux, x, t, tokens, pooled, guidance).float()
+        return (found - (noise - latents)).square().flatten(1).mean(1)
+
+    def loss(self, batch: Batch, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean over the samples of a micro-batch, which are those of the step's positions."""
+        settings, x0 = self.settings, batch.latents
+        hierarchy = settings.draw(step)
+        tokens, pooled = self.embed(batch, hierarchy)
+        mu = settings.mu if settings.mu != "resolution" else mu_of(self.flux, x0.shape[-2] * x0.shape[-1] // 4)
+        t = sample_times(step, mu, settings.uniform)
+        flow = self.flow(x0, step.randn(*x0.shape[1:]), t, tokens, pooled, hierarchy).mean()
         similarity = token_similarity(tokens)
         total, parts = flow + settings.similarity * similarity, {"flow": flow, "similarity": similarity}
         if self.extra is not None:

@@ -3,10 +3,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
 
 try:
     import tomllib
@@ -20,11 +23,14 @@ T = TypeVar("T")
 class RunConfig:
     """What every stage shares."""
 
-    out: Path
-    """Run folder: config.toml, metrics.jsonl, TensorBoard events, checkpoints/."""
-    max_steps: int
+    out: Annotated[Path, tyro.conf.arg(aliases=("--out",))]
+    """Run folder: config.toml, metrics.jsonl, TensorBoard events, validation/, checkpoints/."""
+    max_steps: Annotated[int, tyro.conf.arg(aliases=("--max-steps",))]
     """The run ends after this many steps."""
     batch: int = 32
+    """Samples of a step, over all processes."""
+    micro: int = 0
+    """Samples that a process takes at once; their gradients add up to the step's. 0: all of its share."""
     seed: int = 0
     lr: float = 1e-3
     """Peak learning rate: reached after `warmup` steps, kept, and brought to zero over the last `decay` of the run."""
@@ -36,17 +42,26 @@ class RunConfig:
     """Largest norm of the gradient."""
     ema: float = 0.999
     """Decay of the averaged weights, the ones that are validated and exported."""
-    precision: str = "bf16"
-    """bf16 (autocast) or fp32."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16 is by autocast."""
     device: str = "auto"
     threads: int = 0
     """CPU threads; 0 leaves PyTorch's choice."""
     compile: bool = False
     log_every: int = 50
+    """Steps between lines on the console and points in TensorBoard; metrics.jsonl has every step."""
     validate_every: int = 1000
     save_every: int = 1000
-    resume: str = "auto"
+    keep: int = 2
+    """How many checkpoints to keep, the newest ones."""
+    keep_every: int = 0
+    """Besides, every checkpoint of a step that is a multiple of this stays for good; 0: none."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do where the loss or the gradient is not finite: stop and name the samples, or leave the step out."""
+    resume: Annotated[Literal["auto", "never"], tyro.conf.arg(aliases=("--resume",))] = "auto"
     """auto: go on from the last checkpoint of the run folder if there is one; never: start anew in an empty folder."""
+    dry_run: Annotated[bool, tyro.conf.arg(aliases=("--dry-run",))] = False
+    """Print settings, parameters, memory and data, run one step, and write nothing."""
 
 
 def from_toml(kind: type[T], path: Path, **overrides: Any) -> T:
@@ -69,15 +84,20 @@ def build(kind: type[T], data: dict, where: str) -> T:
             if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
                 raise ValueError(f"{where}: the key '{name}' is missing; add it.")
             continue
-        value, hint = data[name], hints[name]
-        if dataclasses.is_dataclass(hint):
-            value = build(hint, value, f"{where} [{name}]")
-        elif hint is Path:
-            value = Path(value)
-        elif typing.get_origin(hint) is tuple:
-            value = tuple(tuple(v) if isinstance(v, list) else v for v in value)
-        values[name] = value
+        values[name] = convert(data[name], hints[name], where, name)
     return kind(**values)
+
+
+def convert(value: Any, hint: Any, where: str, name: str) -> Any:
+    """A value from TOML as the field's type has it."""
+    inner = typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, f"{where} [{name}]")
+    if typing.get_origin(hint) is Literal and value not in inner:
+        raise ValueError(f"{where}: '{name}' cannot be {value!r}; use one of {', '.join(map(repr, inner))}.")
+    if typing.get_origin(hint) is tuple:
+        return tuple(Path(v) if Path in inner else tuple(v) if isinstance(v, list) else v for v in value)
+    return Path(value) if hint is Path or Path in inner else value
 
 
 def to_dict(config: Any) -> dict:
@@ -91,15 +111,17 @@ def to_dict(config: Any) -> dict:
     return plain(dataclasses.asdict(config))
 
 
-def write_toml(config: Any, path: Path) -> None:
-    """Write the resolved configuration (scalars, lists and one level of tables)."""
-    import json
+def to_toml(config: Any) -> str:
+    """The resolved configuration as TOML (scalars, lists and tables)."""
+    def table(data: dict, name: str) -> list[str]:
+        lines = [f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in data.items() if not isinstance(v, dict)]
+        for key, value in data.items():
+            if isinstance(value, dict):
+                lines += ["", f"[{name}{key}]", *table(value, f"{name}{key}.")]
+        return lines
 
-    data, lines = to_dict(config), []
-    for key, value in data.items():
-        if not isinstance(value, dict):
-            lines.append(f"{key} = {json.dumps(value)}")
-    for key, value in data.items():
-        if isinstance(value, dict):
-            lines += ["", f"[{key}]", *(f"{k} = {json.dumps(v)}" for k, v in value.items())]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return "\n".join(table(to_dict(config), "")) + "\n"
+
+
+def write_toml(config: Any, path: Path) -> None:
+    path.write_text(to_toml(config), encoding="utf-8")

@@ -5,11 +5,14 @@ Flow matching as in Flux: x_t = (1 - t) x_0 + t noise, the model predicts noise 
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 from diffusers import FluxTransformer2DModel
 from einops import rearrange
 from torch import Tensor, nn
+
+from .engine.stage import Step
 
 
 def build_flux(config: dict) -> FluxTransformer2DModel:
@@ -43,24 +46,39 @@ def position_ids(rows: int, cols: int, device=None) -> Tensor:
 
 def velocity(flux: FluxTransformer2DModel, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor,
              guidance: Tensor | None = None) -> Tensor:
-    """Predicted noise - x_0 of noisy latents x [B, C, H, W] at times t [B] under context [B, N, D] and pooled [B, P]."""
+    """Predicted noise - x_0 of noisy latents x [B, C, H, W] at times t [B] under context [B, N, D] and pooled [B, P].
+
+    guidance [B]: the scale that a guidance-distilled Flux (FLUX.1-dev) is told; None for one without.
+    A Flux held in half precision computes in it from end to end, whatever autocast would do.
+    """
     rows, cols = x.shape[-2] // 2, x.shape[-1] // 2
-    out = flux(hidden_states=pack(x), timestep=t, encoder_hidden_states=context, pooled_projections=pooled,
-               img_ids=position_ids(rows, cols, x.device), txt_ids=context.new_zeros(context.shape[1], 3),
-               guidance=guidance, return_dict=False)[0]
+    dtype, device = flux.x_embedder.weight.dtype, x.device.type
+    half = dtype != torch.float32
+    if half:
+        x, t, context, pooled = x.to(dtype), t.to(dtype), context.to(dtype), pooled.to(dtype)
+    with torch.autocast(device, enabled=False) if half else nullcontext():
+        out = flux(hidden_states=pack(x), timestep=t, encoder_hidden_states=context, pooled_projections=pooled,
+                   img_ids=position_ids(rows, cols, x.device), txt_ids=context.new_zeros(context.shape[1], 3),
+                   guidance=guidance, return_dict=False)[0]
     return unpack(out, rows, cols)
 
 
 def shifted(t: Tensor, mu: float) -> Tensor:
-    """Flux's time shift: e^mu / (e^mu + 1/t - 1) (black-forest-labs/flux, sampling.py)."""
+    """Flux's time shift: e^mu / (e^mu + 1/t - 1) (black-forest-labs/flux, sampling.py), of times in (0, 1]."""
     return math.exp(mu) / (math.exp(mu) + 1 / t - 1)
 
 
-def sample_times(count: int, mu: float, uniform: float, generator: torch.Generator, device) -> Tensor:
-    """[count] times in (0, 1): sigmoid of a normal with the shift applied, or, for a share `uniform`, uniform."""
-    normal = torch.sigmoid(torch.randn(count, generator=generator, device=device))
-    flat = torch.rand(count, generator=generator, device=device)
-    pick = torch.rand(count, generator=generator, device=device) < uniform
+def mu_of(flux: FluxTransformer2DModel, patches: int) -> float:
+    """The time shift that the base itself samples with: FLUX.1's grows with the number of image patches, 0.5 at 256 and
+    1.15 at 4096 (black-forest-labs/flux, sampling.py); a base that names one of its own keeps it."""
+    own = flux.config.get("sampling_shift_mu")
+    return 0.5 + (1.15 - 0.5) * (patches - 256) / (4096 - 256) if own is None else own
+
+
+def sample_times(step: Step, mu: float, uniform: float) -> Tensor:
+    """One time in (0, 1) for each sample of the step: sigmoid of a normal with the shift applied, or, for a share `uniform`,
+    uniform."""
+    normal, flat, pick = torch.sigmoid(step.randn()), step.rand(), step.rand() < uniform
     return torch.where(pick, flat, shifted(normal, mu)).clamp(1e-3, 1 - 1e-3)
 
 

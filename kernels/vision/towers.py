@@ -184,8 +184,8 @@ def load_tower(config: TowerConfig, state_dict: dict[str, Tensor]) -> VisionTowe
     """
     with torch.device("meta"):  # no time for random weights that the next line throws away
         tower = VisionTower(config)
-    state_dict = library_layout(config.kind, state_dict)
     wanted = tower.model.state_dict()
+    state_dict = library_layout(config.kind, state_dict, wanted)
     wrong = [f"lacks '{name}'" for name in wanted if name not in state_dict]
     wrong += [f"has an unknown '{name}'" for name in state_dict if name not in wanted]
     wrong += [

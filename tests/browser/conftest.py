@@ -1,18 +1,22 @@
-"""The browser of the browser tests."""
+"""One headless browser for a module of tests, with the real page open twice: on the classic canvas and in Nodes 2.0."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from semantic_diffusion_adapter.runner.server import PACK, Server
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Page
+    from playwright.sync_api import Browser, Page
 
+OUT = Path(__file__).resolve().parents[2] / "out"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
 PLACES = (
     "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
@@ -28,10 +32,71 @@ FLAGS = (
     "--disable-sync",
     "--no-first-run",
 )
+VIEW = {"width": 1900, "height": 1000}
+RENDERERS = {"classic canvas": False, "Nodes 2.0": True}
+READY = "window.app?.graph && window.app.extensionManager?.command"
+
+IDLE = "async () => { const { Running, Pending } = await app.api.getQueue(); return !Running.length && !Pending.length; }"
 
 
-@pytest.fixture
-def page(server: Server) -> Iterator[Page]:
+class Desk:
+    """The page in one renderer. `complaints`: what it reports as an error and that has to do with this pack; others' are
+    ComfyUI's own: with --disable-api-nodes it forbids its page the registry that the page then asks."""
+
+    def __init__(self, page: Page, url: str, modern: bool) -> None:
+        self.page, self.url, self.modern, self.complaints = page, url, modern, []
+        page.on("console", lambda m: self._note(f"{m.text} ({m.location})") if m.type == "error" else None)
+        page.on("pageerror", lambda error: self._note(f"{error} {error.stack}"))
+
+    def _note(self, text: str) -> None:
+        if PACK in text:
+            self.complaints.append(text)
+
+    def settings(self, **values: object) -> None:
+        """Of this user; a page reads them when it is opened."""
+        data = {f"Comfy.{name}": value for name, value in values.items()}
+        assert self.page.request.post(f"{self.url}/settings", data=data).ok
+
+    def open(self) -> None:
+        """Load the page, with an empty workflow."""
+        # Without Persist the page starts with no workflow of its own, which could come after the test's.
+        self.settings(**{"VueNodes.Enabled": self.modern, "Workflow.Persist": False, "TutorialCompleted": True})
+        # Nodes in full, however far away: their pictures and texts are looked at.
+        self.page.request.post(f"{self.url}/settings", data={"LiteGraph.Canvas.MinFontSizeForLOD": 0})
+        self.page.goto(self.url)
+        self.page.wait_for_function(READY, timeout=60_000)
+        self.clear()
+
+    def clear(self) -> None:
+        """An empty workflow in the page that is open."""
+        self.page.keyboard.press("Escape")
+        self.page.evaluate("app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
+        self.page.wait_for_function("app.graph.nodes.length === 0")
+
+    def load(self, workflow: dict | str) -> None:
+        text = workflow if isinstance(workflow, str) else json.dumps(workflow)
+        self.page.evaluate("async text => { await app.loadGraphData(JSON.parse(text)); }", text)
+        self.page.wait_for_function("count => app.graph.nodes.length === count", arg=len(json.loads(text)["nodes"]))
+
+    def run(self) -> None:
+        """Queue the workflow with all of it in view, and wait for its end."""
+        self.page.evaluate("app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+        errors = self.page.evaluate("async () => { await app.queuePrompt(0); return app.lastNodeErrors ?? {}; }")
+        assert errors == {}
+        self.page.wait_for_function(IDLE, timeout=300_000)
+
+    def red(self) -> list[str]:
+        """The titles of the nodes that the page marks as wrong."""
+        return self.page.evaluate("app.graph.nodes.filter(node => node.has_errors).map(node => node.title)")
+
+    def photograph(self, name: str) -> None:
+        OUT.mkdir(exist_ok=True)
+        name = re.sub(r"[^\w ,.-]", "", name)  # a parameter may hold what no file name may
+        self.page.screenshot(path=OUT / f"{name}.png")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
     playwright = pytest.importorskip("playwright.sync_api")
     found = [path for path in map(shutil.which, NAMES) if path] + [path for path in PLACES if os.path.exists(path)]
     if not found:
@@ -39,21 +104,27 @@ def page(server: Server) -> Iterator[Page]:
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=found[0], headless=True, args=list(FLAGS))
         try:
-            yield browser.new_page(viewport={"width": 1900, "height": 1000})
+            yield browser
         finally:
             browser.close()
 
 
-@pytest.fixture
-def complaints(page: Page) -> list[str]:
-    """What the page reports as an error and that has to do with this pack. Others' are ComfyUI's own: with --disable-api-nodes
-    it forbids its page the registry that the page then asks."""
-    found: list[str] = []
+@pytest.fixture(scope="module")
+def desks(server: Server, nodes: dict, browser: Browser) -> dict[str, Desk]:
+    """The page in either renderer, each loaded once."""
+    made = {name: Desk(browser.new_page(viewport=VIEW), server.url, modern) for name, modern in RENDERERS.items()}
+    for desk in made.values():
+        desk.open()
+    return made
 
-    def note(text: str) -> None:
-        if PACK in text:
-            found.append(text)
 
-    page.on("console", lambda m: note(f"{m.text} ({m.location})") if m.type == "error" else None)
-    page.on("pageerror", lambda error: note(f"{error} {error.stack}"))
-    return found
+@pytest.fixture(params=RENDERERS)
+def desk(desks: dict[str, Desk], request: pytest.FixtureRequest) -> Iterator[Desk]:
+    """An empty workflow; at the end a picture of the page in out/, and nothing of ours in its list of errors."""
+    desk = desks[request.param]
+    desk.complaints.clear()
+    desk.page.bring_to_front()
+    desk.clear()
+    yield desk
+    desk.photograph(request.node.name)
+    assert desk.complaints == []

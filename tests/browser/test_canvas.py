@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from semantic_diffusion_adapter.runner.server import PACK, Server
+from semantic_diffusion_adapter.kernels.regions import parse_cells
+from semantic_diffusion_adapter.runner.server import PACK
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Page
+    from .conftest import Desk
 
 pytestmark = pytest.mark.browser
 
-OUT = Path(__file__).resolve().parents[2] / "out"
 NODES = ("SDACompose", "SDAPlace", "SDARegionalPrompt", "SDAStrength")
 ADD = """type => {
     const node = LiteGraph.createNode(type);
@@ -29,16 +27,9 @@ LOOK = "app.canvas.ds.scale = 1; app.canvas.ds.offset[0] = 500; app.canvas.ds.of
 class Artist:
     """A hand on the canvas widget of the one node in the graph. Points are shares of a square picture's sides."""
 
-    def __init__(self, page: Page, url: str) -> None:
-        self.page, self.url = page, url
-        self.canvas, self.keys = page.locator(".sda-editor canvas"), page.locator(".sda-editor .sda-keys")
-
-    def open(self) -> None:
-        """The page with an empty workflow."""
-        self.page.goto(self.url)
-        self.page.wait_for_function("window.app?.graph && window.app.extensionManager?.command", timeout=60_000)
-        self.page.evaluate("app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
-        self.page.wait_for_function("app.graph.nodes.length === 0")
+    def __init__(self, desk: Desk) -> None:
+        self.desk, self.page = desk, desk.page
+        self.canvas, self.keys = self.page.locator(".sda-editor canvas"), self.page.locator(".sda-editor .sda-keys")
 
     def add(self, kind: str) -> None:
         self.page.evaluate(ADD, kind)
@@ -89,32 +80,17 @@ class Artist:
     def reload(self) -> dict:
         """Save the workflow, load the page anew and open it; returns what was saved of the node."""
         saved = self.page.evaluate("JSON.stringify(app.graph.serialize())")
-        self.open()
-        self.page.evaluate("async text => { await app.loadGraphData(JSON.parse(text)); }", saved)
-        self.page.wait_for_function("app.graph.nodes.length === 1")
+        self.desk.open()
+        self.desk.load(saved)
         self.settle()
         return self.page.evaluate("text => JSON.parse(text).nodes[0]", saved)
 
 
-@pytest.fixture(params=[pytest.param(False, id="classic canvas"), pytest.param(True, id="Nodes 2.0")])
-def artist(server: Server, nodes: dict, page: Page, complaints: list[str], request: pytest.FixtureRequest) -> Iterator[Artist]:
+@pytest.fixture
+def artist(desk: Desk, nodes: dict) -> Artist:
     absent = [name for name in NODES if name not in nodes]
     assert not absent, f"not registered: {absent}"
-
-    def settings(**values: bool) -> None:
-        assert page.request.post(f"{server.url}/settings", data={f"Comfy.{name}": value for name, value in values.items()}).ok
-
-    # Without Persist the page starts with no workflow of its own, which could come after this test's.
-    settings(**{"VueNodes.Enabled": request.param, "Workflow.Persist": False})
-    try:
-        artist = Artist(page, server.url)
-        artist.open()
-        yield artist
-        OUT.mkdir(exist_ok=True)
-        page.screenshot(path=OUT / f"canvas {request.node.name}.png")
-        assert complaints == []
-    finally:
-        settings(**{"VueNodes.Enabled": False, "Workflow.Persist": True})
+    return Artist(desk)
 
 
 def test_a_box_is_dragged_moved_by_keys_undone_and_kept(artist: Artist) -> None:
@@ -224,7 +200,7 @@ def test_the_picture_above_is_drawn(artist: Artist) -> None:
     data = io.BytesIO()
     Image.new("RGB", (128, 64), (230, 20, 20)).save(data, "PNG")
     picture = {"name": "canvas_red.png", "mimeType": "image/png", "buffer": data.getvalue()}
-    uploaded = artist.page.request.post(f"{artist.url}/upload/image", multipart={"image": picture, "overwrite": "true"})
+    uploaded = artist.page.request.post(f"{artist.desk.url}/upload/image", multipart={"image": picture, "overwrite": "true"})
     assert uploaded.ok
 
     artist.add("SDAStrength")
@@ -258,9 +234,7 @@ def test_the_picture_above_is_drawn(artist: Artist) -> None:
     )
 
 
-def test_the_text_of_the_cells_reads_as_python_does(server: Server, page: Page) -> None:
-    from semantic_diffusion_adapter.kernels.regions import parse_cells
-
+def test_the_text_of_the_cells_reads_as_python_does(desks: dict[str, Desk]) -> None:
     texts = ["1:0,1=0.5; 2:3,3=0", " 2 = .7 ;; *=1. ", "1 : 0 , 1 = 2", "1:0=1", "1:0,0=2.1", "1:0,0=-1", "", "1:0,0", "x=1"]
     script = """async ([pack, texts]) => {
         const { parseCells } = await import(`/extensions/${pack}/js/regions.js`);
@@ -275,5 +249,4 @@ def test_the_text_of_the_cells_reads_as_python_does(server: Server, page: Page) 
         names = ("*" if level is None else f"{level}" if cell is None else f"{level}:{cell[0]},{cell[1]}" for level, cell, _ in rules)
         return dict(zip(names, (rule.factor for rule in rules)))
 
-    page.goto(server.url)
-    assert page.evaluate(script, [PACK, texts]) == [python(text) for text in texts]
+    assert desks["classic canvas"].page.evaluate(script, [PACK, texts]) == [python(text) for text in texts]

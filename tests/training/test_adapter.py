@@ -17,6 +17,7 @@ from semantic_diffusion_adapter.training.adapter import (  # noqa: E402
     named_hierarchy,
     regions_for,
 )
+from semantic_diffusion_adapter.training.engine import Step  # noqa: E402
 from semantic_diffusion_adapter.training.flux import build_flux, velocity  # noqa: E402
 from semantic_diffusion_adapter.training.region_attention import attend_by_region  # noqa: E402
 
@@ -39,6 +40,11 @@ def objective(**settings) -> AdapterObjective:
     return AdapterObjective(flux, attention, adapter, towers, AdapterTraining(**settings))
 
 
+def step(number: int, seed: int = 0) -> Step:
+    """Step `number` of ten, with a batch of two."""
+    return Step(number, 10, seed, "adapter", torch.device("cpu"), range(2), 2)
+
+
 def batch() -> Batch:
     torch.manual_seed(1)
     return Batch(torch.randn(2, 4, 8, 8), torch.rand(2, 3, 64, 64))
@@ -48,7 +54,7 @@ def batch() -> Batch:
 @pytest.mark.parametrize("preset", ["global16", "tree64", "tree128"])
 def test_one_step_reaches_the_adapter_and_nothing_else(preset, masked):
     toy = objective(growth=((1.0, preset),), masked=masked)
-    loss, parts = toy.loss(batch(), 0.5, torch.Generator().manual_seed(0))
+    loss, parts = toy.loss(batch(), step(5))
     loss.backward()
     assert torch.isfinite(loss) and loss.item() == pytest.approx(parts["flow"].item() + 0.02 * parts["similarity"].item(), rel=1e-5)
     gradients = {name: p.grad for name, p in toy.adapter.named_parameters()}
@@ -64,7 +70,7 @@ def test_steps_lower_the_loss():
     optimizer = torch.optim.Adam(toy.adapter.parameters(), lr=3e-3)
     losses = []
     for _ in range(15):
-        loss, _ = toy.loss(batch(), 0.0, torch.Generator().manual_seed(0))
+        loss, _ = toy.loss(batch(), step(0))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -72,9 +78,9 @@ def test_steps_lower_the_loss():
     assert losses[-1] < losses[0]
 
 
-def test_a_step_is_a_pure_function_of_its_generator():
+def test_a_step_is_a_pure_function_of_its_number_and_seed():
     toy = objective()
-    losses = [toy.loss(batch(), 0.9, torch.Generator().manual_seed(seed))[0].item() for seed in (0, 0, 1)]
+    losses = [toy.loss(batch(), step(9, seed))[0].item() for seed in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
 
 
@@ -106,7 +112,7 @@ def test_unlocking_frees_the_last_block_of_dinov2_only():
     tower = toy.towers["dino"]
     assert freed and {id(p) for p in freed} == {id(p) for p in tower.blocks[-1].parameters()}
     assert {id(p) for p in tower.parameters() if p.requires_grad} == {id(p) for p in freed}
-    loss, _ = toy.loss(batch(), 0.9, torch.Generator().manual_seed(0))
+    loss, _ = toy.loss(batch(), step(9))
     loss.backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in freed)
 

@@ -2,36 +2,40 @@ from __future__ import annotations
 
 import pytest
 import torch
-from semantic_diffusion_adapter.kernels.edit_decoder import EditDecoder, EditDecoderConfig
+from semantic_diffusion_adapter.kernels.edit_decoder import T5EditDecoder, T5EditDecoderConfig
 from semantic_diffusion_adapter.kernels.hierarchy import PRESETS
 from semantic_diffusion_adapter.training.editor import EditorTraining, corrupt, editor_loss
+from semantic_diffusion_adapter.training.engine import Step
 
 TREE = PRESETS["tree64"]
+
+
+def step(batch: int) -> Step:
+    return Step(0, 1, 0, "editor", torch.device("cpu"), range(batch), batch)
 
 
 def setup(seed: int = 0):
     """(decoder with statistics, source, target, instruction)"""
     torch.manual_seed(seed)
-    decoder = EditDecoder(EditDecoderConfig(12, 8, TREE.to_json(), width=16, heads=2, layers=1))
+    decoder = T5EditDecoder(T5EditDecoderConfig(12, 8, TREE.to_json(), width=16, heads=2, layers=1))
     decoder.set_token_statistics(torch.randn(12), torch.rand(12) + 0.5)
     return decoder, torch.randn(3, 64, 12), torch.randn(3, 64, 12), torch.randn(3, 5, 8)
 
 
 def loss(decoder, source, target, instruction, **settings):
     return editor_loss(decoder, source, target, TREE.boxes(), TREE.level_ids(), instruction, EditorTraining(**settings),
-                       torch.Generator().manual_seed(0))
+                       step(len(source)))
 
 
 def test_corruption_adds_noise_in_the_spaces_units_and_takes_tokens_from_the_source():
     _, source, target, _ = setup()
     target, source, std = target.repeat(40, 1, 1), source.repeat(40, 1, 1), torch.full((12,), 2.0)
-    generator = torch.Generator().manual_seed(0)
-    clean = corrupt(target, source, std, EditorTraining(noise=0, replaced=0), generator)
+    clean = corrupt(target, source, std, EditorTraining(noise=0, replaced=0), step(120))
     assert torch.equal(clean, target)
-    swapped = corrupt(target, source, std, EditorTraining(noise=0, replaced=0.2), generator)
+    swapped = corrupt(target, source, std, EditorTraining(noise=0, replaced=0.2), step(120))
     from_source = (swapped == source).all(-1)
     assert ((swapped == target).all(-1) ^ from_source).all() and abs(float(from_source.float().mean()) - 0.2) < 0.02
-    noise = corrupt(target, source, std, EditorTraining(noise=0.3, replaced=0), generator) - target
+    noise = corrupt(target, source, std, EditorTraining(noise=0.3, replaced=0), step(120)) - target
     assert abs(float(noise.std()) - 0.6) < 0.01 and abs(float(noise.mean())) < 0.01
 
 

@@ -13,7 +13,7 @@ from ...kernels import checkpoint
 from ...kernels.adapter import Adapter, AdapterConfig
 from ..adapter import AdapterObjective, AdapterTraining, Batch, named_hierarchy
 from ..config import RunConfig
-from ..engine import compile_blocks, launch
+from ..engine import Step, compile_blocks, launch
 from ..flux import Tap
 from .base import TAPPED, labels_of, load_base, name_loss, sample, training_text
 from .latents import cached_latents, file_hash, take
@@ -31,7 +31,7 @@ class Config:
     flux: Path
     text: Path
     vae: Path
-    towers: tuple[str, ...]
+    towers: tuple[Path, ...]
     """Files of the vision towers."""
     cache: Path
     export: Path
@@ -47,7 +47,7 @@ class Config:
     scenes: int = 40_000
     align: float = 0.3
     """Weight of naming what each patch shows, by the base's own frozen head in the middle of the frozen Flux."""
-    align_head: Path = Path("runs/miniature/base/align.safetensors")
+    align_head: Path = Path("assets/miniature/training/align.safetensors")
     objective: AdapterTraining = field(default_factory=AdapterTraining)
 
 
@@ -59,7 +59,7 @@ class AdapterStage:
         flux, text, base = load_base(config.flux, config.text, device)
         self.mu = base["config"]["sampling_shift_mu"]
         self.vae = load_vae(config.vae, device)
-        self.towers = {t.config.id: t for t in (read_tower(Path(p), device) for p in config.towers)}
+        self.towers = {t.config.id: t for t in (read_tower(p, device) for p in config.towers)}
         self.latents = cached_latents(config.vae, "train", config.scenes, config.cache, device)
         table = named_hierarchy(config.table)
         adapter = Adapter(AdapterConfig(table.to_json(), tuple(t.config for t in self.towers.values()), config.width,
@@ -79,6 +79,9 @@ class AdapterStage:
         # The tower's last blocks are trainables from the start, so that checkpoints never change shape; they learn late.
         self.tuned = nn.ParameterList(self.objective.unlock())
         self.trainables = nn.ModuleDict({"adapter": adapter, "tuned": self.tuned})
+        self.frozen = {"flux": flux, "vae": self.vae, **self.towers}
+        self.identity = {"flux": file_hash(config.flux), "text": file_hash(config.text), "vae": file_hash(config.vae),
+                         "towers": [file_hash(p) for p in config.towers], "align_head": file_hash(config.align_head)}
 
     @property
     def adapter(self) -> Adapter:
@@ -89,12 +92,11 @@ class AdapterStage:
         late = step >= settings.unlock * self.config.run.max_steps
         return {"tuned": settings.unlock_scale if late else 0.0}
 
-    def loss(self, step: int, generator: torch.Generator):
-        run, scenes = self.config.run, self.config.scenes
-        index = np.random.default_rng([run.seed, 7, step]).integers(scenes, size=run.batch)
+    def loss(self, step: Step):
+        index = np.random.default_rng([step.seed, 7, step.number]).integers(self.config.scenes, size=step.batch)[step.positions]
         batch = Batch(take(self.latents, index, self.device), unit_images("train", index, self.device),
                       labels_of(index).to(self.device))
-        return self.objective.loss(batch, step / run.max_steps, generator)
+        return self.objective.loss(batch, step)
 
     def validate(self) -> dict[str, float]:
         truth = [scene("validation", i) for i in range(48)]
@@ -120,7 +122,7 @@ class AdapterStage:
 def decode(objective: AdapterObjective, vae, tokens: Tensor, preset: str, mu: float, seed: int = 0) -> np.ndarray:
     """Pictures [B, 128, 128, 3] uint8 that the frozen Flux paints from embeddings of one preset."""
     noise = torch.randn(len(tokens), 8, 16, 16, generator=torch.Generator().manual_seed(seed)).to(tokens.device)
-    objective.attention.regions = objective.regions(preset, (8, 8), tokens.device)
+    objective.attention.regions = objective.regions(named_hierarchy(preset), (8, 8), tokens.device)
     with torch.autocast(tokens.device.type, torch.bfloat16):
         pooled = tokens.new_zeros(len(tokens), objective.flux.config.pooled_projection_dim)
         x = sample(objective.flux, [(tokens, pooled)], [1.0], noise, mu=mu)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...kernels import checkpoint
 from ..config import RunConfig
-from ..engine import launch
+from ..engine import Step, launch
 from ..flux import Tap, build_flux, from_bfl, sample_times, shifted, to_bfl, velocity
 from ..region_attention import attend_by_region
 from .captions import caption, describe, edit, tokenize, where
@@ -44,6 +44,8 @@ class Config:
     """The text encoder to start from (stage `text`)."""
     export_flux: Path
     export_text: Path
+    export_align: Path
+    """The head that names what each patch shows: the adapter's stages need it, the nodes do not."""
     cache: Path
     scenes: int = 80_000
     """Distinct training scenes, visited again and again."""
@@ -143,6 +145,7 @@ class BaseStage:
                 if name.endswith("linear") and isinstance(layer, nn.Linear) and name.startswith("norm"):
                     nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
         nn.init.zeros_(self.flux.proj_out.weight), nn.init.zeros_(self.flux.proj_out.bias)
+        self.identity = {"vae": file_hash(config.vae), "text": file_hash(config.text)}
         self.figures: dict[str, float] = {}  # of the latest validation; the exported file carries them
         attend_by_region(self.flux)
         self.tap = Tap(self.flux.single_transformer_blocks[TAPPED])
@@ -152,27 +155,25 @@ class BaseStage:
     def flux(self):
         return self.trainables["flux"]
 
-    def batch(self, step: int) -> tuple[np.ndarray, Tensor, Tensor]:
+    def batch(self, step: Step) -> tuple[np.ndarray, Tensor, Tensor]:
         """(scene numbers [B], token ids [B, L], patch labels [B, 64, 15]) of a step; epochs are random permutations."""
-        run, scenes = self.config.run, self.config.scenes
-        position = np.arange(step * run.batch, (step + 1) * run.batch)
-        visit = int(position[0]) // scenes
-        index = epoch_order(run.seed, visit, scenes)[position % scenes]
+        scenes, first = self.config.scenes, step.number * step.batch
+        visit = first // scenes
+        index = epoch_order(step.seed, visit, scenes)[(first + np.array(step.positions)) % scenes]
         ids = [tokenize(training_text(int(i), visit, self.config.instructions)) for i in index]
         return index, torch.tensor(ids, device=self.device), labels_of(index).to(self.device)
 
-    def loss(self, step: int, generator: torch.Generator):
+    def loss(self, step: Step):
         config, device = self.config, self.device
         index, ids, labels = self.batch(step)
         x0 = take(self.latents, index, device)
-        count = len(index)
-        t = sample_times(count, config.mu, config.uniform, generator, device)
-        if step < config.opening:
+        t = sample_times(step, config.mu, config.uniform)
+        if step.number < config.opening:
             t = 0.9 + 0.1 * t
-        noise = torch.randn(x0.shape, generator=generator, device=device)
-        empty = torch.rand(count, generator=generator, device=device) < config.drop_text
+        noise = step.randn(*x0.shape[1:])
+        empty = step.rand() < config.drop_text
         ids = torch.where(empty[:, None], token_ids([""], device), ids)
-        keep_pooled = torch.rand(count, 1, generator=generator, device=device) >= config.drop_pooled
+        keep_pooled = step.rand(1) >= config.drop_pooled
         flow, align, place = self.objective(x0, noise, t, ids, keep_pooled, labels, empty)
         return flow + config.align * align + config.place * place, {"flow": flow, "align": align, "place": place}
 
@@ -197,7 +198,8 @@ class BaseStage:
         return self.figures
 
     def export(self, step: int) -> None:
-        save_file(self.trainables["align"].state_dict(), self.config.run.out / "align.safetensors")
+        self.config.export_align.parent.mkdir(parents=True, exist_ok=True)
+        save_file(self.trainables["align"].state_dict(), self.config.export_align)
         save_text_encoder(self.config.export_text, self.trainables["text"], step)
         config = {**FLUX, "sampling_shift_mu": self.config.mu}
         # Eight bits are enough for Flux: the difference in velocity is far below the noise of training.

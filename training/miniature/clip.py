@@ -9,7 +9,7 @@ import torch
 
 from ...kernels.vision.towers import VisionTower
 from ..config import RunConfig
-from ..engine import launch
+from ..engine import Step, launch
 from .captions import LENGTH, VOCABULARY, caption
 from .scenes import generator, scene
 from .text import token_ids
@@ -27,12 +27,14 @@ class Config:
 
 class ClipStage:
     name = "clip"
+    whole_batch = True  # every text is told from all the others
 
     def __init__(self, config: Config, device: torch.device):
         self.config, self.device = config, device
         self.trainables = open_clip.CLIP(text_cfg=TEXT, **CLIP.architecture).to(device)
         self.tower = VisionTower(CLIP)  # for its resize and normalisation
         self.contrastive = open_clip.ClipLoss()
+        self.identity: dict = {}
 
     def encode(self, split: str, indices, visit: int):
         pixels = self.tower.preprocess(unit_images(split, indices, self.device))
@@ -43,9 +45,9 @@ class ClipStage:
         picture, text, scale = self.trainables(pixels, token_ids(words, self.device))
         return picture.float(), text.float(), scale.float()
 
-    def loss(self, step: int, generator: torch.Generator):
-        index = torch.randint(self.config.scenes, (self.config.run.batch,), generator=generator, device=self.device)
-        picture, text, scale = self.encode("train", index.tolist(), step % 1000)
+    def loss(self, step: Step):
+        index = (step.rand() * self.config.scenes).long().tolist()
+        picture, text, scale = self.encode("train", index, step.number % 1000)
         loss = self.contrastive(picture, text, scale)
         return loss, {"scale": scale}
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...kernels.vision.towers import build_tower
 from ..config import RunConfig
-from ..engine import launch
+from ..engine import Step, launch
 from .scenes import patch_labels, scene
 from .towers import DINOV2, save_tower, unit_images
 
@@ -40,6 +40,7 @@ class Dinov2Stage:
         pixels = 3 * DINOV2.patch ** 2
         self.trainables = nn.ModuleDict({"model": self.tower.model, "paint": nn.Linear(DINOV2.width, pixels),
                                          "name": nn.Linear(DINOV2.width, 15)}).to(device)
+        self.identity: dict = {}
 
     def losses(self, split: str, indices, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         x = self.tower.preprocess(unit_images(split, indices, self.device))
@@ -52,12 +53,11 @@ class Dinov2Stage:
         named = -(labels[..., :10] * colours.log_softmax(-1)).sum(-1) - (labels[..., 10:] * shapes.log_softmax(-1)).sum(-1)
         return painted, named.mean()
 
-    def loss(self, step: int, generator: torch.Generator):
-        batch = self.config.run.batch
-        index = torch.randint(self.config.scenes, (batch,), generator=generator, device=self.device)
-        mask = torch.rand(batch, 64, generator=generator, device=self.device) < self.config.masked
-        mask[: batch // 2] = False
-        painted, named = self.losses("train", index.tolist(), mask)
+    def loss(self, step: Step):
+        index = (step.rand() * self.config.scenes).long().tolist()
+        mask = step.rand(64) < self.config.masked
+        mask[[position < step.batch // 2 for position in step.positions]] = False
+        painted, named = self.losses("train", index, mask)
         return painted + self.config.names * named, {"painted": painted, "named": named}
 
     def scales(self, step: int) -> dict[str, float]:

@@ -1,23 +1,14 @@
 """Latents of the first N scenes of a split, made once and kept on disk: encoding costs as much as training on them."""
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..files import file_hash
 from .vae import images, load_vae
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file, in hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def cached_latents(vae_path: Path, split: str, count: int, folder: Path, device: torch.device) -> np.ndarray:

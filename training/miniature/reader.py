@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import RunConfig
-from ..engine import launch
+from ..engine import Step, launch
 from .base import name_loss, training_text
 from .captions import VOCABULARY, caption, tokenize
 from .scenes import SHAPES, patch_labels, scene
@@ -55,7 +55,7 @@ def recall_loss(recalled: Tensor, ids: Tensor, codes: Tensor) -> Tensor:
     about = torch.stack([ids.roll(-offset, 1) for offset in ABOUT], -1)
     shapes = torch.isin(ids, torch.tensor([VOCABULARY.index(shape) for shape in SHAPES], device=ids.device))
     error = (recalled.float().unflatten(-1, (len(ABOUT), -1)) - codes[about]).square().mean((-1, -2))
-    return (error * shapes).sum() / shapes.sum().clamp(min=1)
+    return ((error * shapes).sum(1) / shapes.sum(1).clamp(min=1)).mean()
 
 
 class ReaderStage:
@@ -68,16 +68,17 @@ class ReaderStage:
         self.codes = encoder.shared.weight.detach().clone().to(device)
         self.trainables = nn.ModuleDict({"text": encoder, "reader": Reader(width),
                                          "recall": nn.Linear(width, len(ABOUT) * width)}).to(device)
+        self.identity: dict = {}
 
     def read(self, ids: Tensor, labels: list[np.ndarray]) -> tuple[Tensor, Tensor]:
         context, _ = encode(self.trainables["text"], ids)
         named = name_loss(self.trainables["reader"](context), torch.from_numpy(np.stack(labels)).to(self.device))
         return named, recall_loss(self.trainables["recall"](context), ids, self.codes)
 
-    def loss(self, step: int, generator: torch.Generator):
+    def loss(self, step: Step):
         config = self.config
-        index = torch.randint(config.scenes, (config.run.batch,), generator=generator, device=self.device).tolist()
-        ids = [tokenize(training_text(i, step, config.instructions)) for i in index]
+        index = (step.rand() * config.scenes).long().tolist()
+        ids = [tokenize(training_text(i, step.number, config.instructions)) for i in index]
         named, recall = self.read(torch.tensor(ids, device=self.device), [patch_labels(scene("train", i)) for i in index])
         return named + recall, {"named": named, "recall": recall}
 

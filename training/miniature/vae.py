@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...kernels import checkpoint
 from ..config import RunConfig
-from ..engine import launch
+from ..engine import Step, launch
 from .parser import parse
 from .scenes import COLOURS, GROUNDS, RADII, SHAPES, Scene, Thing, choice, render, scene
 from .scenes import generator as generator_of
@@ -71,15 +71,15 @@ class VaeStage:
         self.trainables = AutoencoderKL(**ARCHITECTURE).to(device, memory_format=torch.channels_last)
         # Uncompiled, the CPU's group norm spends more time in its backward than all convolutions together.
         self.objective = torch.compile(self._objective, dynamic=False) if config.run.compile else self._objective
+        self.identity: dict = {}
 
-    def loss(self, step: int, generator: torch.Generator):
-        run = self.config.run
-        side = self.config.crop if step < (1 - run.decay) * run.max_steps else 128
-        count = run.batch * (128 // side) ** 2
-        index = torch.randint(self.config.scenes, (count,), generator=generator, device=self.device)
-        x = to_tensor([self.window(i, n < self.config.busy * count // run.batch, side) for n, i in enumerate(index.tolist())])
+    def loss(self, step: Step):
+        side = self.config.crop if step.progress < 1 - self.config.run.decay else 128
+        windows = (128 // side) ** 2  # of each sample, so that every step has as many pixels
+        index = (step.rand(windows) * self.config.scenes).long().tolist()
+        x = to_tensor([self.window(i, position < self.config.busy, side) for position, row in zip(step.positions, index) for i in row])
         x = x.to(self.device, memory_format=torch.channels_last)
-        noise = torch.randn(count, 8, side // 8, side // 8, generator=generator, device=self.device)
+        noise = step.randn(windows, 8, side // 8, side // 8).flatten(0, 1)
         absolute, squared, kl = self.objective(x, noise)
         return absolute + self.config.squared * squared + self.config.kl * kl, {"absolute": absolute, "squared": squared, "kl": kl}
 

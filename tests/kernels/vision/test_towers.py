@@ -5,7 +5,9 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from semantic_diffusion_adapter.kernels.vision.known import KNOWN_TOWERS
+from semantic_diffusion_adapter.kernels.vision.layouts import library_layout
 from semantic_diffusion_adapter.kernels.vision.towers import TowerConfig, VisionTower, build_tower, load_tower
 
 MEAN, STD = (0.4, 0.45, 0.5), (0.25, 0.2, 0.3)
@@ -237,3 +239,22 @@ def test_impossible_configs_are_refused():
         dataclasses.replace(toy("dinov2"), image_size=60)
     with pytest.raises(ValueError, match="update the pack"):
         TowerConfig.from_json(toy("dinov2").to_json() | {"future": 1})
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_dinov2_loads_under_the_names_of_every_release(tmp_path, gated):
+    """The published names, which the library itself writes, and those that newer releases hold in memory; both ways."""
+    torch.manual_seed(0)
+    config = toy("dinov2-reg")
+    config = dataclasses.replace(config, architecture=config.architecture | {"use_swiglu_ffn": gated})
+    tower = build_tower(config)
+    tower.model.save_pretrained(tmp_path)
+    published = load_file(tmp_path / "model.safetensors")
+    assert any("attention.attention.query" in name for name in published)
+    images = torch.rand(1, 3, 56, 56)
+    newer = library_layout("dinov2", published, ["encoder.layer.0.attention.q_proj.weight"])
+    older = library_layout("dinov2", newer, ["encoder.layer.0.attention.attention.query.weight"])
+    assert older.keys() == published.keys() and all(torch.equal(older[name], published[name]) for name in published)
+    assert not newer.keys() & {name for name in older if "attention.attention" in name or "weights_" in name}
+    for state in (published, newer, older):
+        assert torch.equal(load_tower(config, state)(images), tower(images))

@@ -1,0 +1,9 @@
+"""The engine: what every stage's training shares, from one process to many machines."""
+from .compiling import compile_blocks
+from .learner import learning_rate
+from .loop import launch, train
+from .stage import Stage, Step, seeded
+from .world import World, check_sharding, pick_device, shard_base
+
+__all__ = ["Stage", "Step", "World", "check_sharding", "compile_blocks", "launch", "learning_rate", "pick_device", "seeded",
+           "shard_base", "train"]

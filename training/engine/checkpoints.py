@@ -1,0 +1,213 @@
+"""Checkpoints that are whole or absent: staged beside, sealed by complete.json with every file's hash, renamed once.
+
+A folder is taken only if each of its files is, to the bit, the one that complete.json names; otherwise the one before it is.
+"""
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..config import RunConfig, to_dict
+from ..files import file_hash
+from .learner import Learner
+
+# Keys of [run] that change neither what is learnt nor from which samples. (More steps extend the plateau.)
+FREE = {"out", "max_steps", "micro", "device", "threads", "compile", "log_every", "validate_every", "save_every", "keep",
+        "keep_every", "on_nonfinite", "resume", "dry_run"}
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's folder, None if it is whole."""
+    try:
+        files = json.loads((folder / "complete.json").read_text(encoding="utf-8"))["files"]
+        for name, truth in files.items():
+            if (folder / name).stat().st_size != truth["bytes"]:
+                return f"{name} has {(folder / name).stat().st_size} of {truth['bytes']} bytes"
+            if file_hash(folder / name) != truth["sha256"]:
+                return f"{name} is not what was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (ValueError, KeyError):
+        return "complete.json cannot be read"
+    return None
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole; None where there is no checkpoint at all.
+
+    Says which ones are passed over; raises ValueError where none is left, since starting anew would bury them.
+    """
+    found = sorted(folder.glob("step_*"), reverse=True)
+    for each in found:
+        problem = damage(each)
+        if problem is None:
+            return each
+        print(f"{each} is passed over: {problem}", flush=True)
+    if found:
+        raise ValueError(f"No checkpoint in {folder} is whole; move the folder away, or give another --run.out.")
+    return None
+
+
+def flat(data: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as {dotted key: value}."""
+    if not isinstance(data, dict):
+        return {prefix[:-1]: data}
+    return {k: v for name, part in data.items() for k, v in flat(part, f"{prefix}{name}.").items()}
+
+
+def free_keys(config: Any, prefix: str = "") -> set[str]:
+    """Dotted keys that a resumed run may change: FREE, and where files lie (what they hold is in the stage's identity)."""
+    found = set()
+    for field in dataclasses.fields(config):
+        value, key = getattr(config, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            found |= free_keys(value, f"{key}.")
+        elif isinstance(config, RunConfig) and field.name in FREE:
+            found.add(key)
+        elif isinstance(value, Path) or (isinstance(value, tuple) and value and all(isinstance(v, Path) for v in value)):
+            found.add(key)
+    return found
+
+
+def defaults(config: Any, prefix: str = "") -> dict[str, Any]:
+    """{dotted key: default} of the configuration's fields that have one: what a run from before a key existed had."""
+    found = {}
+    for field in dataclasses.fields(config):
+        value, key = getattr(config, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            found |= defaults(value, f"{key}.")
+        elif field.default is not dataclasses.MISSING:
+            found[key] = field.default
+    return found
+
+
+def differences(old: dict, new: dict) -> dict[str, str]:
+    """{key: "old -> new"} of two flat dicts."""
+    return {k: f"{old.get(k)} -> {new.get(k)}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)}
+
+
+class Checkpoints:
+    """The checkpoints of a run folder. One process writes; all of them read."""
+
+    def __init__(self, learner: Learner, config: Any):
+        self.learner, self.config, self.world = learner, config, learner.world
+        self.folder = config.run.out / "checkpoints"
+
+    def start(self) -> int:
+        """Load the newest whole checkpoint; returns its step, 0 for a new run.
+
+        Raises ValueError where the checkpoint is of another stage, base, data plan or configuration, and shows the difference.
+        """
+        if self.config.run.resume == "never" and any(self.folder.glob("step_*")):
+            raise ValueError(f"{self.config.run.out} already holds checkpoints; give another --run.out or let --run.resume be auto.")
+        found, problem = None, None
+        if self.world.main:
+            try:
+                found = newest_whole(self.folder)
+            except ValueError as error:
+                problem = str(error)
+        found, problem = self.world.said_by_main((found, problem))
+        if problem:
+            raise ValueError(problem)
+        if found is None:
+            return 0
+        record = json.loads((found / "complete.json").read_text(encoding="utf-8"))
+        self.compare(record)
+        self.load(found, record)
+        return record["step"]
+
+    def compare(self, record: dict) -> None:
+        stage = self.learner.stage
+        if record["stage"] != stage.name:
+            raise ValueError(f"{self.folder} holds a run of '{record['stage']}', not of '{stage.name}'; give another --run.out.")
+        new = flat(to_dict(self.config))
+        plain = json.loads(json.dumps(defaults(self.config), default=str))
+        changed = differences({**{k: v for k, v in plain.items() if k in new}, **flat(record["config"])}, new)
+        allowed = free_keys(self.config)
+        told = json.loads(json.dumps(stage.identity, default=str))
+        wrong = {**{k: v for k, v in changed.items() if k not in allowed}, **differences(flat(record["identity"]), flat(told))}
+        if wrong:
+            raise ValueError(f"{self.folder} holds a run of other settings; give them again, or another --run.out. What differs: "
+                             + "; ".join(f"{k}: {v}" for k, v in wrong.items()) + ".")
+        if changed and self.world.main:
+            print("changed since the checkpoint: " + "; ".join(f"{k}: {v}" for k, v in changed.items()), flush=True)
+
+    def load(self, folder: Path, record: dict) -> None:
+        learner, device = self.learner, str(self.world.device)
+        learner.stage.trainables.load_state_dict(load_file(folder / "trainables.safetensors", device))
+        learner.average.values = load_file(folder / "average.safetensors", device)
+        learner.average.count = record["average_count"]
+        optimizer, state = learner.optimizer, {}
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for key, value in load_file(folder / "optimizer.safetensors", device).items():
+            index, name = key.split(".", 1)
+            # The fused optimizer walks parameter and state in memory order, so both need the same strides (channels last).
+            like = parameters[int(index)]
+            state.setdefault(int(index), {})[name] = torch.empty_like(like).copy_(value) if value.ndim else value
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+    def save(self, step: int) -> None:
+        """Write the checkpoint of a step and remove those no longer kept. Raises OSError in every process where the disk
+        refuses; the checkpoints that were there stay as they are."""
+        problem = None
+        if self.world.main:
+            staged = self.folder / f".writing_{step:08d}"
+            try:
+                self.write(staged, step)
+                self.remove_old()
+            except (OSError, SafetensorError) as error:
+                shutil.rmtree(staged, ignore_errors=True)
+                problem = (f"Step {step} could not be saved ({getattr(error, 'strerror', None) or error}); make room in "
+                           f"{self.folder} and give the same command: the checkpoints in it are whole.")
+        problem = self.world.said_by_main(problem)
+        if problem:
+            raise OSError(problem)
+
+    def write(self, staged: Path, step: int) -> None:
+        learner = self.learner
+        for half in self.folder.glob(".writing_*"):
+            shutil.rmtree(half)
+        staged.mkdir(parents=True)
+        slots = {f"{i}.{k}": v if isinstance(v, Tensor) else torch.tensor(v)
+                 for i, s in learner.optimizer.state_dict()["state"].items() for k, v in s.items()}
+        files = {}
+        for name, tensors in (("trainables", learner.stage.trainables.state_dict()), ("average", learner.average.values),
+                              ("optimizer", slots)):
+            path = staged / f"{name}.safetensors"
+            # Copies, because safetensors refuses tied weights (T5's word table has two names).
+            save_file({k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}, path)
+            sync(path)
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+        record = {"step": step, "stage": learner.stage.name, "average_count": learner.average.count, "files": files,
+                  "processes": self.world.size, "identity": learner.stage.identity, "config": to_dict(self.config)}
+        (staged / "complete.json").write_text(json.dumps(record, indent=1, default=str), encoding="utf-8")
+        sync(staged / "complete.json")
+        sync(staged)
+        target = self.folder / f"step_{step:08d}"
+        shutil.rmtree(target, ignore_errors=True)  # only one that was passed over as damaged can be here
+        staged.rename(target)
+        sync(self.folder)
+
+    def remove_old(self) -> None:
+        run = self.config.run
+        for old in sorted(self.folder.glob("step_*"))[:-run.keep]:
+            if not (run.keep_every and int(old.name[5:]) % run.keep_every == 0):
+                shutil.rmtree(old)
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold a file, or the names in a folder, before what follows."""
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders, and orders their names itself
+        return
+    handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)

@@ -1,0 +1,23 @@
+"""torch.compile in training: block by block, and refused in one sentence where it cannot work."""
+from __future__ import annotations
+
+import os
+import shutil
+
+import torch
+from torch import nn
+
+
+def check_compiler() -> None:
+    """Raise ValueError where torch.compile would fail for want of a C++ compiler."""
+    names = [n for n in (os.environ.get("CXX"), "c++", "g++", "clang++", "cl") if n]
+    if not any(map(shutil.which, names)):
+        raise ValueError("torch.compile needs a C++ compiler and none is on the PATH; install one (g++), or give --run.no-compile.")
+
+
+def compile_blocks(*stacks: nn.ModuleList) -> None:
+    """Compile networks block by block: one small graph for each length of the sequence, whatever surrounds it."""
+    torch._dynamo.config.recompile_limit = 64
+    for stack in stacks:
+        for block in stack:
+            block.compile(dynamic=False)

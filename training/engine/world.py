@@ -1,0 +1,145 @@
+"""The processes of a run: alone, or as many as torchrun started, on one machine or on many.
+
+The trainables are replicated and their gradients averaged (DistributedDataParallel). A frozen base needs no averaging: it is
+replicated too or, where it does not fit, cut over the processes of one machine (FSDP2).
+"""
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+TIMEOUT = timedelta(minutes=30)  # a process may wait this long for the others: one of them may be saving or exporting
+
+
+def pick_device(name: str) -> torch.device:
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class World:
+    """Who this process is among the processes of a run."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    """Processes on this machine."""
+    device: torch.device
+
+    @classmethod
+    def start(cls, device: str = "auto") -> World:
+        """The world that torchrun describes in the environment, joined at the first call; a process on its own otherwise.
+
+        device: auto, cpu or cuda (the GPU of this process's place on its machine).
+        """
+        place = {k: int(os.environ.get(k, d)) for k, d in
+                 (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))}
+        picked = pick_device(device)
+        if picked.type == "cuda" and picked.index is None:
+            if place["LOCAL_WORLD_SIZE"] > torch.cuda.device_count():
+                raise ValueError(f"{place['LOCAL_WORLD_SIZE']} processes were started on a machine with {torch.cuda.device_count()} "
+                                 f"GPUs; give torchrun --nproc-per-node {torch.cuda.device_count()}.")
+            picked = torch.device("cuda", place["LOCAL_RANK"])
+        if picked.type == "cuda":
+            torch.cuda.set_device(picked)
+        if place["WORLD_SIZE"] > 1 and not dist.is_initialized():
+            # Words among the processes (a signal, a checkpoint's name) go over gloo beside NCCL's stream.
+            dist.init_process_group("cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo", timeout=TIMEOUT)
+        return cls(place["RANK"], place["WORLD_SIZE"], place["LOCAL_RANK"], place["LOCAL_WORLD_SIZE"], picked)
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.rank == 0
+
+    def share(self, batch: int, micro: int = 0) -> list[range]:
+        """This process's micro-batches of the global batch: `micro` samples each, 0 for all of its share at once.
+
+        Raises ValueError where the batch cannot be cut so.
+        """
+        step = micro or max(1, batch // self.size)
+        if step < 1 or batch % (self.size * step):
+            sizes = [n for n in range(1, batch // max(1, micro) + 1) if batch % (n * max(1, micro)) == 0]
+            if not sizes:
+                raise ValueError(f"run.batch {batch} is not a multiple of run.micro {micro}; make it one.")
+            raise ValueError(f"run.batch {batch} cannot be shared by {self.size} processes{f' with run.micro {micro}' if micro else ''}; "
+                             f"{', '.join(map(str, sizes))} would work.")
+        own = batch // self.size
+        return [range(i, i + step) for i in range(self.rank * own, (self.rank + 1) * own, step)]
+
+    def together(self, module: nn.Module) -> nn.Module:
+        """The module with gradients averaged over all processes, its weights those of the first."""
+        if self.size == 1:
+            return module
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        # Which parameters a step uses changes with growth; a parameter that none used must not be waited for.
+        return nn.parallel.DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False, find_unused_parameters=True)
+
+    def mean(self, values: list[float]) -> list[float]:
+        """The mean of each number over all processes, in float64."""
+        if self.size == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total)
+        return (total / self.size).tolist()
+
+    def said_by_main(self, word):
+        """What the first process says, told to all; the others' argument is ignored."""
+        if self.size == 1:
+            return word
+        box = [word]
+        dist.broadcast_object_list(box, device=torch.device("cpu"))
+        return box[0]
+
+    def gathered(self, word) -> list:
+        """What every process says, in their order."""
+        if self.size == 1:
+            return [word]
+        box = [None] * self.size
+        dist.all_gather_object(box, word)
+        return box
+
+    def leave(self) -> None:
+        """Part from the other processes once all of them are here."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def check_sharding(precision: str, world: World) -> None:
+    """Refuse to shard what cannot be: a quantised base, or a base on one process or on machines of unequal size.
+
+    precision: bf16, fp32, int8 or nf4. FSDP2 splits plain tensors only: torchao's int8 raises on the split, bitsandbytes' NF4
+    loses its state (pytorch/ao issues 1929 and 4837).
+    """
+    if precision in ("int8", "nf4"):
+        raise ValueError(f"A base in {precision} cannot be sharded; take precision bf16, or replicate the quantised base.")
+    if world.local_size < 2:
+        raise ValueError("There is one process on this machine, so there is nothing to shard over; start more with torchrun, "
+                         "or do not shard the base.")
+    if world.size % world.local_size:
+        raise ValueError(f"{world.size} processes with {world.local_size} on this machine: sharding needs as many on each.")
+
+
+def shard_base(flux: nn.Module, world: World) -> nn.Module:
+    """Cut a frozen Flux over the processes of each machine, block by block (FSDP2), replicated between machines.
+
+    Its weights are gathered block by block in the forward and again in the backward; no gradient of it is ever reduced.
+    """
+    quantised = any(not p.dtype.is_floating_point or type(p.data) is not torch.Tensor for p in flux.parameters())
+    check_sharding("int8" if quantised else "bf16", world)
+    if any(p.requires_grad for p in flux.parameters()):
+        raise ValueError("Only a frozen base can be sharded here; set requires_grad_(False) on it first.")
+    mesh = init_device_mesh(world.device.type, (world.size // world.local_size, world.local_size),
+                            mesh_dim_names=("machines", "inside"))["inside"]
+    for block in (*flux.transformer_blocks, *flux.single_transformer_blocks):
+        fully_shard(block, mesh=mesh)
+    return fully_shard(flux, mesh=mesh)

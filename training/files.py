@@ -1,0 +1,27 @@
+"""Small helpers about files."""
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from torch import Tensor
+
+from ..kernels import checkpoint
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def folder_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a model folder as diffusers and transformers write it: one safetensors file, or several parts."""
+    files = sorted(folder.glob("*.safetensors"), key=lambda p: (len(p.name), p.name))
+    if not files:
+        raise ValueError(f"{folder} holds no safetensors file; download the model's safetensors weights into it.")
+    parts = [p for p in files if "-of-" in p.name] or files[:1]  # beside the whole file there may be variants, named longer
+    return {name: tensor for part in parts for name, tensor in checkpoint.load_tensors(part).items()}
