@@ -1,13 +1,10 @@
 """`sda train editor`: the edit decoder on prepared edits, towards a frozen adapter's embedding of the edited picture."""
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...kernels import checkpoint
 from ...kernels.hierarchy import Hierarchy
 from ..adapter import load_adapter, named_hierarchy, regions_for
 from ..base import base_sha256, load_flux
@@ -19,12 +16,12 @@ from ..edit_flow import EditFlow
 from ..editor import editor_loss
 from ..encoders import load_towers, load_vae
 from ..engine import Step, World, compile_blocks, launch, shard_base
-from ..export import code_version
 from ..feed import Feed, split
 from ..files import file_hash, weights_hash
 from ..instructions import load_instruction_encoder
-from ..lora import Learned, merged_state
+from ..lora import Learned
 from ..sampling import paint
+from .editor_export import write_editor
 from .editor_settings import Config, check, new_decoder
 
 __all__ = ["Config", "EditorStage", "run"]
@@ -57,7 +54,8 @@ class EditorStage:
         self.adapter, self.record = load_adapter(config.adapter, device)
         self.towers = load_towers(config.vision.files, config.vision.ids, device, half)
         self.text = load_instruction_encoder(config.text.path, device, config.text.tokenizer, config.text.length, config.text.precision)
-        self.decoder = new_decoder(config.decoder, self.adapter.config, self.text.width, half).to(device).train()
+        space = self.adapter.config.out_dim, self.text.width, self.adapter.config.hierarchy
+        self.decoder = new_decoder(config.decoder, space, half).to(device).train()
         if config.decoder.start is None:
             self.decoder.set_token_statistics(*self.statistics())
         self.trainables = nn.ModuleDict({"decoder": Learned(self.decoder)})
@@ -183,13 +181,7 @@ class EditorStage:
         return {"edits": rows.mul(255).round().byte().cpu().numpy()}
 
     def export(self, step: int) -> None:
-        """export/edit_decoders/<run>.safetensors in the run's folder, the LLM's LoRA worked in."""
-        config, decoder, identity = self.config, self.decoder, self.identity
-        path = Path(config.run.out) / "export" / "edit_decoders" / f"{config.run.out.name}.safetensors"
-        checkpoint.save(path, merged_state(decoder), kind="edit_decoder", dtype=torch.bfloat16, config=decoder.config.to_json(),
-                        hierarchy=list(decoder.config.hierarchy), step=step, steps_planned=config.run.max_steps,
-                        base_sha256=identity["base"], adapter_sha256=identity["adapter"], text_encoder_sha256=identity["text"],
-                        towers=identity["towers"], licence=config.licence, code=code_version(), run=config.run.out.name)
+        write_editor(self.config, self.identity, self.decoder, step)
 
 
 def run(config: Config) -> bool:

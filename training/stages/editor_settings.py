@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 
 from ...kernels import checkpoint
-from ...kernels.adapter import AdapterConfig
 from ...kernels.edit_decoder import (
     EditDecoder,
     LLMEditDecoder,
@@ -136,9 +135,9 @@ def check(config: Config, world: World) -> None:
             raise ValueError(f"{key}: there is no {path}; put it there or give its place with --{key}.")
 
 
-def new_decoder(settings: Decoder, adapter: AdapterConfig, text_dim: int, dtype: torch.dtype) -> EditDecoder:
-    """The decoder of the adapter's embeddings before its training, frozen where it does not learn; dtype: of a frozen LLM."""
-    space = adapter.out_dim, text_dim, adapter.hierarchy
+def new_decoder(settings: Decoder, space: tuple, dtype: torch.dtype) -> EditDecoder:
+    """The decoder before its training, frozen where it does not learn. space: (dim, text_dim, hierarchy) of the adapter and
+    the text encoder; dtype: of a frozen LLM."""
     if settings.start:
         decoder = read_decoder(settings, space)
     elif settings.architecture == "t5":
