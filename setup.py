@@ -9,5 +9,5 @@ inner = find_packages(include=[pattern for room in ROOMS for pattern in (room, f
 setup(
     packages=[PACKAGE, *(f"{PACKAGE}.{name}" for name in inner)],
     package_dir={PACKAGE: "."},
-    package_data={"": ["*.toml", "*.json", "*.md"]},
+    package_data={"": ["*.toml", "*.json", "*.md", "*.html"]},
 )

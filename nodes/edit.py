@@ -32,7 +32,7 @@ class EditEmbedding(io.ComfyNode):
                     options=list(MODES),
                     default="parallel",
                     tooltip="parallel writes all tokens at once and is fast; autoregressive writes one after the other, "
-                    "each knowing those before it.",
+                    "each knowing those before it. An edit decoder that is an LLM has only parallel.",
                 ),
             ],
             outputs=[types.Embedding.Output(display_name="embedding", tooltip="The edited embedding.")],

@@ -26,6 +26,7 @@ STAGES = {
     "dinov2": ("dinov2", "dinov2"), "adapter": ("adapter", "adapter"), "editor": ("editor", "editor"),
     "adapter-unmasked": ("adapter", "adapter_unmasked"), "adapter-global64": ("adapter", "adapter_global64"),
 }
+ASIDE = {"editor-llm": ("editor", "editor_llm")}  # trained to be compared, not shipped: `all` leaves them out
 
 
 def usage() -> str:
@@ -34,7 +35,7 @@ def usage() -> str:
         "usage: sda COMMAND [--config FILE.toml] [--KEY.SUBKEY VALUE ...]",
         *(f"  {name:{wide}}{words}" for name, (_, words) in COMMANDS.items()),
         f"  {'miniature':{wide}}STAGE or all: the toy-width system, from nothing to assets/miniature",
-        f"stages of the miniature, in their order: {', '.join(STAGES)}",
+        f"stages of the miniature, in their order: {', '.join(STAGES)}; beside them: {', '.join(ASIDE)}",
         "`sda COMMAND --help` lists every key. What was stopped goes on where it was."])
 
 
@@ -56,9 +57,10 @@ def run_module(module_name: str, arguments: list[str], prog: str, file: Path | N
 
 def plan_of(argv: list[str]) -> list[tuple]:
     """The calls of run_module that a command line asks for; empty where it asks for nothing that exists."""
-    if argv[:1] == ["miniature"] and len(argv) > 1 and argv[1] in (*STAGES, "all"):
-        names = STAGES if argv[1] == "all" else argv[1:2]
-        return [(f"miniature.{STAGES[n][0]}", argv[2:], f"sda miniature {n}", CONFIGS / f"{STAGES[n][1]}.toml") for n in names]
+    if argv[:1] == ["miniature"] and len(argv) > 1 and argv[1] in (*STAGES, *ASIDE, "all"):
+        stages = STAGES if argv[1] == "all" else {argv[1]: (STAGES | ASIDE)[argv[1]]}
+        return [(f"miniature.{module}", argv[2:], f"sda miniature {name}", CONFIGS / f"{file}.toml")
+                for name, (module, file) in stages.items()]
     for words in (1, 2):
         name = " ".join(argv[:words])
         if name in COMMANDS:

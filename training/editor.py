@@ -1,6 +1,6 @@
 """Training the edit decoder: from (source embedding, instruction) to the adapter's embedding of the true edited image.
 
-Both modes learn in every step. Clean teacher forcing drifts when the decoder later reads its own output, so the
+All modes that the decoder has learn in every step. Clean teacher forcing drifts when the decoder later reads its own output, so the
 autoregressive mode's history is the target with noise, and part of it is replaced by the source's tokens.
 """
 from __future__ import annotations
@@ -33,7 +33,11 @@ def corrupt(target: Tensor, source: Tensor, std: Tensor, settings: EditorTrainin
 
 def editor_loss(decoder: EditDecoder, source: Tensor, target: Tensor, boxes: Tensor, levels: Tensor, instruction: Tensor,
                 settings: EditorTraining, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean squared error on normalised tokens in both modes; tokens that change weigh more."""
+    """Mean squared error on normalised tokens, summed over the decoder's modes; tokens that change weigh more.
+
+    source, target [B, T, D]; boxes [T, 4], levels [T]; instruction [B, L, text_dim]. The parts are the error of each mode and
+    `copy`, that of the unedited source.
+    """
     truth, before = decoder.normalise(target), decoder.normalise(source)
     change = (truth - before).square().mean(-1)
     weight = 1 + settings.changed * (change / change.amax(1, keepdim=True).clamp(min=1e-6))
@@ -42,8 +46,8 @@ def editor_loss(decoder: EditDecoder, source: Tensor, target: Tensor, boxes: Ten
     def error(predicted: Tensor) -> Tensor:
         return ((decoder.normalise(predicted) - truth).square().mean(-1) * weight).mean()
 
-    history = corrupt(target, source, decoder.token_std, settings, step)
-    parallel = error(decoder(source, boxes, levels, instruction))
-    autoregressive = error(decoder(source, boxes, levels, instruction, history))
-    parts = {"parallel": parallel, "autoregressive": autoregressive, "copy": (change * weight).mean()}
-    return parallel + autoregressive, parts
+    parts = {"parallel": error(decoder(source, boxes, levels, instruction))}
+    if "autoregressive" in decoder.modes:
+        history = corrupt(target, source, decoder.token_std, settings, step)
+        parts["autoregressive"] = error(decoder(source, boxes, levels, instruction, history))
+    return sum(parts.values()), {**parts, "copy": (change * weight).mean()}

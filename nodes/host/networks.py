@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...kernels import checkpoint
 from ...kernels.adapter import Adapter, AdapterConfig
-from ...kernels.edit_decoder import EditDecoder, EditDecoderConfig
+from ...kernels.edit_decoder import build_edit_decoder, read_config
 from ...kernels.embedding import SemanticEmbedding, from_hierarchy
 from ...kernels.hierarchy import hierarchy
 from ...kernels.vision.known import KNOWN_TOWERS
@@ -73,7 +73,7 @@ def load_adapter(path: str) -> Network:
 
 def load_edit_decoder(path: str) -> Network:
     tensors, record = checkpoint.load(path, "edit_decoder")
-    decoder = EditDecoder(EditDecoderConfig.from_json(record["config"]))
+    decoder = build_edit_decoder(read_config(record["config"]))
     checkpoint.fill(decoder, tensors, path)
     return hold(decoder, path, record)
 
@@ -121,6 +121,7 @@ def edit_embedding(
     """The embedding after an instruction that is read by the model's own text encoder."""
     if not instruction.strip():
         raise ValueError("The instruction is empty: write what to change, for example `remove the red circle`.")
+    decoder.module.check_mode(mode)
     config = decoder.module.config
     if embedding.width != config.dim:
         raise ValueError(

@@ -72,7 +72,7 @@ def write_random_miniature(root: Path) -> None:
     import transformers
     from semantic_diffusion_adapter.kernels import checkpoint
     from semantic_diffusion_adapter.kernels.adapter import Adapter, AdapterConfig
-    from semantic_diffusion_adapter.kernels.edit_decoder import EditDecoder, EditDecoderConfig
+    from semantic_diffusion_adapter.kernels.edit_decoder import T5EditDecoder, T5EditDecoderConfig
     from semantic_diffusion_adapter.kernels.hierarchy import PRESETS
     from semantic_diffusion_adapter.kernels.vision.towers import TowerConfig, build_tower
 
@@ -88,7 +88,7 @@ def write_random_miniature(root: Path) -> None:
     )  # fmt: skip
     table = PRESETS["tree128"].to_json()
     adapter = AdapterConfig(hierarchy=table, towers=towers, width=24, heads=2, layers=2, out_dim=24)
-    editor = EditDecoderConfig(dim=24, text_dim=24, hierarchy=table, width=16, heads=2, layers=1)
+    editor = T5EditDecoderConfig(dim=24, text_dim=24, hierarchy=table, width=16, heads=2, layers=1)
 
     def write(name: str, module, kind: str, config: dict, seed: int, dtype=torch.float16, **fields) -> None:
         state = scramble(module, seed).state_dict()
@@ -103,7 +103,7 @@ def write_random_miniature(root: Path) -> None:
         write(f"clip_vision/{tower.id}", build_tower(tower).model, "vision_tower", tower.to_json(), seed)
     widths = {"text": 24, "pooled": 24}
     write("semantic_adapters/miniature_tree128", Adapter(adapter), "adapter", adapter.to_json(), 4, widths=widths)
-    write("edit_decoders/miniature_editor", EditDecoder(editor), "edit_decoder", editor.to_json(), 5)
+    write("edit_decoders/miniature_editor", T5EditDecoder(editor), "edit_decoder", editor.to_json(), 5)
     Image.new("RGB", (128, 128), (190, 80, 60)).save(root / "scene.png")
 
 

@@ -190,6 +190,28 @@ def test_an_edit_keeps_regions_and_dials(loaded):
         assert torch.equal(getattr(edited, name), getattr(confined, name))
 
 
+def test_an_llm_takes_the_edit_decoders_place(loaded, tmp_path):
+    """Its file goes through the same nodes; they write what the network itself writes, in the one mode that it has."""
+    from semantic_diffusion_adapter.kernels import checkpoint
+    from semantic_diffusion_adapter.kernels.edit_decoder import LLMEditDecoder, LLMEditDecoderConfig
+
+    *_, t5, _, e, clip = loaded
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+    config = LLMEditDecoderConfig(24, 24, t5.module.config.hierarchy, {"model_type": "qwen2", **sizes})
+    decoder = LLMEditDecoder(config).eval()
+    torch.nn.init.normal_(decoder.out.weight, std=0.2)
+    path = tmp_path / "llm.safetensors"
+    checkpoint.save(path, decoder.state_dict(), "edit_decoder", config.to_json())
+
+    editor = networks.load_edit_decoder(str(path))
+    (edited,) = edit.EditEmbedding.execute(e, clip, editor, "a red circle", "parallel").result
+    words = clip.encode_from_tokens(clip.tokenize("a red circle"))
+    assert torch.equal(edited.tokens, decoder.generate(e.tokens, e.boxes, e.levels, words))
+    assert not torch.allclose(edited.tokens, e.tokens, atol=0.1)
+    with pytest.raises(ValueError, match=r"cannot write in the mode 'autoregressive': set the mode to parallel\.$"):
+        edit.EditEmbedding.execute(e, clip, editor, "a red circle", "autoregressive")
+
+
 def test_bad_input_is_one_sentence_with_a_remedy(loaded, assets):
     vision, adapter, editor, features, e, clip = loaded
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from semantic_diffusion_adapter.kernels.edit_decoder import EditDecoder, EditDecoderConfig
+from semantic_diffusion_adapter.kernels.edit_decoder import T5EditDecoder, T5EditDecoderConfig
 from semantic_diffusion_adapter.kernels.hierarchy import PRESETS
 from semantic_diffusion_adapter.training.editor import EditorTraining, corrupt, editor_loss
 from semantic_diffusion_adapter.training.engine import Step
@@ -17,7 +17,7 @@ def step(batch: int) -> Step:
 def setup(seed: int = 0):
     """(decoder with statistics, source, target, instruction)"""
     torch.manual_seed(seed)
-    decoder = EditDecoder(EditDecoderConfig(12, 8, TREE.to_json(), width=16, heads=2, layers=1))
+    decoder = T5EditDecoder(T5EditDecoderConfig(12, 8, TREE.to_json(), width=16, heads=2, layers=1))
     decoder.set_token_statistics(torch.randn(12), torch.rand(12) + 0.5)
     return decoder, torch.randn(3, 64, 12), torch.randn(3, 64, 12), torch.randn(3, 5, 8)
 

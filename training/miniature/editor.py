@@ -1,23 +1,35 @@
-"""Stage 5: the miniature's edit decoder on random instructions, with the adapter's embedding of the edited scene as target."""
+"""Stage 5: the miniature's edit decoder on random instructions, with the adapter's embedding of the edited scene as target.
+
+The decoder that ships is T5's; stage `editor-llm` trains a small causal LLM on the same samples, to be compared with it.
+"""
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ...kernels import checkpoint
 from ...kernels.adapter import Adapter, AdapterConfig
-from ...kernels.edit_decoder import EditDecoder, EditDecoderConfig
+from ...kernels.edit_decoder import (
+    EditDecoder,
+    EditDecoderConfig,
+    LLMEditDecoderConfig,
+    T5EditDecoderConfig,
+    build_edit_decoder,
+)
 from ..adapter import named_hierarchy
 from ..config import RunConfig
+from ..edit_augmentation import Augmentation
 from ..editor import EditorTraining, editor_loss
 from ..engine import Step, compile_blocks, launch
+from .base import inverse_instruction
 from .captions import Edit, edit
 from .latents import file_hash
+from .scenes import COLOURS, SHAPES, choice, render, scene
 from .scenes import generator as generator_of
-from .scenes import render, scene
 from .text import encode, load_text_encoder, token_ids
 from .towers import read_tower
 from .vae import to_tensor
@@ -32,11 +44,24 @@ class Config:
     """Files of the adapter's vision towers."""
     export: Path
     presets: tuple[str, ...] = ("tree128", "tree128", "tree64", "global32")
+    stack: str = "t5"
+    """t5, or the type of a causal LLM as transformers calls it (qwen3)."""
     width: int = 192
     heads: int = 4
     layers: int = 4
+    feed_forward: int = 416
+    """Inner width of the feed-forward layers of an LLM; T5's is 2.5 times its width."""
     scenes: int = 200_000
     objective: EditorTraining = field(default_factory=EditorTraining)
+    augmentation: Augmentation = field(default_factory=Augmentation)
+
+    def decoder(self, dim: int, hierarchy: tuple) -> EditDecoderConfig:
+        """The decoder over embeddings and instructions of width `dim`."""
+        if self.stack == "t5":
+            return T5EditDecoderConfig(dim, dim, hierarchy, self.width, self.heads, self.layers)
+        return LLMEditDecoderConfig(dim, dim, hierarchy, {
+            "model_type": self.stack, "hidden_size": self.width, "num_attention_heads": self.heads, "num_key_value_heads": self.heads,
+            "head_dim": self.width // self.heads, "num_hidden_layers": self.layers, "intermediate_size": self.feed_forward})
 
 
 def load_adapter(path: Path, device: torch.device) -> tuple[Adapter, dict]:
@@ -53,6 +78,24 @@ def change_of(split: str, index: int, seed: int = 0, operation: str | None = Non
     return edit(scene(split, index, seed), rng, operation, fine=rng.random() < 0.5)
 
 
+def augmented(change: Edit, kind: str, rng: np.random.Generator) -> Edit:
+    """The edit as it is ("plain"), turned round ("reversed": back from its target, by coordinates) or without an effect
+    ("identity": no instruction, or one that asks for what is so already)."""
+    if kind == "reversed":
+        return replace(change, instruction=inverse_instruction(change, fine=True), source=change.target, target=change.source,
+                       subject=change.result, result=change.subject)
+    if kind == "identity":
+        return Edit(kind, nothing_to_do(change, rng), change.source, change.source, None, None)
+    return change
+
+
+def nothing_to_do(change: Edit, rng: np.random.Generator) -> str:
+    """An instruction that leaves the source scene of the edit as it is."""
+    thing, names = choice(rng, change.source.things), {t.name for t in change.source.things}
+    absent = choice(rng, [name for c in COLOURS for s in SHAPES if (name := f"{c} {s}") not in names])
+    return choice(rng, ["", f"make the {thing.name} {thing.colour}", f"remove the {absent}"])
+
+
 class EditorStage:
     name = "editor"
 
@@ -62,8 +105,8 @@ class EditorStage:
         self.adapter, self.record = load_adapter(config.adapter, device)
         self.towers = {t.config.id: t for t in (read_tower(p, device) for p in config.towers)}
         dim = self.adapter.config.out_dim
-        self.trainables = nn.ModuleDict({"decoder": EditDecoder(EditDecoderConfig(
-            dim, dim, self.adapter.config.hierarchy, config.width, config.heads, config.layers))}).to(device)
+        decoder = build_edit_decoder(config.decoder(dim, self.adapter.config.hierarchy))
+        self.trainables = nn.ModuleDict({"decoder": decoder}).to(device)
         tokens = torch.cat([self.embed([change_of("train", i).source for i in range(n, n + 32)], "tree128")
                             for n in range(0, 256, 32)])
         self.decoder.set_token_statistics(tokens.mean((0, 1)), tokens.std((0, 1)))
@@ -71,7 +114,7 @@ class EditorStage:
         self.identity = {"text": file_hash(config.text), "adapter": file_hash(config.adapter),
                          "towers": [file_hash(p) for p in config.towers]}
         if config.run.compile:
-            compile_blocks(self.adapter.layers, self.decoder.stack.block)
+            compile_blocks(self.adapter.layers, self.decoder.blocks)
 
     @property
     def decoder(self) -> EditDecoder:
@@ -97,7 +140,9 @@ class EditorStage:
         config = self.config
         index = (step.rand() * config.scenes).long().tolist()
         preset = config.presets[int(torch.randint(len(config.presets), (), generator=step.shared()))]
-        return self.losses([change_of("train", i) for i in index], preset, step)
+        kinds = [config.augmentation.kind(draw) for draw in step.rand().tolist()]
+        changes = [augmented(change_of("train", i), kind, generator_of("train", i, purpose=32)) for i, kind in zip(index, kinds)]
+        return self.losses(changes, preset, step)
 
     def scales(self, step: int) -> dict[str, float]:
         return {}

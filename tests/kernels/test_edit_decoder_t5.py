@@ -4,21 +4,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load, save
-from semantic_diffusion_adapter.kernels.edit_decoder import MODES, EditDecoder, EditDecoderConfig
+from semantic_diffusion_adapter.kernels.edit_decoder import MODES, T5EditDecoder, T5EditDecoderConfig, read_config
 from semantic_diffusion_adapter.kernels.hierarchy import PRESETS, Hierarchy
 
 TABLE = PRESETS["tree128"]
 
 
-def toy(**fields) -> EditDecoderConfig:
-    return EditDecoderConfig(**({"dim": 20, "text_dim": 12, "hierarchy": TABLE.to_json(), "width": 32, "heads": 2, "layers": 2} | fields))
+def toy(**fields) -> T5EditDecoderConfig:
+    return T5EditDecoderConfig(**({"dim": 20, "text_dim": 12, "hierarchy": TABLE.to_json(), "width": 32, "heads": 2, "layers": 2} | fields))
 
 
 @pytest.fixture
-def decoder() -> EditDecoder:
+def decoder() -> T5EditDecoder:
     """With a random output head, since a new decoder copies its source."""
     torch.manual_seed(0)
-    decoder = EditDecoder(toy()).eval()
+    decoder = T5EditDecoder(toy()).eval()
     torch.nn.init.normal_(decoder.out.weight, std=0.2)
     decoder.set_token_statistics(torch.randn(20), torch.rand(20) * 3 + 0.5)
     return decoder
@@ -39,7 +39,7 @@ def test_every_preset_of_the_table_in_both_modes(decoder, preset, mode):
 
 
 def test_an_untrained_decoder_copies_the_source():
-    decoder, arguments = EditDecoder(toy()), inputs()
+    decoder, arguments = T5EditDecoder(toy()), inputs()
     for mode in MODES:
         torch.testing.assert_close(decoder.generate(*arguments, mode=mode), arguments[0])
 
@@ -47,7 +47,7 @@ def test_an_untrained_decoder_copies_the_source():
 @pytest.mark.parametrize("layers", [2, 12])
 def test_cached_generation_equals_one_pass_over_its_own_output(layers):
     torch.manual_seed(0)
-    decoder, arguments = EditDecoder(toy(layers=layers)).eval(), inputs("tree128")
+    decoder, arguments = T5EditDecoder(toy(layers=layers)).eval(), inputs("tree128")
     torch.nn.init.normal_(decoder.out.weight, std=0.2)
     written = decoder.generate(*arguments, mode="autoregressive")
     torch.testing.assert_close(decoder(*arguments, history=written), written, rtol=1e-4, atol=1e-4)
@@ -181,27 +181,27 @@ def test_autocast_trains(decoder, history):
 
 def test_config_and_weights_round_trip(decoder):
     config = decoder.config
-    assert EditDecoderConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
-    again, arguments = EditDecoder(config), inputs()
+    assert read_config(json.loads(json.dumps(config.to_json()))) == config
+    again, arguments = T5EditDecoder(config), inputs()
     again.load_state_dict(load(save(decoder.state_dict())))
     for mode in MODES:
         assert torch.equal(again.generate(*arguments, mode=mode), decoder.generate(*arguments, mode=mode))
     assert not any("embed_tokens" in name for name in decoder.state_dict())
     with pytest.raises(ValueError, match="update the pack"):
-        EditDecoderConfig.from_json(config.to_json() | {"future": 1})
+        read_config(config.to_json() | {"future": 1})
     with pytest.raises(ValueError, match="divisor"):
         toy(heads=5)
 
 
 def test_a_table_of_thirds_survives_half_precision():
     levels = Hierarchy.from_json([[1, 1, 2], [3, 3, 2]])
-    decoder = EditDecoder(toy(hierarchy=levels.to_json())).to(torch.bfloat16)
+    decoder = T5EditDecoder(toy(hierarchy=levels.to_json())).to(torch.bfloat16)
     source = torch.randn(1, levels.token_count, 20)
     torch.testing.assert_close(decoder.generate(source, levels.boxes(), levels.level_ids(), torch.randn(1, 3, 12)), source)
 
 
 def test_one_layer_at_flux_width():
-    decoder = EditDecoder(toy(dim=4096, text_dim=4096, width=1024, heads=16, layers=1))
+    decoder = T5EditDecoder(toy(dim=4096, text_dim=4096, width=1024, heads=16, layers=1))
     table = PRESETS["global16"]
     source, instruction = torch.randn(1, 16, 4096), torch.randn(1, 5, 4096)
     for mode in MODES:

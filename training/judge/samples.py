@@ -1,0 +1,122 @@
+"""What is judged: pictures of a folder or of a prepared set, edits of a prepared set, one after another, and what was left out."""
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from ..data.decode import FORMATS, BadPicture, CorruptSample, decode, decode_edit, fit, open_picture
+from ..data.index import EDITS, Index, bucket_of
+
+ENDINGS = {f".{ending}" for ending in FORMATS.values()} | {".jpeg", ".tiff"}
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One picture, or one edit. key: 16 hex digits of its content's hash; name: for people; source, target: [H, W, 3] uint8.
+
+    Of an edit, `instruction` is what was asked, `target` the true edited picture, `captions` what the set says about the
+    two pictures ("" where it says nothing).
+    """
+
+    key: str
+    name: str
+    source: np.ndarray
+    target: np.ndarray | None = None
+    instruction: str = ""
+    captions: tuple[str, str] = ("", "")
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """What was left out, and why."""
+
+    name: str
+    reason: str
+
+
+def pixels(picture: Tensor) -> np.ndarray:
+    """[3, H, W] float in [0, 1] -> [H, W, 3] uint8."""
+    return (picture.movedim(0, -1) * 255).round().byte().numpy()
+
+
+def too_small(height: int, width: int, resolution: int) -> str:
+    return f"{width} x {height} px is smaller than the resolution of {resolution} px"
+
+
+class Pictures:
+    """Pictures to reconstruct. place: a folder of picture files, or a folder (any fsspec URL) that `sda prepare` filled.
+
+    Iterating gives Sample or Skipped. Raises ValueError where there is nothing to look at.
+    """
+
+    def __init__(self, place: str, resolution: int):
+        self.place, self.resolution, self.index, self.files = place, resolution, None, []
+        folder = Path(place)
+        if folder.is_dir() and not (folder / "index.parquet").is_file():
+            self.files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix.lower() in ENDINGS)
+            if not self.files:
+                raise ValueError(f"There are no pictures in {place}: give a folder with {', '.join(sorted(set(FORMATS.values())))} files.")
+        elif "://" not in place and not folder.exists():
+            raise ValueError(f"There is no folder {place}: give one with pictures, or one that `sda prepare` filled.")
+        else:
+            self.index = Index.read(place)
+            self.buckets = self.index.buckets(resolution)
+
+    def __len__(self) -> int:
+        return len(self.files) if self.index is None else len(self.index)
+
+    def describe(self) -> dict:
+        return {"place": str(self.place)} | ({} if self.index is None else {"index": self.index.hash})
+
+    def __iter__(self) -> Iterator[Sample | Skipped]:
+        if self.index is None:
+            yield from map(self._file, self.files)
+            return
+        for row in range(len(self.index)):
+            yield self._row(row)
+
+    def _file(self, file: Path) -> Sample | Skipped:
+        name = str(file.relative_to(self.place))
+        try:
+            data = file.read_bytes()
+            image, _ = open_picture(data)
+        except (OSError, BadPicture) as error:
+            return Skipped(name, f"unreadable: {getattr(error, 'strerror', None) or error}")
+        bucket = bucket_of(image.height, image.width, self.resolution)
+        if not any(bucket):
+            return Skipped(name, too_small(image.height, image.width, self.resolution))
+        return Sample(hashlib.sha256(data).hexdigest()[:16], name, pixels(fit(image, bucket)))
+
+    def _row(self, row: int) -> Sample | Skipped:
+        it, bucket = self.index[row], tuple(self.buckets[row].tolist())
+        if not any(bucket):
+            return Skipped(it["origin"], too_small(it["height"], it["width"], self.resolution))
+        try:
+            return self._sample(row, it, bucket)
+        except CorruptSample as error:
+            return Skipped(it["origin"], f"unreadable: {error}")
+
+    def _sample(self, row: int, it: dict, bucket: tuple[int, int]) -> Sample | Skipped:
+        return Sample(it["sha256"].hex()[:16], it["origin"], pixels(decode(self.index, row, bucket)))
+
+
+class Edits(Pictures):
+    """Edits of a set that `sda prepare-edits` filled."""
+
+    def __init__(self, place: str, resolution: int):
+        super().__init__(place, resolution)
+        if self.index is None or self.index.kind != EDITS:
+            raise ValueError(f"{place} holds pictures without instructions: give a set that `sda prepare-edits` made.")
+
+    def _sample(self, row: int, it: dict, bucket: tuple[int, int]) -> Sample | Skipped:
+        if not (it["caption"] or "").strip():
+            return Skipped(it["origin"], "it has no instruction")
+        source, target, instruction = decode_edit(self.index, row, bucket)
+        content = it["sha256"] + it["target_sha256"] + instruction.encode()
+        captions = (it["source_caption"] or "", it["target_caption"] or "")
+        return Sample(hashlib.sha256(content).hexdigest()[:16], it["origin"], pixels(source), pixels(target), instruction, captions)
