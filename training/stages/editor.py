@@ -74,7 +74,7 @@ class EditorStage:
         flow = EditFlow(flux, load_vae(base.vae, self.device), config.flow, self.record["masked"])
         if base.checkpointing:
             flux.enable_gradient_checkpointing()
-        if config.run.compile and base.precision != "nf4":  # bitsandbytes' kernels break the graph
+        if config.run.compile and base.precision in ("bf16", "fp32"):  # the compiler refuses quantised weights
             compile_blocks(flux.transformer_blocks, flux.single_transformer_blocks)
         if base.sharded:
             shard_base(flux, world)
