@@ -34,8 +34,6 @@ class FlowTraining:
     """Share of uniform times beside the shifted logit-normal ones."""
     guidance: float = 1.0
     """What a guidance-distilled base (FLUX.1-dev) is told: at 1.0 it predicts the plain velocity."""
-    checkpointing: bool = True
-    """Compute each block of Flux again in the backward instead of keeping its activations."""
 
 
 def area_weights(source: Tensor, target: Tensor, rows: int, cols: int, settings: FlowTraining) -> Tensor:
@@ -60,8 +58,6 @@ class EditFlow:
     def __init__(self, flux: nn.Module, vae: Latents, settings: FlowTraining, masked: bool = True):
         self.flux, self.vae, self.settings, self.masked = flux, vae, settings, masked
         self.attention = attend_by_region(flux)
-        if settings.checkpointing:
-            flux.enable_gradient_checkpointing()
 
     def loss(self, tokens: Tensor, pooled: Tensor | None, hierarchy: Hierarchy, source: Tensor, target: Tensor, step: Step) -> Tensor:
         """A scalar: weighted squared error of the velocity towards the target picture.

@@ -31,7 +31,8 @@ from semantic_diffusion_adapter.training.engine import Step, World  # noqa: E402
 from semantic_diffusion_adapter.training.miniature.editor import change_of  # noqa: E402
 from semantic_diffusion_adapter.training.miniature.scenes import render  # noqa: E402
 from semantic_diffusion_adapter.training.stages import editor  # noqa: E402
-from semantic_diffusion_adapter.training.stages.editor_config import Base, Decoder, Edits, Text, Vision, check, held_out  # noqa: E402
+from semantic_diffusion_adapter.training.stages.editor_settings import Config, Decoder, Flux, Text, Validation, check  # noqa: E402
+from semantic_diffusion_adapter.training.stages.settings import DataConfig, VisionConfig  # noqa: E402
 
 CPU = torch.device("cpu")
 COUNT = 30
@@ -85,25 +86,25 @@ def llm(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def config(toy_assets, edits, tmp_path) -> editor.Config:
+def config(toy_assets, edits, tmp_path) -> Config:
     def file(name: str) -> Path:
         return toy_assets / f"{name}.safetensors"
 
-    return editor.Config(
-        RunConfig(tmp_path / "run", max_steps=2, batch=4, lr=1e-2, warmup=1, precision="fp32", validate_every=2, save_every=2, log_every=1),
-        Edits(str(edits), resolutions=(128,), validation=6, threads=2), file("semantic_adapters/miniature_tree128"),
-        Vision((file("clip_vision/miniature_clip"), file("clip_vision/miniature_dinov2"))), Text(file("text_encoders/miniature_t5")),
-        tmp_path / "editor.safetensors", decoder=Decoder(width=32, heads=2, layers=1))
+    run = RunConfig(tmp_path / "toy", max_steps=2, batch=4, lr=1e-2, warmup=1, precision="fp32", validate_every=2, save_every=2)
+    return Config(run, file("semantic_adapters/miniature_tree128"),
+                  VisionConfig((file("clip_vision/miniature_clip"), file("clip_vision/miniature_dinov2"))),
+                  Text(file("text_encoders/miniature_t5")), DataConfig(str(edits), ((1.0, 128),), held_out=5),
+                  decoder=Decoder(width=32, heads=2, layers=1), validation=Validation(resolution=128, pictures=3, steps=2))
 
 
 @pytest.fixture
-def with_llm(config, llm) -> editor.Config:
+def with_llm(config, llm) -> Config:
     return replace(config, decoder=Decoder("causal_lm", llm=llm, lora_rank=2, checkpointing=True))
 
 
 @pytest.fixture
-def through_flux(config, toy_assets) -> editor.Config:
-    base = Base(toy_assets / "diffusion_models" / "miniature_flux.safetensors", toy_assets / "vae" / "miniature_vae.safetensors", "fp32")
+def through_flux(config, toy_assets) -> Config:
+    base = Flux(toy_assets / "diffusion_models" / "miniature_flux.safetensors", toy_assets / "vae" / "miniature_vae.safetensors", "fp32")
     return replace(config, base=base, flow=FlowTraining(weight=0.5), presets=("global16",))
 
 
@@ -112,21 +113,22 @@ def step(batch: int = 4, number: int = 0) -> Step:
 
 
 @pytest.mark.parametrize("kind", ["config", "with_llm"])
-def test_a_run_ends_with_a_file_that_the_nodes_load(kind, request, capsys):
+def test_a_run_ends_with_a_file_that_the_nodes_load(kind, request, tmp_path, capsys):
     """And goes on where it was; what is exported is the averaged weights, the LLM's LoRA worked in."""
     settings = request.getfixturevalue(kind)
     assert editor.run(settings) is True
     further = replace(settings, run=replace(settings.run, max_steps=4))
-    write_toml(settings, settings.export.with_suffix(".toml"))
-    assert cli.main(["train", "editor", "--config", str(settings.export.with_suffix(".toml")), "--max-steps", "4"]) == 0
+    write_toml(settings, tmp_path / "toy.toml")
+    assert cli.main(["train", "editor", "--config", str(tmp_path / "toy.toml"), "--max-steps", "4"]) == 0
     assert "resumed editor at step 2" in capsys.readouterr().out
     lines = [json.loads(line) for line in (settings.run.out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
     assert all(np.isfinite(line["loss"]) for line in lines if "loss" in line)
 
-    tensors, record = checkpoint.load(settings.export, "edit_decoder")
+    path = exported(settings)
+    tensors, record = checkpoint.load(path, "edit_decoder")
     decoder = build_edit_decoder(read_config(record["config"])).eval()
-    checkpoint.fill(decoder, tensors, settings.export)
+    checkpoint.fill(decoder, tensors, path)
     assert record["step"] == 4 and record["text_encoder_sha256"] and record["base_sha256"]
     averaged = editor.EditorStage(further, CPU)
     held = checkpoint_average(settings.run.out)
@@ -136,9 +138,18 @@ def test_a_run_ends_with_a_file_that_the_nodes_load(kind, request, capsys):
     # The statistics of the space are the same in every process: they come from the samples of the first batches.
     arguments = torch.randn(1, 16, decoder.config.dim), decoder.places.table.boxes()[:16], decoder.places.table.level_ids()[:16]
     words = averaged.text(["remove the red circle"])
-    written, expected = decoder(*arguments, words), averaged.decoder.eval()(*arguments, words)
-    torch.testing.assert_close(written, expected, rtol=0.05, atol=0.02)  # the file is in bf16
-    assert (expected - arguments[0]).abs().max() > 0.1, "it has learnt to do something"
+    with torch.no_grad():
+        written, expected = decoder(*arguments, words), averaged.decoder.eval()(*arguments, words)
+    learnt = (expected - arguments[0]).abs().mean()  # an untrained decoder copies
+    assert (written - expected).abs().mean() < 0.2 * learnt and learnt > 1e-3, "equal but for the rounding of the file to bf16"
+
+    assert cli.main(["export", str(settings.run.out), "--to", str(tmp_path / "models"), "--dtype", "bf16"]) == 0
+    again, said = checkpoint.load(tmp_path / "models" / "edit_decoders" / "toy.safetensors", "edit_decoder")
+    assert said == record and again.keys() == tensors.keys() and all(torch.equal(again[k], v) for k, v in tensors.items())
+
+
+def exported(settings: Config) -> Path:
+    return settings.run.out / "export" / "edit_decoders" / "toy.safetensors"
 
 
 def checkpoint_average(out: Path) -> dict:
@@ -184,7 +195,7 @@ def test_the_flow_loss_reaches_the_decoder_through_a_frozen_flux(through_flux):
     total.backward()
     assert all(p.grad is None for p in stage.flow.flux.parameters())
     assert all(torch.equal(v, before[k]) for k, v in stage.flow.flux.state_dict().items())
-    assert stage.pictures()["edits"].shape == (4 * 128, 4 * 128, 3)
+    assert stage.pictures()["edits"].shape == (3 * 128, 4 * 128, 3)
     assert set(stage.validate()) == {"parallel", "autoregressive", "copy", "flow"}
 
 
@@ -196,7 +207,7 @@ def test_a_further_run_starts_from_the_file_of_the_first(kind, request, tmp_path
     torch.nn.init.normal_(first.decoder.out.weight, std=0.2)
     first.decoder.set_token_statistics(first.decoder.token_mean + 1, first.decoder.token_std * 2)
     first.export(7)
-    again = replace(settings.decoder, llm=None, start=settings.export)
+    again = replace(settings.decoder, llm=None, start=exported(settings))
     second = editor.EditorStage(replace(settings, decoder=again), CPU)
     arguments = torch.randn(1, 128, 48), second.decoder.places.table.boxes(), second.decoder.places.table.level_ids(), torch.randn(1, 5, 48)
     torch.testing.assert_close(second.decoder(*arguments), first.decoder(*arguments), rtol=0.05, atol=0.05)  # the file is in bf16
@@ -209,10 +220,10 @@ def test_a_further_run_starts_from_the_file_of_the_first(kind, request, tmp_path
 
 
 def test_another_base_than_the_adapters_is_refused(through_flux, tmp_path):
-    tensors, record = checkpoint.load(through_flux.base.path, "flux")
+    tensors, record = checkpoint.load(through_flux.base.flux, "flux")
     checkpoint.save(tmp_path / "flux.safetensors", tensors, "flux", record["config"])
     with pytest.raises(ValueError, match="trained through another base than .*flux.safetensors; give that base"):
-        editor.EditorStage(replace(through_flux, base=replace(through_flux.base, path=tmp_path / "flux.safetensors")), CPU)
+        editor.EditorStage(replace(through_flux, base=replace(through_flux.base, flux=tmp_path / "flux.safetensors")), CPU)
 
 
 def test_a_step_is_the_same_however_it_is_cut(config):
@@ -224,18 +235,13 @@ def test_a_step_is_the_same_however_it_is_cut(config):
         assert value.item() == pytest.approx(sum(half[name].item() for half in halves) / 2, rel=1e-5)
 
 
-def test_validation_holds_out_whole_pictures(config, edits):
-    index = index_module.Index.read(str(edits))
-    rest, kept = held_out(index, 6)
-    assert len(kept) == 6 and len(rest) == COUNT - 6
-    assert not set(rest.table["sha256"].to_pylist()) & set(kept.table["sha256"].to_pylist())
-    assert len(set(kept.table["sha256"].to_pylist())) == 3, "both edits of a picture are on one side"
-    assert len(held_out(index, 0)[1]) == 0
+def test_whole_pictures_are_held_out_with_all_their_edits(config):
     stage = editor.EditorStage(config, CPU)
-    assert sum(len(texts) for _, _, texts in stage.validation_batches(4)) == 6
+    rest, kept = stage.plan.index, stage.held
+    assert len(kept) == 6 and len(rest) == COUNT - 6, "the fifth picture's other edit as well"
+    assert not set(rest.table["sha256"].to_pylist()) & set(kept.table["sha256"].to_pylist())
+    assert sum(len(texts) for _, _, texts in stage.held_batches(6)) == 6
     assert stage.validate() == stage.validate()
-    with pytest.raises(ValueError, match="20 of 30 samples cannot be held out; set data.validation to at most 15"):
-        held_out(index, 20)
 
 
 def test_a_corrupt_sample_stops_the_run_or_gives_its_place_to_another(config, edits, tmp_path, capsys):
@@ -243,30 +249,33 @@ def test_a_corrupt_sample_stops_the_run_or_gives_its_place_to_another(config, ed
 
     broken = tmp_path / "broken"
     shutil.copytree(edits, broken)
-    stage = editor.EditorStage(replace(config, data=replace(config.data, index=str(broken))), CPU)
-    row = stage.plan.at("editor", 5)[2][1]
+    stage = editor.EditorStage(replace(config, data=replace(config.data, index=str(broken), ahead=1)), CPU)
+    row = stage.plan.at("0", 1)[2][1]
     shard = broken / "shards" / "000000.tar"
     data = bytearray(shard.read_bytes())
-    data[stage.index[row]["target_offset"] + 50] ^= 255
+    data[stage.plan.index[row]["target_offset"] + 50] ^= 255
     shard.write_bytes(data)
-    with pytest.raises(CorruptSample, match=f"'{stage.index[row]['key']}'.*000000.tar.*have changed"):
-        stage.loss(step(number=5))
-    stage.config = replace(stage.config, data=replace(stage.config.data, on_corrupt="skip"))
-    assert torch.isfinite(stage.loss(step(number=5))[0])
-    assert "Another sample takes its place" in capsys.readouterr().out
-    assert stage.describe(step(number=5))[1] == stage.index[row]["key"]
+    key = stage.plan.index[row]["key"]
+    with pytest.raises(CorruptSample, match=f"'{key}'.*000000.tar.*have changed"):
+        stage.loss(step(number=1))
+    stage.feed.on_corrupt = "skip"
+    assert torch.isfinite(stage.loss(step(number=1))[0])
+    assert "Another picture takes its place" in capsys.readouterr().out
+    assert key in stage.describe(step(number=1))[1]
 
 
 @pytest.mark.parametrize("changes, message", [
     ({"decoder": Decoder("causal_lm")}, "decoder.llm is missing"),
     ({"decoder": Decoder(llm=Path("llm"))}, "decoder.llm is given for a T5"),
     ({"decoder": Decoder("causal_lm", llm=Path("llm"), start=Path("file"))}, "decoder.start has an LLM of its own"),
-    ({"flow": FlowTraining(weight=1.0)}, "give base.path and base.vae"),
-    ({"presets": ()}, "must each name at least one"),
+    ({"flow": FlowTraining(weight=1.0)}, "give base.flux and base.vae"),
+    ({"presets": ()}, "presets is empty"),
+    ({"data": DataConfig("edits", ((0.5, 128),))}, "data.resolutions is a list of"),
+    ({"data": DataConfig("edits", ((1.0, 128),), held_out=0)}, "held_out must be at least 1"),
     ({"presets": ("tree99",)}, "Unknown preset 'tree99'"),
     ({"decoder": Decoder(width=30, heads=4)}, "use a divisor of the width"),
-    ({"decoder": Decoder("causal_lm", llm=Path("absent"))}, "no LLM in absent"),
-    ({"text": Text(Path("absent"))}, "no text encoder at absent"),
+    ({"decoder": Decoder("causal_lm", llm=Path("absent"))}, "decoder.llm: there is no absent"),
+    ({"text": Text(Path("absent"))}, "text.path: there is no absent"),
 ])  # fmt: skip
 def test_what_cannot_work_is_refused_in_one_sentence(config, changes, message):
     with pytest.raises(ValueError, match=message):
@@ -275,9 +284,9 @@ def test_what_cannot_work_is_refused_in_one_sentence(config, changes, message):
 
 @pytest.mark.parametrize("name", ["flux1_dev_editor_24gb", "flux1_dev_editor_llm_24gb"])
 def test_the_recipes_are_read_and_ask_for_nothing_impossible(name):
-    settings = from_toml(editor.Config, Path(cli.__file__).parent / "configs" / f"{name}.toml")
-    check(settings)
+    settings = from_toml(Config, Path(cli.__file__).parent / "configs" / f"{name}.toml")
+    with pytest.raises(ValueError, match="adapter: there is no models/semantic_adapters"):
+        check(settings, World(0, 1, 0, 1, CPU))  # all else that is checked before is in order
     vision = settings.vision
     assert len(vision.files) == len([tower_config(Path("absent"), name) for name in vision.ids])
-    assert World(0, 1, 0, 1, CPU).share(settings.run.batch, settings.run.micro)
     assert cli.plan_of(["train", "editor", "--config", "x.toml"])[0][0] == "stages.editor"

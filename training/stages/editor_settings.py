@@ -1,15 +1,13 @@
-"""The tables of `sda train editor`, what is refused of them before anything loads, and the decoder that they ask for."""
+"""Settings of `sda train editor`, what is refused before anything is loaded, and the decoder that they ask for."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 
 from ...kernels import checkpoint
-from ...kernels.adapter import AdapterConfig
 from ...kernels.edit_decoder import (
     EditDecoder,
     LLMEditDecoder,
@@ -22,31 +20,14 @@ from ...kernels.edit_decoder import (
 from ...kernels.edit_decoder.llm import llm_record
 from ..adapter import named_hierarchy
 from ..base import Precision, check_precision
-from ..data.index import Index
+from ..config import RunConfig
+from ..edit_augmentation import Augmentation
+from ..edit_flow import FlowTraining
+from ..editor import EditorTraining
+from ..engine import World, check_sharding
 from ..instructions import LENGTH, TextPrecision
 from ..lora import add_lora, load_llm
-
-
-@dataclass(frozen=True)
-class Edits:
-    index: str
-    """The folder that `sda prepare-edits` filled: a path, or an address of an object store."""
-    resolutions: tuple[int, ...] = (512,)
-    """In pixels, each with equal share of the steps; validation takes the first."""
-    validation: int = 256
-    """About how many samples are held out: whole source pictures, by their hash."""
-    threads: int = 8
-    """That read and decode pictures, in each process."""
-    on_corrupt: Literal["stop", "skip"] = "stop"
-    """What to do where a prepared sample can no longer be read: stop, or take another of its bucket."""
-
-
-@dataclass(frozen=True)
-class Vision:
-    files: tuple[Path, ...]
-    """Of the vision towers that the adapter looks through."""
-    ids: tuple[str, ...] = ()
-    """For each file the id of a published encoder, "" where the file says it itself; leave out where all do."""
+from .settings import DataConfig, VisionConfig, check_phases, free
 
 
 @dataclass(frozen=True)
@@ -58,14 +39,6 @@ class Text:
     length: int = LENGTH
     """Tokens of an instruction with its padding: ComfyUI pads to 256."""
     precision: TextPrecision = "bf16"
-
-
-@dataclass(frozen=True)
-class Base:
-    path: Path | None = None
-    """FLUX.1 as a single file or a diffusers folder, the one that the adapter was trained through."""
-    vae: Path | None = None
-    precision: Precision = "bf16"
 
 
 @dataclass(frozen=True)
@@ -83,43 +56,88 @@ class Decoder:
     lora_rank: int = 64
     """Of the LoRA on the LLM, which is frozen; 0 trains the whole LLM."""
     lora_alpha: float = 64.0
-    checkpointing: bool = False
+    checkpointing: bool = free(False)
     """Compute each block again in the backward instead of keeping its activations."""
 
 
-def check(config) -> None:
-    """Raise ValueError for what cannot work, before anything is loaded."""
+@dataclass(frozen=True)
+class Flux:
+    """The frozen base; only `flow` needs it."""
+
+    flux: Path | None = None
+    """FLUX.1 as a single file or a diffusers folder, the one that the adapter was trained through."""
+    vae: Path | None = None
+    precision: Precision = "bf16"
+    sharded: bool = False
+    """Cut the base over the processes of each machine; it is replicated otherwise."""
+    checkpointing: bool = free(True)
+    """Compute each block of Flux again in the backward instead of keeping its activations."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    preset: str = free("tree128")
+    resolution: int = free(512)
+    pictures: int = free(4)
+    """How many of the held-out edits are painted, where Flux is there."""
+    steps: int = free(20)
+    """Of the sampler."""
+    guidance: float = free(3.5)
+    """What a guidance-distilled base is told when it paints."""
+
+
+@dataclass(frozen=True)
+class Config:
+    run: RunConfig
+    adapter: Path
+    """The adapter's file: what it makes of the edited picture is what the decoder learns to write."""
+    vision: VisionConfig
+    text: Text
+    data: DataConfig
+    """Edits that `sda prepare-edits` made."""
+    presets: tuple[str, ...] = ("tree128", "tree128", "tree64", "global32")
+    """Each batch takes one of them at random."""
+    decoder: Decoder = field(default_factory=Decoder)
+    objective: EditorTraining = field(default_factory=EditorTraining)
+    augmentation: Augmentation = field(default_factory=lambda: Augmentation(identity=0.05, reversed=0.15))
+    flow: FlowTraining = field(default_factory=FlowTraining)
+    base: Flux = field(default_factory=Flux)
+    validation: Validation = field(default_factory=Validation)
+    licence: str = free("not stated")
+    """Of the exported file; the base's and the LLM's own licences have a word to say about it."""
+
+
+def check(config: Config, world: World) -> None:
+    """Refuse in one sentence what cannot be, before anything is loaded. ValueError."""
     decoder, base = config.decoder, config.base
     if decoder.llm and (decoder.architecture == "t5" or decoder.start):
         raise ValueError("decoder.llm is given for a T5; set decoder.architecture to causal_lm, or leave the LLM out."
                          if decoder.architecture == "t5" else "decoder.start has an LLM of its own; leave decoder.llm out.")
     if decoder.architecture == "causal_lm" and not (decoder.llm or decoder.start):
         raise ValueError("decoder.llm is missing: give the folder of a causal LLM such as Qwen3.")
-    if config.flow.weight and (base.path is None or base.vae is None):
-        raise ValueError("flow.weight asks for training through Flux; give base.path and base.vae, or set it to 0.")
+    if not config.presets:
+        raise ValueError("presets is empty; name at least one, such as tree128.")
+    for preset in (*config.presets, config.validation.preset):
+        named_hierarchy(preset)
+    check_phases(config.data.resolutions, "data.resolutions")
+    if config.data.held_out < 1:
+        raise ValueError("data.held_out must be at least 1: a run without held-out edits cannot be judged.")
+    if config.flow.weight and (base.flux is None or base.vae is None):
+        raise ValueError("flow.weight asks for training through Flux; give base.flux and base.vae, or set it to 0.")
     if config.flow.weight:
         check_precision(base.precision)
-    if not config.presets or not config.data.resolutions:
-        raise ValueError("presets and data.resolutions must each name at least one.")
-    for preset in config.presets:
-        named_hierarchy(preset)
+        if base.sharded:
+            check_sharding(base.precision, world)
+    world.share(config.run.batch, config.run.micro)
+    for path, key in ((config.adapter, "adapter"), (config.text.path, "text.path"), (decoder.llm, "decoder.llm"),
+                      (decoder.start, "decoder.start"), *((p, "vision.files") for p in config.vision.files)):
+        if path and not path.exists():
+            raise ValueError(f"{key}: there is no {path}; put it there or give its place with --{key}.")
 
 
-def held_out(index: Index, count: int) -> tuple[Index, Index]:
-    """(samples to train on, about `count` samples to validate on). They are told apart by the hash of their source picture, so
-    all edits of one picture lie on one side, and preparing more pictures moves few."""
-    if index.kind != "edits":
-        raise ValueError(f"{index.url} holds pictures, not edits; prepare the edits with `sda prepare-edits`.")
-    if not 0 <= count <= len(index) // 2:
-        raise ValueError(f"{count} of {len(index)} samples cannot be held out; set data.validation to at most {len(index) // 2}.")
-    codes = np.array([int.from_bytes(digest[:8], "big") for digest in index.table.column("sha256").to_pylist()], np.uint64)
-    kept = codes < np.sort(codes)[count]
-    return Index(index.url, index.table.filter(~kept)), Index(index.url, index.table.filter(kept))
-
-
-def new_decoder(settings: Decoder, adapter: AdapterConfig, text_dim: int, dtype: torch.dtype) -> EditDecoder:
-    """The decoder of the adapter's embeddings before its training, frozen where it does not learn; dtype: of a frozen LLM."""
-    space = adapter.out_dim, text_dim, adapter.hierarchy
+def new_decoder(settings: Decoder, space: tuple, dtype: torch.dtype) -> EditDecoder:
+    """The decoder before its training, frozen where it does not learn. space: (dim, text_dim, hierarchy) of the adapter and
+    the text encoder; dtype: of a frozen LLM."""
     if settings.start:
         decoder = read_decoder(settings, space)
     elif settings.architecture == "t5":
