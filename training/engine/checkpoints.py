@@ -65,13 +65,14 @@ def flat(data: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def free_keys(config: Any, prefix: str = "") -> set[str]:
-    """Dotted keys that a resumed run may change: FREE, and where files lie (what they hold is in the stage's identity)."""
+    """Dotted keys that a resumed run may change: FREE, fields with metadata {"free": True}, and where files lie (what they
+    hold is in the stage's identity)."""
     found = set()
     for field in dataclasses.fields(config):
         value, key = getattr(config, field.name), f"{prefix}{field.name}"
         if dataclasses.is_dataclass(value):
             found |= free_keys(value, f"{key}.")
-        elif isinstance(config, RunConfig) and field.name in FREE:
+        elif (isinstance(config, RunConfig) and field.name in FREE) or field.metadata.get("free"):
             found.add(key)
         elif isinstance(value, Path) or (isinstance(value, tuple) and value and all(isinstance(v, Path) for v in value)):
             found.add(key)
