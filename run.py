@@ -5,6 +5,7 @@
     python3 run.py test     all tests (arguments go to pytest)
     python3 run.py eval     measure the shipped miniature (arguments go to the evaluation)
     python3 run.py bench attention      time the attention routes
+    python3 run.py bench decoders       compare the edit decoders of the miniature
 
 The first start makes .venv and .host beside this file; later ones reuse them. COMFYUI_PATH (and COMFYUI_PYTHON) name
 another ComfyUI to run in.
@@ -158,7 +159,8 @@ def main() -> int:
         names = sorted(p.stem for p in (ROOT / "benchmarks").glob("[a-z]*.py"))
         if not rest or rest[0] not in names:
             raise Failure(f"Name one of these benchmarks: {', '.join(names)}.")
-        return inside(f"{PACKAGE}.benchmarks.{rest[0]}", rest[1:])
+        needs = ("diffusers", "scipy", "tensorboard", "tqdm", "tyro") if rest[0] == "decoders" else ()
+        return inside(f"{PACKAGE}.benchmarks.{rest[0]}", rest[1:], needs)
     return demo(arguments)
 
 

@@ -3,7 +3,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
+import shutil
 import tarfile
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -58,3 +61,44 @@ def written():
             pq.write_table(table, file)
         return index_module.Index.read(url)
     return write
+
+
+@pytest.fixture(scope="session")
+def two_nodes():
+    """A Ray cluster of two nodes with one core each, to which this process is connected."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray = pytest.importorskip("ray", reason="ray is not installed: pip install -e '.[training]'")
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 1, "object_store_memory": 80 * 2 ** 20, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=node)
+    cluster.add_node(**node)
+    ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory):
+    """A folder of real photographs (of scikit-learn and scikit-image), with broken and odd files among them."""
+    sklearn, skimage = pytest.importorskip("sklearn"), pytest.importorskip("skimage")
+    folder = tmp_path_factory.mktemp("photographs")
+    found = [Path(sklearn.__file__).parent / f"datasets/images/{n}.jpg" for n in ("china", "flower")]
+    names = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "camera.png")
+    found += [Path(skimage.__file__).parent / "data" / name for name in names]
+    (folder / "deep" / "er").mkdir(parents=True)
+    for i, file in enumerate(found):
+        shutil.copy(file, folder / ("deep/er" if i % 2 else ".") / file.name)
+    rocket = (folder / "deep/er/rocket.jpg").read_bytes()
+    (folder / "deep/er/rocket.txt").write_text("a rocket on its pad\n", encoding="utf-8")
+    (folder / "china.json").write_text('{"caption": "a temple", "url": "x"}', encoding="utf-8")
+    (folder / "again.jpg").write_bytes(rocket)  # sorts before the one that has the caption
+    (folder / "torn.jpg").write_bytes(rocket[:len(rocket) // 2])
+    (folder / "page.jpg").write_text("<html>404</html>")
+    (folder / "notes.pdf").write_bytes(b"%PDF")
+    Image.open(found[0]).resize((300, 200)).save(folder / "little.png")
+    Image.open(found[1]).convert("CMYK").save(folder / "print.jpg", quality=90)
+    for i in range(70):  # enough for two chunks of loose files
+        (folder / f"made_{i:02}.jpg").write_bytes(jpeg(256, 256 + 2 * i, i))
+    return folder

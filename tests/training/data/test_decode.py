@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms
-from semantic_diffusion_adapter.training.data.decode import MAX_PIXELS, BadPicture, CorruptSample, decode, decode_edit, open_picture
+from semantic_diffusion_adapter.training.data.decode import CorruptSample, decode, decode_edit
+from semantic_diffusion_adapter.training.data.pictures import MAX_PIXELS, BadPicture, open_picture
 from semantic_diffusion_adapter.training.data.prefetch import Prefetch
 
 from .conftest import jpeg

@@ -108,7 +108,8 @@ def _read(assets: Path, file: tuple[str, str], load: Callable):
         raise ValueError(f"{path} does not fit this version of the pack: {remedy}") from error
 
 
-def _load_editor(path: Path) -> EditDecoder:
+def load_editor(path: Path) -> EditDecoder:
+    """A frozen edit decoder of either architecture, in float32."""
     state, record = checkpoint.load(path, "edit_decoder")
     editor = build_edit_decoder(read_config(record["config"]))
     checkpoint.fill(editor, {k: v.float() for k, v in state.items()}, path)
@@ -116,9 +117,11 @@ def _load_editor(path: Path) -> EditDecoder:
 
 
 class Miniature:
-    """Every network of the miniature, frozen. `progress(pictures)` is called as pictures are painted."""
+    """Every network of the miniature, frozen, with those `adapters` that are named. `progress(pictures)` is called as
+    pictures are painted."""
 
-    def __init__(self, assets: Path, device: torch.device, progress: Callable[[int], object] = lambda pictures: None):
+    def __init__(self, assets: Path, device: torch.device, progress: Callable[[int], object] = lambda pictures: None,
+                 adapters: Sequence[str] = tuple(_ADAPTERS)):
         self.device, self.progress = device, progress
         self.vae = _read(assets, _VAE, lambda path: load_vae(path, device))
         self.text = _read(assets, _TEXT, lambda path: load_text_encoder(path, device))
@@ -130,11 +133,12 @@ class Miniature:
         self.latent_shape = (latent["channels"], SIZE // latent["downsample"], SIZE // latent["downsample"])
         clip = _read(assets, _CLIP, lambda path: read_tower(path, device))
         self.encoders = {}
-        for name, (file, tower, command) in _ADAPTERS.items():
+        for name in adapters:
+            file, tower, command = _ADAPTERS[name]
             adapter, kept = _read(assets, (f"semantic_adapters/{file}", command), lambda path: load_adapter(path, device))
             dinov2 = _read(assets, (f"clip_vision/{tower}", command), lambda path: read_tower(path, device))
             self.encoders[name] = Encoder(adapter, {t.config.id: t for t in (clip, dinov2)}, kept["masked"])
-        self.editor = _read(assets, _EDITOR, _load_editor).to(device)
+        self.editor = _read(assets, _EDITOR, load_editor).to(device)
 
     def noise(self, split: str, indices: Sequence[int], seed: int) -> Tensor:
         return noise_of(split, indices, seed, self.latent_shape)
