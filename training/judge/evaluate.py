@@ -32,7 +32,7 @@ from .samples import Edits, Pictures, Sample, Skipped
 
 VAE = "vae"  # the autoencoder's round trip: the ceiling
 COPY, NOTHING = "unedited", "source"  # the unedited embedding painted, and the source picture itself: what an edit must beat
-PROTOCOL = ("seed", "steps", "guidance", "resolution", "precision")  # beside the files, what decides the pixels that are painted
+PROTOCOL = ("seed", "steps", "guidance", "resolution", "precision")  # what decides the pixels, beside the files
 SOFTWARE = ("torch", "diffusers", "transformers", "open_clip_torch", "torchmetrics", "lpips")
 
 
@@ -147,7 +147,8 @@ def carry_out(task: Task, config: Config, painter: Painter, judge: Judge) -> dic
         print(f"left out: {each.name}: {each.reason}")
     if not found:
         reason = f"{skipped[0].name}: {skipped[0].reason}" if skipped else "it is empty"
-        raise ValueError(f"Nothing in {task.samples.place} could be judged ({reason}): give other pictures or a lower --resolution.")
+        raise ValueError(f"Nothing in {task.samples.place} could be judged ({reason}): "
+                         "give other pictures or a lower --resolution.")
     names = list(found[0]["values"])
     means = {name: {measure: summary([it["values"][name][measure] for it in found if measure in it["values"][name]])
                     for measure in task.measures if any(measure in it["values"][name] for it in found)} for name in names}
@@ -223,7 +224,8 @@ def agree(file: Path, now: dict) -> None:
     before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     for key in before.keys() & now.keys():
         if before[key] != now[key]:
-            raise ValueError(f"{file.parent} holds pictures of another {key} ({before[key]}, now {now[key]}): give another --out.")
+            raise ValueError(f"{file.parent} holds pictures of another {key} ({before[key]}, now {now[key]}): "
+                             "give another --out.")
     write(file, json.dumps(before | now, indent=1))
 
 

@@ -1,4 +1,4 @@
-"""What is judged: pictures of a folder or of a prepared set, edits of a prepared set, one after another, and what was left out."""
+"""What is judged: pictures of a folder or of a prepared set, edits of a prepared set, and what of them was left out."""
 from __future__ import annotations
 
 import hashlib
@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.decode import FORMATS, BadPicture, CorruptSample, decode, decode_edit, fit, open_picture
-from ..data.index import EDITS, Index, bucket_of
+from ..data.decode import decode, decode_edit, fit
+from ..data.index import EDITS, NAME, CorruptSample, Index, bucket_of
+from ..data.pictures import BadPicture, open_picture
+from ..data.sources import PICTURE, ending_of
 from .encoders import to_pixels
-
-ENDINGS = {f".{ending}" for ending in FORMATS.values()} | {".jpeg", ".tiff"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,10 +52,11 @@ class Pictures:
     def __init__(self, place: str, resolution: int):
         self.place, self.resolution, self.index, self.files = place, resolution, None, []
         folder = Path(place)
-        if folder.is_dir() and not (folder / "index.parquet").is_file():
-            self.files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix.lower() in ENDINGS)
+        if folder.is_dir() and not (folder / NAME).is_file():
+            self.files = sorted(p for p in folder.rglob("*") if p.is_file() and ending_of(p.name) in PICTURE)
             if not self.files:
-                raise ValueError(f"There are no pictures in {place}: give a folder with {', '.join(sorted(set(FORMATS.values())))} files.")
+                known = ", ".join(sorted(PICTURE))
+                raise ValueError(f"There are no pictures in {place}: give a folder with {known} files.")
         elif "://" not in place and not folder.exists():
             raise ValueError(f"There is no folder {place}: give one with pictures, or one that `sda prepare` filled.")
         else:
@@ -114,4 +115,5 @@ class Edits(Pictures):
         source, target, instruction = decode_edit(self.index, row, bucket)
         content = it["sha256"] + it["target_sha256"] + instruction.encode()
         captions = (it["source_caption"] or "", it["target_caption"] or "")
-        return Sample(hashlib.sha256(content).hexdigest()[:16], it["origin"], to_pixels(source), to_pixels(target), instruction, captions)
+        key = hashlib.sha256(content).hexdigest()[:16]
+        return Sample(key, it["origin"], to_pixels(source), to_pixels(target), instruction, captions)

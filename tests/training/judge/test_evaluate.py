@@ -187,8 +187,9 @@ def spoiled(source: Path, target: Path, **changes) -> Path:
     """A copy of a checkpoint with other entries in its record."""
     tensors, record = checkpoint.load_tensors(source), checkpoint.read_header(source)
     fields = {key: value for key, value in record.items() if key not in ("kind", "config", "format_version")}
+    fields = {key: value for key, value in {**fields, **changes}.items() if value is not None}
     checkpoint.save(target, {k: v for k, v in tensors.items() if not k.endswith(checkpoint.SCALE_SUFFIX)}, record["kind"],
-                    record["config"], **{**fields, **changes})
+                    record["config"], **fields)
     return target
 
 
@@ -207,6 +208,8 @@ def test_what_does_not_fit_is_one_sentence(images, miniature_files, tmp_path, pr
     silent = prepared_edits(tmp_path / "silent", [(render(scene("test", 0)), render(scene("test", 1)), " ")])
     other_base = spoiled(adapter, tmp_path / "other_base.safetensors", base_sha256="0" * 64)
     other_dino = spoiled(adapter, tmp_path / "other_dino.safetensors", dinov2_sha256="0" * 64)
+    other_run = spoiled(adapter, tmp_path / "other_run.safetensors", dinov2_sha256=None, run="mine", step=7,
+                        towers={"miniature-dinov2": "tuned: mine_miniature-dinov2.safetensors"})
     other_adapter = spoiled(editor, tmp_path / "other_adapter.safetensors", adapter_sha256="0" * 64)
     out = tmp_path / "out"
     cases = [
@@ -217,7 +220,8 @@ def test_what_does_not_fit_is_one_sentence(images, miniature_files, tmp_path, pr
         ({"images": images, "out": locked}, f"{locked} cannot be written"),
         ({"images": images, "out": out, "presets": "tree182"}, "There is no hierarchy called 'tree182'; did you mean"),
         ({"images": images, "out": out, "adapter": other_base}, "was trained through another base"),
-        ({"images": images, "out": out, "adapter": other_dino}, "is not the DINOv2 that"),
+        ({"images": images, "out": out, "adapter": other_dino}, "is not the 'miniature-dinov2' that was tuned with"),
+        ({"images": images, "out": out, "adapter": other_run}, "is not the 'miniature-dinov2' that was tuned with"),
         ({"images": images, "out": out, "towers": towers[:1]}, "looks through 'miniature-dinov2', which is not among the towers"),
         ({"images": images, "out": out, "adapter": editor}, "'edit_decoder' where 'adapter' is needed"),
         ({"edits": edits, "out": out}, "Edits need --editor: give its file"),
