@@ -49,7 +49,7 @@ class Config:
     tower_ids: tuple[str, ...] = ()
     """For each tower the id of a published encoder, "" where the file says it itself; left out where all do."""
     images: str = ""
-    """Pictures to reconstruct: a folder of files, or a folder or URL that `sda prepare` filled."""
+    """Pictures to reconstruct: a folder or URL of picture files, or one that `sda prepare` filled."""
     edits: str = ""
     """Edits to carry out: a folder or URL that `sda prepare-edits` filled. Needs editor and text."""
     editor: Path | None = None

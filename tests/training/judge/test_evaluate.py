@@ -51,6 +51,7 @@ def images(tmp_path_factory, photos) -> Path:
     Image.fromarray(photos["flower"][:100, :100]).save(folder / "small.png")
     (folder / "broken.jpg").write_bytes(b"no picture at all")
     (folder / "cut.png").write_bytes((folder / "astronaut.png").read_bytes()[:5000])
+    (folder / ".hidden.png").write_bytes((folder / "astronaut.png").read_bytes())
     (folder / "notes.txt").write_text("no picture and no claim to be one", encoding="utf-8")
     return folder
 
@@ -215,7 +216,7 @@ def test_what_does_not_fit_is_one_sentence(images, miniature_files, tmp_path, pr
     cases = [
         ({"out": out}, "There is nothing to judge: give --images, --edits or both."),
         ({"images": empty, "out": out}, f"There are no pictures in {empty}: give a folder"),
-        ({"images": tmp_path / "none", "out": out}, "There is no folder"),
+        ({"images": tmp_path / "none", "out": out}, f"There is no {tmp_path / 'none'}; give a folder"),
         ({"images": only_small, "out": out}, f"Nothing in {only_small} could be judged (small.png: 100 x 100 px is smaller"),
         ({"images": images, "out": locked}, f"{locked} cannot be written"),
         ({"images": images, "out": out, "presets": "tree182"}, "There is no hierarchy called 'tree182'; did you mean"),
