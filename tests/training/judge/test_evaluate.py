@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +126,20 @@ def test_a_second_run_paints_only_what_is_missing_and_paints_it_alike(judged, im
     assert cli.main(line) == 0
     assert painted == [[seed_of(key, 0)]], "one picture was missing"
     assert np.abs(np.asarray(Image.open(file)) - before).max() <= 1, "alone as among others"
+
+
+def test_a_run_that_is_stopped_says_so_and_leaves_what_it_painted(images, miniature_files, tmp_path, monkeypatch, capsys):
+    plain, out = Painter.paint, tmp_path / "out"
+
+    def terminated(self, *rest):
+        if list(out.rglob("tree128.png")):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, *rest)
+
+    monkeypatch.setattr(Painter, "paint", terminated)
+    assert cli.main(flags(miniature_files, images=images, out=out, batch=1)) == 130
+    assert "Stopped. The same line goes on from here." in capsys.readouterr().out
+    assert len(list(out.rglob("tree128.png"))) == 1 and not (out / "results.json").exists() and not list(out.rglob("*.part"))
 
 
 def test_another_protocol_does_not_go_into_the_same_folder(judged, images, miniature_files, capsys):
