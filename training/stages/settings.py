@@ -100,18 +100,26 @@ class Config:
 
 def check(config: Config, world: World) -> None:
     """Refuse in one sentence what cannot be, before anything is loaded. ValueError."""
-    base, run, objective = config.base, config.run, config.objective
+    check_settings(config)
+    base = config.base
     check_precision(base.precision)
     if base.sharded:
         check_sharding(base.precision, world)
-    if run.compile and base.precision == "nf4":
-        raise ValueError("torch.compile gains nothing over bitsandbytes' NF4 kernels and breaks its graph at each of them; "
-                         "give --run.no-compile, or --base.precision bf16.")
-    world.share(run.batch, run.micro)
+    world.share(config.run.batch, config.run.micro)
     for path, key in ((base.flux, "base.flux"), (base.vae, "base.vae"), (base.text, "base.text"),
                       *((p, "vision.files") for p in config.vision.files)):
         if not Path(path).exists():
             raise ValueError(f"{key}: there is no {path}; put it there or give its place with --{key}.")
+
+
+def check_settings(config: Config) -> None:
+    """The part of `check` that needs neither files nor libraries nor processes."""
+    base, run, objective = config.base, config.run, config.objective
+    if base.sharded and base.precision in ("int8", "nf4"):
+        raise ValueError(f"A base in {base.precision} cannot be sharded; take precision bf16, or replicate the quantised base.")
+    if run.compile and base.precision in ("int8", "nf4"):
+        raise ValueError(f"torch.compile cannot train through a base in {base.precision} (its compiler refuses the quantised weights); "
+                         "give --run.no-compile, or --base.precision bf16.")
     for phases, key in ((objective.growth, "objective.growth"), (config.data.resolutions, "data.resolutions")):
         ends = [phase[0] for phase in phases]
         if ends != sorted(set(ends)) or not ends or ends[-1] != 1 or any(len(phase) < 2 for phase in phases):

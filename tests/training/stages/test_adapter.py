@@ -156,7 +156,7 @@ def test_a_corrupt_picture_stops_or_is_replaced(stage, parts, tmp_path, capsys):
 @pytest.mark.parametrize(("changes", "words"), [
     (dict(base=dict(sharded=True, precision="nf4")), "A base in nf4 cannot be sharded"),
     (dict(base=dict(sharded=True)), "nothing to shard over"),
-    (dict(base=dict(precision="nf4"), run=dict(compile=True)), "torch.compile gains nothing over bitsandbytes' NF4"),
+    (dict(base=dict(precision="nf4"), run=dict(compile=True)), "torch.compile cannot train through a base in nf4"),
     (dict(base=dict(vae="nowhere/ae.safetensors")), "base.vae: there is no nowhere/ae.safetensors"),
     (dict(run=dict(batch=4, micro=3)), "run.batch 4"),
     (dict(objective=dict(growth=((0.5, "tree64"),))), "objective.growth is a list of"),
