@@ -13,17 +13,12 @@ import comfy.ldm.flux.redux
 import comfy.sd
 from semantic_diffusion_adapter.kernels.visibility import region_bias
 from semantic_diffusion_adapter.nodes.dials import EmbeddingStrength, KeepOutsideMask
-from semantic_diffusion_adapter.nodes.host import flux, miniature, text_encoder
+from semantic_diffusion_adapter.nodes.host import flux
 from semantic_diffusion_adapter.nodes.host.conditioning import to_conditioning
 from semantic_diffusion_adapter.nodes.region import ComposeEmbeddings, PlaceEmbedding, RegionalPrompt
 from semantic_diffusion_adapter.nodes.style import FromStyleModel
 
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0, "replace"), (0.5, 0.0, 0.5, 1.0, "replace")
-
-
-@pytest.fixture
-def clip(assets):
-    return text_encoder.load_clip(str(assets / miniature.TEXT_ENCODER))
 
 
 def seen(e, grid=(4, 4)) -> torch.Tensor:
