@@ -69,6 +69,11 @@ class RunConfig:
     dry_run: Annotated[bool, tyro.conf.arg(aliases=("--dry-run",))] = free(False)
     """Print settings, parameters, memory and data, run one step, and write nothing."""
 
+    def __post_init__(self) -> None:
+        for key in ("max_steps", "batch", "log_every", "validate_every", "save_every", "keep"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"run.{key} is {getattr(self, key)}; it must be at least 1.")
+
 
 def from_toml(kind: type[T], path: Path, **overrides: Any) -> T:
     """Build the dataclass `kind` from a TOML file. Unknown or missing keys raise ValueError and name the nearest key."""

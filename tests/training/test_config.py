@@ -67,6 +67,12 @@ def test_a_word_that_is_no_choice_is_named_with_those_that_are():
         build(Config, {"run": RUN | {"on_nonfinite": "ignore"}, "file": "x"}, "c.toml")
 
 
+@pytest.mark.parametrize("key", ["max_steps", "batch", "validate_every", "keep"])
+def test_a_number_of_steps_or_samples_is_at_least_one(key):
+    with pytest.raises(ValueError, match=f"run.{key} is 0; it must be at least 1"):
+        build(Config, {"run": RUN | {key: 0}, "file": "x"}, "c.toml")
+
+
 @pytest.mark.parametrize("flags", [["--max-steps", "7", "--out", "x", "--resume", "never", "--dry-run"],
                                    ["--run.max-steps", "7", "--run.out", "x", "--run.resume", "never", "--run.dry-run"]])
 def test_flags_have_short_names_too(flags):

@@ -65,3 +65,10 @@ def listed(fs: fsspec.AbstractFileSystem, folder: str) -> dict[str, int]:
         return {posixpath.basename(f["name"]): f["size"] for f in fs.ls(folder, detail=True, refresh=True) if f["type"] == "file"}
     except FileNotFoundError:
         return {}
+
+
+def sweep(fs: fsspec.AbstractFileSystem, folder: str) -> None:
+    """Take away what killed writers have left in a folder."""
+    for name in listed(fs, folder):
+        if name.endswith(".writing"):
+            fs.rm(posixpath.join(folder, name))

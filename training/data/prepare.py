@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .files import absolute, digest, listed, read_table, write_json, write_table
+from .files import absolute, digest, listed, read_table, sweep, write_json, write_table
 from .index import NAME, PICTURES, Index, schema
 from .pictures import VERSION
 from .pipeline import cluster, stoppable, stream
@@ -79,6 +79,7 @@ def examine_all(fs, out: str, root: str, chunks: list[dict], least: int) -> pa.T
     counts = [count_of(chunk) for name, chunk in zip(names, chunks) if name in tasks]
     stream(scan, list(tasks.values()), "examining", sum(counts) if all(counts) else 0,
            f"{out}/_work/notes")
+    sweep(fs, posixpath.join(root, "_work/scan"))
     with ThreadPoolExecutor(16) as pool:
         parts = list(pool.map(lambda name: read_table(fs, posixpath.join(root, "_work/scan", name)), names))
     chunk = np.repeat(np.arange(len(parts)), [len(p) for p in parts])
@@ -123,7 +124,7 @@ def layout(kept: pa.Table, chunks: list[dict], out: str, kind: str, config: Conf
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, SCANNED) as writer:
             writer.write_table(part.select(SCANNED.names))
-        rows = [{k: v.hex() if isinstance(v, bytes) else v for k, v in row.items()} for row in part.drop("chunk").to_pylist()]
+        rows = [{k: v.hex() if isinstance(v, bytes) else v for k, v in row.items()} for row in part.select(SCANNED.names).to_pylist()]
         tasks.append({
             "out": out, "number": number, "kind": kind, "resolutions": list(config.resolutions), "first": first,
             "parts": json.dumps([[chunks[n], p.tolist()] for n, p in zip(numbers.tolist(), places)]),
@@ -149,13 +150,15 @@ def finish(fs, root: str, out: str, tasks: list[dict], total: int) -> None:
     todo = [{k: v for k, v in task.items() if k != "count"} for task, is_done in zip(tasks, ready) if not is_done]
     names = {f"{task['number']:06}" for task in tasks}
     stale = [posixpath.join(root, folder, name) for folder, there in (("_work/shards", marks), ("shards", shards))
-             for name in there if name.split(".")[0] not in names or name.endswith(".writing")]
+             for name in there if name.split(".")[0] not in names]
     if (todo or stale) and fs.exists(posixpath.join(root, NAME)):
         fs.rm(posixpath.join(root, NAME))
     for path in stale:
         fs.rm(path)
     stream(write, todo, "writing", total - sum(t["count"] for t, is_done in zip(tasks, ready) if is_done),
            f"{out}/_work/notes")
+    for folder in ("shards", "_work/shards"):
+        sweep(fs, posixpath.join(root, folder))
 
 
 def merge(fs, root: str, tasks: list[dict], kind: str, resolutions: tuple[int, ...]) -> pa.Table:

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 PICTURE = {"jpg", "jpeg", "jfif", "png", "webp", "avif", "bmp", "gif", "tif", "tiff", "jp2"}
 ROWS = 64
 """Pictures to a chunk, of loose files."""
-PATH_COLUMNS = ("path", "image_path", "file_path", "file_name", "filename", "image", "url")
+PATH_COLUMNS = ("path", "image_path", "file_path", "file_name", "filename", "image")
 CAPTION_COLUMNS = ("caption", "text", "prompt", "txt")
 
 

@@ -33,8 +33,10 @@ def damage(folder: Path) -> str | None:
                 return f"{name} is not what was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (ValueError, KeyError):
+    except ValueError:
         return "complete.json cannot be read"
+    except KeyError:
+        return "it was written by another version"
     return None
 
 

@@ -23,11 +23,14 @@ SKIPS = 5  # steps in a row whose loss or gradient may be not finite before a ru
 
 
 class Signals:
-    """Notes SIGTERM and Ctrl-C while it is open, so that a step can end and be saved."""
+    """Notes SIGTERM, Ctrl-C and a terminal that closes while it is open, so that a step can end and be saved."""
 
     def __enter__(self) -> Signals:
         self.seen = False
-        self.previous = {n: signal.signal(n, self.note) for n in (signal.SIGTERM, signal.SIGINT)}
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
+            numbers.append(signal.SIGHUP)
+        self.previous = {n: signal.signal(n, self.note) for n in numbers}
         return self
 
     def note(self, number, frame) -> None:
@@ -64,7 +67,7 @@ def blame(stage: Stage, steps: list[Step], run: RunConfig, world: World) -> str:
 def train(stage: Stage, config: Any, world: World) -> bool:
     """Run the stage from its last checkpoint (or from the start) to `config.run.max_steps`, then export.
 
-    Ctrl-C and SIGTERM, to whichever process, let the step end in all, save and return False; a finished run returns True.
+    Ctrl-C, SIGTERM and SIGHUP, to whichever process, let the step end in all, save and return False; a finished run returns True.
     """
     run = config.run
     check(stage, run, world)

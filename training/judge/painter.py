@@ -53,7 +53,8 @@ class Painter:
 
     def __init__(self, files: Files, device: torch.device, precision: Precision):
         self.files, self.device = files, device
-        self.hashes = {"flux": base_sha256(files.flux), "adapter": file_hash(files.adapter), "vae": base_sha256(files.vae)}
+        vae = files.vae / "vae" if (files.vae / "vae").is_dir() else files.vae
+        self.hashes = {"flux": base_sha256(files.flux), "adapter": file_hash(files.adapter), "vae": base_sha256(vae)}
         self.hashes |= {f"tower {path.name}": base_sha256(path) for path in files.towers}
         self.adapter, self.record = self._adapter()
         self.towers = self._towers()
@@ -78,16 +79,17 @@ class Painter:
         return adapter.to(self.device).eval().requires_grad_(False), record
 
     def _towers(self) -> dict:
-        files, tuned = self.files, self.record.get("dinov2_sha256")
+        files, record = self.files, self.record
         dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
         towers = load_towers(files.towers, files.tower_ids, self.device, dtype)
-        for path, tower in zip(files.towers, towers.values()):
-            if tower.config.kind == "dinov2" and tuned is not None and tuned != self.hashes[f"tower {path.name}"]:
-                raise ValueError(f"{path} is not the DINOv2 that {files.adapter} was trained with: give the one exported with it.")
         for config in self.adapter.config.towers:
             if config.id not in towers:
                 raise ValueError(f"{files.adapter} looks through '{config.id}', which is not among the towers "
                                  f"({', '.join(towers)}): add its file to --towers.")
+        for (name, tower), path in zip(towers.items(), files.towers):
+            if tower.config.kind == "dinov2" and not tuned_together(path, self.hashes[f"tower {path.name}"], name, record):
+                raise ValueError(f"{path} is not the '{name}' that was tuned with {files.adapter}: "
+                                 "give the one exported with it.")
         return towers
 
     def _editor(self) -> EditDecoder:
@@ -136,6 +138,17 @@ class Painter:
     def round_trip(self, pictures: Tensor) -> np.ndarray:
         """Pictures [B, 3, H, W] float in [0, 1] through the autoencoder and back, [B, H, W, 3] uint8."""
         return to_pixels(self.vae.decode(self.vae.moments(pictures.to(self.device))[0]))
+
+
+def tuned_together(path: Path, sha256: str, name: str, record: dict) -> bool:
+    """Whether the file of the tower `name` is the one that an adapter's record asks for; it asks for none where training left
+    the tower as it was published."""
+    if "dinov2_sha256" in record:
+        return sha256 == record["dinov2_sha256"]
+    if not record.get("towers", {}).get(name, "").startswith("tuned"):
+        return True
+    own = checkpoint.read_header(path) if path.is_file() and checkpoint.has_record(path) else {}
+    return all(own.get(key) == record[key] for key in ("run", "step"))
 
 
 def seed_of(key: str, seed: int) -> int:

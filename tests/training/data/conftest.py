@@ -8,13 +8,9 @@ import shutil
 import tarfile
 from pathlib import Path
 
-import fsspec
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from semantic_diffusion_adapter.training.data import index as index_module
 
 
 def jpeg(height: int, width: int, seed: int = 0) -> bytes:
@@ -26,24 +22,31 @@ def jpeg(height: int, width: int, seed: int = 0) -> bytes:
     return stream.getvalue()
 
 
-def table_of(sizes, resolutions=(512,), kind="pictures", **columns) -> pa.Table:
-    """An index's table of pictures of these (height, width), without any shard."""
+def table_of(sizes, resolutions=(512,), kind="pictures", **columns):
+    """An index's pyarrow table of pictures of these (height, width), without any shard."""
+    import pyarrow as pa
+    from semantic_diffusion_adapter.training.data import index
+
     digests = [hashlib.sha256(f"{i} {s}".encode()).digest() for i, s in enumerate(sizes)]
     values = {
         "key": [f"{i:09}" for i in range(len(sizes))], "origin": [f"{i}.jpg" for i in range(len(sizes))],
         "shard": ["shards/000000.tar"] * len(sizes), "offset": [0] * len(sizes), "length": [0] * len(sizes),
         "sha256": digests, "height": [s[0] for s in sizes], "width": [s[1] for s in sizes],
         "caption": [f"picture {i}" for i in range(len(sizes))],
-        **{f"bucket_{r}": [index_module.bucket_of(*s, r) for s in sizes] for r in resolutions}, **columns,
+        **{f"bucket_{r}": [index.bucket_of(*s, r) for s in sizes] for r in resolutions}, **columns,
     }
-    schema = index_module.schema(kind, resolutions)
+    schema = index.schema(kind, resolutions)
     return pa.table([pa.array(values[f.name], f.type) for f in schema], schema=schema)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def written():
-    """write(url, pictures, resolutions): a tar and an index at any fsspec URL."""
-    def write(url: str, pictures: list[bytes], resolutions=(64,)) -> index_module.Index:
+    """write(url, pictures, resolutions): a tar and an Index at any fsspec URL."""
+    import fsspec
+    import pyarrow.parquet as pq
+    from semantic_diffusion_adapter.training.data.index import Index
+
+    def write(url: str, pictures: list[bytes], resolutions=(64,)) -> Index:
         fs, root = fsspec.url_to_fs(url)
         fs.makedirs(f"{root}/shards", exist_ok=True)
         stream, offsets = io.BytesIO(), []
@@ -59,20 +62,20 @@ def written():
                          sha256=[hashlib.sha256(p).digest() for p in pictures])
         with fs.open(f"{root}/index.parquet", "wb") as file:
             pq.write_table(table, file)
-        return index_module.Index.read(url)
+        return Index.read(url)
     return write
 
 
 @pytest.fixture(scope="session")
 def two_nodes():
-    """A Ray cluster of two nodes with one core each, to which this process is connected."""
+    """A Ray cluster of two nodes with one core each, to which this process is connected. One of them says that it has a GPU."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     ray = pytest.importorskip("ray", reason="ray is not installed: pip install -e '.[training]'")
     from ray.cluster_utils import Cluster
 
     node = {"num_cpus": 1, "object_store_memory": 80 * 2 ** 20, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=node)
-    cluster.add_node(**node)
+    cluster.add_node(**node, num_gpus=1)
     ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
     yield cluster
     ray.shutdown()

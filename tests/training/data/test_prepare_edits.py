@@ -4,18 +4,22 @@ from __future__ import annotations
 import io
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-import webdataset
 from PIL import Image
-from semantic_diffusion_adapter.training.data import prepare_edits
-from semantic_diffusion_adapter.training.data.batches import Plan
-from semantic_diffusion_adapter.training.data.decode import decode, decode_edit
-from semantic_diffusion_adapter.training.data.index import Index
 
-from .conftest import jpeg
+for package in ("pyarrow", "ray", "webdataset"):
+    pytest.importorskip(package, reason=f"{package} is not installed: pip install -e '.[training]'")
+
+import pyarrow as pa  # noqa: E402
+import pyarrow.parquet as pq  # noqa: E402
+import webdataset  # noqa: E402
+from semantic_diffusion_adapter.training.data import prepare_edits  # noqa: E402
+from semantic_diffusion_adapter.training.data.batches import Plan  # noqa: E402
+from semantic_diffusion_adapter.training.data.decode import decode, decode_edit  # noqa: E402
+from semantic_diffusion_adapter.training.data.index import Index  # noqa: E402
+
+from .conftest import jpeg  # noqa: E402
 
 
 def picture(height: int, width: int, seed: int) -> dict:

@@ -1,4 +1,5 @@
-"""Not a test: kills a training again and again, at random moments and while it writes checkpoints.
+"""Not a test: kills a training again and again, at random moments and while it writes checkpoints; and lets one process of
+two meet a loss that is not finite, a full disk, a signal.
 
 usage: kills.py FOLDER. Leaves the run folders and a report for test_kills.py.
 """
@@ -8,6 +9,7 @@ import contextlib
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import time
@@ -20,9 +22,9 @@ from semantic_diffusion_adapter.training.engine.checkpoints import damage
 KILLS = 20
 
 
-def quiet(config) -> bool:
+def quiet(config, at: dict | None = None) -> bool:
     sys.stdout = open(os.devnull, "w")
-    return tiny.main(config)
+    return tiny.main(config, at=at)
 
 
 def newest(out: Path) -> int:
@@ -73,9 +75,37 @@ def story(root: Path, name: str, sizes: list[int]) -> dict:
     return report
 
 
+def one_of_two(root: Path, name: str, position: int, event) -> list[list]:
+    """How both processes end where something happens in step 7 to the one that has a sample: [what was raised or returned, its
+    words]."""
+    def life() -> None:
+        try:
+            ended = [str(quiet(tiny.settings(root / name), {(7, position): event})), ""]
+        except Exception as error:
+            ended = [type(error).__name__, str(error)]
+        (root / f"{name}.{os.environ['RANK']}").write_text(json.dumps(ended))
+
+    run(2, life)
+    return [json.loads((root / f"{name}.{rank}").read_text()) for rank in (0, 1)]
+
+
+def full_disk() -> float:
+    """No file of this process may grow beyond a few bytes from now on."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, resource.RLIM_INFINITY))
+    return 1.0
+
+
+def terminated() -> float:
+    os.kill(os.getpid(), signal.SIGTERM)
+    return 1.0
+
+
 if __name__ == "__main__":
     tiny.torch.set_num_threads(1)
     root = Path(sys.argv[1])
     run(1, lambda: quiet(tiny.settings(root / "straight")))
     reports = {"alone": story(root, "alone", [1] * KILLS), "moved": story(root, "moved", [1] * 5 + [2] * 5)}
+    reports["nan"] = one_of_two(root, "nan", 3, lambda: float("nan"))
+    reports["signal"] = one_of_two(root, "signal", 3, terminated)
+    reports["disk"] = one_of_two(root, "disk", 0, full_disk)
     (root / "report.json").write_text(json.dumps(reports))

@@ -40,6 +40,7 @@ FLUX = dict(hidden_size=24, num_heads=2, depth=2, depth_single_blocks=3, axes_di
 class Config:
     run: RunConfig
     shard: bool = free(False)
+    checkpointing: bool = free(False)
 
 
 class ToyAdapter:
@@ -61,6 +62,8 @@ class ToyAdapter:
         self.objective = AdapterObjective(self.flux, attention, adapter, {"dino": build_tower(TOWER).requires_grad_(False)},
                                           AdapterTraining(growth=((0.5, "global16"), (1.0, "tree64", "tree128"))))
         self.trainables = nn.ModuleDict({"adapter": adapter, "tuned": nn.ParameterList(self.objective.unlock())})
+        if config.checkpointing:
+            self.flux.enable_gradient_checkpointing()
         if config.shard:
             shard_base(self.flux, world)
 
@@ -117,7 +120,7 @@ def case(root: Path, name: str, shard: bool = False, micro: int = 2) -> None:
 
 def moved(root: Path, shard: bool, stop_at: int | None) -> None:
     """The same run in parts: the last process gets SIGTERM in step `stop_at`."""
-    config = Config(settings(root / "moved"), shard)
+    config = Config(settings(root / "moved"), shard, checkpointing=shard)
     world = World.start("cpu")
     stage = ToyAdapter(config, world)
     if world.rank == world.size - 1:

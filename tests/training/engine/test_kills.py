@@ -46,6 +46,18 @@ def test_a_training_killed_again_and_again_has_the_curve_of_one_that_never_was(k
     assert curve(killed / story) == straight
 
 
+def test_what_happens_to_one_process_ends_both(killed):
+    """The second of two processes, which writes nothing, meets a loss that is not finite, or gets SIGTERM; the first one, which
+    writes, a full disk."""
+    report = json.loads((killed / "report.json").read_text())
+    for name, words in report["nan"]:
+        assert name == "FloatingPointError" and "step 7 is not finite; samples: number 3 of the batch." in words
+    assert report["signal"] == [["False", ""]] * 2 and newest(killed / "signal") == 8
+    for name, words in report["disk"]:
+        assert name == "OSError" and words.startswith("Step 9 could not be saved") and "make room in" in words
+    assert newest(killed / "disk") == 6
+
+
 def newest(out: Path) -> int:
     return max((int(p.name[5:]) for p in (out / "checkpoints").glob("step_*") if not damage(p)), default=0)
 
@@ -58,12 +70,10 @@ def until(condition, process: subprocess.Popen, seconds: float = 90) -> None:
 
 
 def test_torchrun_restarts_what_was_killed_and_a_signal_ends_it_cleanly(killed, tmp_path):
-    """Two processes under torchrun: one of them killed, then SIGTERM to torchrun; one process goes on from there."""
-    def torchrun(size: int) -> subprocess.Popen:
-        return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}",
-                                 "--max-restarts=3", str(HERE / "tiny.py"), str(tmp_path)], env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-    process = torchrun(2)
+    """Two processes under torchrun: one of them killed, then SIGTERM to torchrun; one process alone goes on from there."""
+    program = [str(HERE / "tiny.py"), str(tmp_path)]
+    process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3",
+                                *program], env={**os.environ, "OMP_NUM_THREADS": "1"})
     until(lambda: newest(tmp_path) >= 6, process)
     victim = int((tmp_path / "pid.1").read_text())
     os.kill(victim, signal.SIGKILL)
@@ -74,6 +84,5 @@ def test_torchrun_restarts_what_was_killed_and_a_signal_ends_it_cleanly(killed, 
     process.wait(60)
     stopped = newest(tmp_path)
     assert stopped < 80 and curve(tmp_path)[-1]["step"] == stopped, "the step in work was ended, written down and saved"
-    process = torchrun(1)
-    assert process.wait(120) == 0
+    subprocess.run([sys.executable, *program], check=True, timeout=120)
     assert curve(tmp_path) == curve(killed / "straight")

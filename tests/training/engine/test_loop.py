@@ -21,7 +21,7 @@ def stop_at(step: int, number: int = signal.SIGTERM) -> dict:
     return {step: lambda: os.kill(os.getpid(), number)}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_the_resumed_run_is_the_same_bit_for_bit(tmp_path, straight, number):
     run = settings(tmp_path / "cut", save_every=100)
     handler = signal.getsignal(number)

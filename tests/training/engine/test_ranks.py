@@ -64,7 +64,8 @@ def test_the_curve_is_that_of_one_process(root, case):
         assert losses(root, case) == losses(root, "alone")
 
 
-def test_a_run_that_moves_from_one_process_to_two_with_a_sharded_base_keeps_its_curve(root):
+def test_a_run_that_moves_from_one_process_to_two_and_back_keeps_its_curve(root):
+    """Its base is sharded and checkpointed while there are two."""
     assert losses(root, "moved") == losses(root, "alone")
 
 

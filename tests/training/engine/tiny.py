@@ -1,6 +1,6 @@
 """Not a test: a stage of a few milliseconds a step, and a program that trains it, for torchrun.
 
-usage: tiny.py OUT [KEY=VALUE ...] (of the run)
+usage: tiny.py OUT
 """
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Tiny:
 
     name = "tiny"
 
-    def __init__(self, seconds: float = 0.0):
+    def __init__(self, seconds: float = 0.0, at: dict | None = None):
         torch.manual_seed(0)
-        self.seconds, self.identity = seconds, {"base": "abc"}
+        self.seconds, self.at, self.identity = seconds, at or {}, {"base": "abc"}
         self.trainables = nn.ModuleDict({"wide": nn.Linear(WIDTH, WIDTH), "late": nn.Linear(WIDTH, 4)})
 
     def loss(self, step):
@@ -40,6 +40,9 @@ class Tiny:
         x = step.randn(WIDTH)
         out = self.trainables["late"](self.trainables["wide"](x).tanh())
         loss = (out - x[:, :4]).square().mean()
+        for (number, position), event in self.at.items():
+            if number == step.number and position in step.positions:  # in one process of two
+                loss = loss * event()
         return loss, {"size": out.square().mean()}
 
     def scales(self, step):
@@ -57,15 +60,15 @@ def settings(out: Path, **fields) -> Config:
                                "save_every": 3, "validate_every": 20, "log_every": 1000, **fields}))
 
 
-def main(config: Config, seconds: float = 0.0) -> bool:
+def main(config: Config, seconds: float = 0.0, at: dict | None = None) -> bool:
     torch.set_num_threads(1)
     world = World.start("cpu")
-    ended = train(Tiny(seconds), config, world)
+    ended = train(Tiny(seconds, at), config, world)
     world.leave()
     return ended
 
 
 if __name__ == "__main__":
     out = Path(sys.argv[1])
-    (out / f"pid.{os.environ['RANK']}").write_text(str(os.getpid()))
+    (out / f"pid.{os.environ.get('RANK', 0)}").write_text(str(os.getpid()))
     sys.exit(0 if main(settings(out), 0.02) else 130)
