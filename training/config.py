@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import json
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -19,17 +19,23 @@ except ModuleNotFoundError:  # Python 3.10
 T = TypeVar("T")
 
 
+def free(default: Any = dataclasses.MISSING) -> Any:
+    """A field that a resumed run may change, since it changes neither what is learnt nor from which samples. (So may a Path:
+    where a file lies is free, what it holds is for the stage's identity.)"""
+    return field(default=default, metadata={"free": True})
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """What every stage shares."""
 
     out: Annotated[Path, tyro.conf.arg(aliases=("--out",))]
     """Run folder: config.toml, metrics.jsonl, TensorBoard events, validation/, checkpoints/."""
-    max_steps: Annotated[int, tyro.conf.arg(aliases=("--max-steps",))]
-    """The run ends after this many steps."""
+    max_steps: Annotated[int, tyro.conf.arg(aliases=("--max-steps",))] = free()
+    """The run ends after this many steps; more of them extend the plateau of the learning rate."""
     batch: int = 32
     """Samples of a step, over all processes."""
-    micro: int = 0
+    micro: int = free(0)
     """Samples that a process takes at once; their gradients add up to the step's. 0: all of its share."""
     seed: int = 0
     lr: float = 1e-3
@@ -44,24 +50,29 @@ class RunConfig:
     """Decay of the averaged weights, the ones that are validated and exported."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16 is by autocast."""
-    device: str = "auto"
-    threads: int = 0
+    device: str = free("auto")
+    threads: int = free(0)
     """CPU threads; 0 leaves PyTorch's choice."""
-    compile: bool = False
-    log_every: int = 50
+    compile: bool = free(False)
+    log_every: int = free(50)
     """Steps between lines on the console and points in TensorBoard; metrics.jsonl has every step."""
-    validate_every: int = 1000
-    save_every: int = 1000
-    keep: int = 2
+    validate_every: int = free(1000)
+    save_every: int = free(1000)
+    keep: int = free(2)
     """How many checkpoints to keep, the newest ones."""
-    keep_every: int = 0
+    keep_every: int = free(0)
     """Besides, every checkpoint of a step that is a multiple of this stays for good; 0: none."""
-    on_nonfinite: Literal["stop", "skip"] = "stop"
+    on_nonfinite: Literal["stop", "skip"] = free("stop")
     """What to do where the loss or the gradient is not finite: stop and name the samples, or leave the step out."""
-    resume: Annotated[Literal["auto", "never"], tyro.conf.arg(aliases=("--resume",))] = "auto"
+    resume: Annotated[Literal["auto", "never"], tyro.conf.arg(aliases=("--resume",))] = free("auto")
     """auto: go on from the last checkpoint of the run folder if there is one; never: start anew in an empty folder."""
-    dry_run: Annotated[bool, tyro.conf.arg(aliases=("--dry-run",))] = False
+    dry_run: Annotated[bool, tyro.conf.arg(aliases=("--dry-run",))] = free(False)
     """Print settings, parameters, memory and data, run one step, and write nothing."""
+
+    def __post_init__(self) -> None:
+        for key in ("max_steps", "batch", "log_every", "validate_every", "save_every", "keep"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"run.{key} is {getattr(self, key)}; it must be at least 1.")
 
 
 def from_toml(kind: type[T], path: Path, **overrides: Any) -> T:
@@ -79,9 +90,9 @@ def build(kind: type[T], data: dict, where: str) -> T:
             hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(fields)}."
             raise ValueError(f"{where}: unknown key '{key}'; {hint}")
     values = {}
-    for name, field in fields.items():
+    for name, known in fields.items():
         if name not in data:
-            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            if known.default is dataclasses.MISSING and known.default_factory is dataclasses.MISSING:
                 raise ValueError(f"{where}: the key '{name}' is missing; add it.")
             continue
         values[name] = convert(data[name], hints[name], where, name)
@@ -91,13 +102,16 @@ def build(kind: type[T], data: dict, where: str) -> T:
 def convert(value: Any, hint: Any, where: str, name: str) -> Any:
     """A value from TOML as the field's type has it."""
     inner = typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return build(hint, value, f"{where} [{name}]")
-    if typing.get_origin(hint) is Literal and value not in inner:
-        raise ValueError(f"{where}: '{name}' cannot be {value!r}; use one of {', '.join(map(repr, inner))}.")
     if typing.get_origin(hint) is tuple:
         return tuple(Path(v) if Path in inner else tuple(v) if isinstance(v, list) else v for v in value)
-    return Path(value) if hint is Path or Path in inner else value
+    if typing.get_origin(hint) is Literal and value not in inner:
+        raise ValueError(f"{where}: '{name}' cannot be {value!r}; use one of {', '.join(map(repr, inner))}.")
+    for kind in (hint, *inner):  # the type itself, or what may also be None
+        if dataclasses.is_dataclass(kind):
+            return build(kind, value, f"{where} [{name}]")
+        if kind is Path:
+            return Path(value)
+    return value
 
 
 def to_dict(config: Any) -> dict:

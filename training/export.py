@@ -28,7 +28,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, 
 @dataclass(frozen=True)
 class Config:
     run: Annotated[Path, tyro.conf.Positional]
-    """Folder of a run of `sda train adapter`."""
+    """Folder of a run of `sda train adapter` or `sda train editor`."""
     to: Path | None = None
     """Where the files go; `export` in the run's folder otherwise. ComfyUI's models folder will do."""
     dtype: Literal["fp16", "bf16", "fp32", "int8"] = "fp16"
@@ -96,6 +96,11 @@ def run(config: Config) -> bool:
     if folder is None:
         raise ValueError(f"There is no checkpoint in {config.run}; give the folder of a run that has saved one.")
     record = json.loads((folder / "complete.json").read_text(encoding="utf-8"))
+    if "decoder" in record["identity"]:
+        from .stages.editor_export import export_editor
+
+        print(export_editor(folder, record, config.to or config.run / "export", config.dtype))
+        return True
     if record["stage"] != "adapter" or "adapter" not in record["identity"]:
         raise ValueError(f"{config.run} holds a run of '{record['stage']}' that `sda train adapter` did not make; "
                          "it exports at its own end.")

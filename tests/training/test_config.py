@@ -46,6 +46,42 @@ def test_a_wrong_key_is_named_with_its_remedy(data, message):
         build(Config, data, "c.toml")
 
 
+@dataclass(frozen=True)
+class Deep:
+    run: RunConfig
+    files: tuple[Path, ...] = ()
+    head: Path | None = None
+    outer: Config | None = None
+
+
+def test_paths_in_lists_and_tables_in_tables_come_back_as_they_were(tmp_path):
+    inner = Config(RunConfig(Path("there"), 5), Path("c/d"), Part(((0.5, "ä"),)))
+    config = Deep(RunConfig(Path("here"), 3), (Path("a"), Path("b")), Path("h"), inner)
+    write_toml(config, tmp_path / "config.toml")
+    found = from_toml(Deep, tmp_path / "config.toml")
+    assert found == config and found.files[1].name == "b"
+
+
+def test_a_word_that_is_no_choice_is_named_with_those_that_are():
+    with pytest.raises(ValueError, match=r"c.toml \[run\]: 'on_nonfinite' cannot be 'ignore'; use one of 'stop', 'skip'"):
+        build(Config, {"run": RUN | {"on_nonfinite": "ignore"}, "file": "x"}, "c.toml")
+
+
+@pytest.mark.parametrize("key", ["max_steps", "batch", "validate_every", "keep"])
+def test_a_number_of_steps_or_samples_is_at_least_one(key):
+    with pytest.raises(ValueError, match=f"run.{key} is 0; it must be at least 1"):
+        build(Config, {"run": RUN | {key: 0}, "file": "x"}, "c.toml")
+
+
+@pytest.mark.parametrize("flags", [["--max-steps", "7", "--out", "x", "--resume", "never", "--dry-run"],
+                                   ["--run.max-steps", "7", "--run.out", "x", "--run.resume", "never", "--run.dry-run"]])
+def test_flags_have_short_names_too(flags):
+    tyro = pytest.importorskip("tyro", reason="tyro is not installed: pip install -e '.[training]'")
+    default = build(Config, {"run": RUN, "file": "a/b"}, "c.toml")
+    run = tyro.cli(Config, args=flags, default=default).run
+    assert (run.max_steps, run.out, run.resume, run.dry_run) == (7, Path("x"), "never", True)
+
+
 def test_what_a_run_writes_down_gives_the_same_configuration(tmp_path):
     config = build(Config, {"run": RUN | {"lr": 3e-4, "compile": True}, "file": "a/b", "part": {"weight": 0.25}}, "c.toml")
     write_toml(config, tmp_path / "config.toml")

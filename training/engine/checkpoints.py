@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..config import RunConfig, to_dict
+from ..config import to_dict
 from ..files import file_hash
 from .learner import Learner
-
-# Keys of [run] that change neither what is learnt nor from which samples. (More steps extend the plateau.)
-FREE = {"out", "max_steps", "micro", "device", "threads", "compile", "log_every", "validate_every", "save_every", "keep",
-        "keep_every", "on_nonfinite", "resume", "dry_run"}
 
 
 def damage(folder: Path) -> str | None:
@@ -36,8 +33,10 @@ def damage(folder: Path) -> str | None:
                 return f"{name} is not what was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (ValueError, KeyError):
+    except ValueError:
         return "complete.json cannot be read"
+    except KeyError:
+        return "it was written by another version"
     return None
 
 
@@ -64,31 +63,25 @@ def flat(data: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for name, part in data.items() for k, v in flat(part, f"{prefix}{name}.").items()}
 
 
-def free_keys(config: Any, prefix: str = "") -> set[str]:
-    """Dotted keys that a resumed run may change: FREE, fields with metadata {"free": True}, and where files lie (what they
-    hold is in the stage's identity)."""
-    found = set()
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field]]:
+    """(dotted key, value, field) of a configuration and its tables."""
     for field in dataclasses.fields(config):
         value, key = getattr(config, field.name), f"{prefix}{field.name}"
         if dataclasses.is_dataclass(value):
-            found |= free_keys(value, f"{key}.")
-        elif (isinstance(config, RunConfig) and field.name in FREE) or field.metadata.get("free"):
-            found.add(key)
-        elif isinstance(value, Path) or (isinstance(value, tuple) and value and all(isinstance(v, Path) for v in value)):
-            found.add(key)
-    return found
+            yield from leaves(value, f"{key}.")
+        else:
+            yield key, value, field
 
 
-def defaults(config: Any, prefix: str = "") -> dict[str, Any]:
-    """{dotted key: default} of the configuration's fields that have one: what a run from before a key existed had."""
-    found = {}
-    for field in dataclasses.fields(config):
-        value, key = getattr(config, field.name), f"{prefix}{field.name}"
-        if dataclasses.is_dataclass(value):
-            found |= defaults(value, f"{key}.")
-        elif field.default is not dataclasses.MISSING:
-            found[key] = field.default
-    return found
+def is_free(value: Any, field: dataclasses.Field) -> bool:
+    """Whether a resumed run may change the field (config.free)."""
+    paths = value if isinstance(value, tuple) and value else (value,)
+    return field.metadata.get("free", False) or all(isinstance(v, Path) for v in paths)
+
+
+def plain(data: Any) -> Any:
+    """As it comes back from JSON."""
+    return json.loads(json.dumps(data, default=str))
 
 
 def differences(old: dict, new: dict) -> dict[str, str]:
@@ -130,12 +123,13 @@ class Checkpoints:
         stage = self.learner.stage
         if record["stage"] != stage.name:
             raise ValueError(f"{self.folder} holds a run of '{record['stage']}', not of '{stage.name}'; give another --run.out.")
-        new = flat(to_dict(self.config))
-        plain = json.loads(json.dumps(defaults(self.config), default=str))
-        changed = differences({**{k: v for k, v in plain.items() if k in new}, **flat(record["config"])}, new)
-        allowed = free_keys(self.config)
-        told = json.loads(json.dumps(stage.identity, default=str))
-        wrong = {**{k: v for k, v in changed.items() if k not in allowed}, **differences(flat(record["identity"]), flat(told))}
+        new, fields = flat(to_dict(self.config)), list(leaves(self.config))
+        # What an older checkpoint has no word of, it had at its default.
+        old = {k: f.default for k, _, f in fields if k in new and f.default is not dataclasses.MISSING}
+        changed = differences({**plain(old), **flat(record["config"])}, new)
+        free = {key for key, value, field in fields if is_free(value, field)}
+        wrong = {**{k: v for k, v in changed.items() if k not in free},
+                 **differences(flat(record["identity"]), flat(plain(stage.identity)))}
         if wrong:
             raise ValueError(f"{self.folder} holds a run of other settings; give them again, or another --run.out. What differs: "
                              + "; ".join(f"{k}: {v}" for k, v in wrong.items()) + ".")

@@ -52,7 +52,7 @@ def dry_run(stage: Stage, config: Any, world: World) -> bool:
     learner = Learner(stage, config.run, world)
     learner.set_rates(0)
     clock = time.perf_counter()
-    _, parts, norm = learner.gradients(0)
+    parts, norm = learner.gradients(learner.steps(0))
     learner.step()
     parts = dict(zip(parts, world.mean(list(parts.values()))))
     say(f"\none step of {config.run.batch} samples on {world.size} x {world.device.type}, in {len(learner.micro)} micro-batches each: "

@@ -89,26 +89,29 @@ class Learner:
                     parameter.requires_grad_(group["name"] in learning)
             self.objective = self.world.together(Objective(self.stage))
 
-    def gradients(self, number: int) -> tuple[list[tuple[Step, Tensor]], dict[str, float], float]:
-        """Forward and backward of this process's micro-batches.
+    def steps(self, number: int) -> list[Step]:
+        """This process's micro-batches of a step."""
+        run = self.run
+        return [Step(number, run.max_steps, run.seed, self.stage.name, self.world.device, positions, run.batch)
+                for positions in self.micro]
 
-        Returns (micro-batches with their losses, the process's mean loss and parts, the norm of the clipped gradient)."""
-        run, device, done = self.run, self.world.device, []
+    def gradients(self, steps: list[Step]) -> tuple[dict[str, float], float]:
+        """Forward and backward of the micro-batches: (this process's mean loss and its parts, the norm of the gradient of all
+        processes before it was clipped)."""
+        run, device = self.run, self.world.device
         sums: dict[str, Tensor] = {}
-        for n, positions in enumerate(self.micro):
-            step = Step(number, run.max_steps, run.seed, self.stage.name, device, positions, run.batch)
-            alone = self.world.size == 1 or n == len(self.micro) - 1
+        for n, step in enumerate(steps):
+            alone = self.world.size == 1 or n == len(steps) - 1
             with nullcontext() if alone else self.objective.no_sync():
                 with torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bf16"):
                     loss, parts = self.objective(step)
-                (loss / len(self.micro)).backward()
-            done.append((step, loss.detach()))
+                (loss / len(steps)).backward()
             for name, value in {"loss": loss.detach(), **parts}.items():
                 sums[name] = sums.get(name, 0) + value.double()
         norm = nn.utils.clip_grad_norm_(self.stage.trainables.parameters(), run.clip)
-        numbers = torch.stack([*sums.values(), norm.double() * len(self.micro)]).tolist()
-        *means, norm = [x / len(self.micro) for x in numbers]
-        return done, dict(zip(sums, means)), norm
+        numbers = torch.stack([*sums.values(), norm.double() * len(steps)]).tolist()
+        *means, norm = [x / len(steps) for x in numbers]
+        return dict(zip(sums, means)), norm
 
     def rates(self) -> dict[str, float]:
         """The learning rate of each child of the trainables."""

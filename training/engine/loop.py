@@ -5,11 +5,12 @@ import math
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from ..config import RunConfig
 from .checkpoints import Checkpoints
 from .compiling import check_compiler
 from .dry import dry_run
@@ -22,11 +23,14 @@ SKIPS = 5  # steps in a row whose loss or gradient may be not finite before a ru
 
 
 class Signals:
-    """Notes SIGTERM and Ctrl-C while it is open, so that a step can end and be saved."""
+    """Notes SIGTERM, Ctrl-C and a terminal that closes while it is open, so that a step can end and be saved."""
 
     def __enter__(self) -> Signals:
         self.seen = False
-        self.previous = {n: signal.signal(n, self.note) for n in (signal.SIGTERM, signal.SIGINT)}
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
+            numbers.append(signal.SIGHUP)
+        self.previous = {n: signal.signal(n, self.note) for n in numbers}
         return self
 
     def note(self, number, frame) -> None:
@@ -37,30 +41,33 @@ class Signals:
             signal.signal(number, handler)
 
 
-def check(stage: Stage, run, world: World) -> None:
+def check(stage: Stage, run: RunConfig, world: World) -> None:
     """Refuse what the stage cannot do."""
     if getattr(stage, "whole_batch", False) and len(world.share(run.batch, run.micro)[0]) != run.batch:
         raise ValueError(f"The loss of '{stage.name}' compares the samples of a batch with one another; "
                          f"run it in one process with --run.micro 0.")
 
 
-def blame(stage: Stage, done: list[tuple[Step, Tensor]], world: World) -> str:
-    """Names of the samples whose loss is not finite; of the whole batch where only the gradient is not."""
-    bad = [step for step, loss in done if not math.isfinite(float(loss))]
-    found: list[list[str]] = [[], []]
-    for kind, steps in enumerate((bad, [step for step, _ in done])):
-        for step in steps:
-            names = stage.describe(step) if hasattr(stage, "describe") else [f"number {p} of the batch" for p in step.positions]
-            found[kind] += names
-    told = world.gathered(found)
-    names = sum((t[0] for t in told), []) or sum((t[1] for t in told), [])
-    return ", ".join(names)
+@torch.no_grad()
+def blame(stage: Stage, steps: list[Step], run: RunConfig, world: World) -> str:
+    """Names of the samples whose loss is not finite, each asked alone; of the whole batch where only the gradient is not."""
+    found: dict[str, bool] = {}
+    for step in steps:
+        # Every process asks for all of its samples, so that none waits for another's share of a base.
+        alone = [step] if getattr(stage, "whole_batch", False) else [replace(step, positions=range(p, p + 1)) for p in step.positions]
+        for each in alone:
+            with torch.autocast(step.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
+                value = stage.loss(each)[0]
+            names = stage.describe(each) if hasattr(stage, "describe") else [f"number {p} of the batch" for p in each.positions]
+            found |= dict.fromkeys(names, bool(value.isfinite()))
+    told = {name: finite for part in world.gathered(found) for name, finite in part.items()}
+    return ", ".join([name for name, finite in told.items() if not finite] or told)
 
 
 def train(stage: Stage, config: Any, world: World) -> bool:
     """Run the stage from its last checkpoint (or from the start) to `config.run.max_steps`, then export.
 
-    Ctrl-C and SIGTERM, to whichever process, let the step end in all, save and return False; a finished run returns True.
+    Ctrl-C, SIGTERM and SIGHUP, to whichever process, let the step end in all, save and return False; a finished run returns True.
     """
     run = config.run
     check(stage, run, world)
@@ -91,7 +98,8 @@ def train(stage: Stage, config: Any, world: World) -> bool:
             if number % run.validate_every == 0 and number != validated:
                 validate(number)
             learner.set_rates(number)
-            done, parts, norm = learner.gradients(number)
+            steps = learner.steps(number)
+            parts, norm = learner.gradients(steps)
             # One exchange a step: the mean loss, whether anything is not finite, whether a signal came to any process.
             *means, stop = world.mean([*parts.values(), float(signals.seen)])
             parts = dict(zip(parts, means))
@@ -100,7 +108,7 @@ def train(stage: Stage, config: Any, world: World) -> bool:
                 skipped = 0
             else:
                 skipped += 1
-                words = f"The loss or the gradient of step {number} is not finite; samples: {blame(stage, done, world)}."
+                words = f"The loss or the gradient of step {number} is not finite; samples: {blame(stage, steps, run, world)}."
                 if run.on_nonfinite == "stop" or skipped > SKIPS:
                     raise FloatingPointError(f"{words} The last checkpoint in {checkpoints.folder} is good; --run.on-nonfinite skip "
                                              f"passes over up to {SKIPS} such steps in a row.")

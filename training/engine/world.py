@@ -18,6 +18,11 @@ from torch.distributed.fsdp import fully_shard
 TIMEOUT = timedelta(minutes=30)  # a process may wait this long for the others: one of them may be saving or exporting
 
 
+# The group lives as long as the process. A DDP module that holds the last reference to it frees it without letting go of
+# Python's lock, which a thread of gloo may be waiting for: a rare hang at the very end.
+_joined: list = []
+
+
 def pick_device(name: str) -> torch.device:
     if name != "auto":
         return torch.device(name)
@@ -54,6 +59,7 @@ class World:
         if place["WORLD_SIZE"] > 1 and not dist.is_initialized():
             # Words among the processes (a signal, a checkpoint's name) go over gloo beside NCCL's stream.
             dist.init_process_group("cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo", timeout=TIMEOUT)
+            _joined.append(dist.group.WORLD)
         return cls(place["RANK"], place["WORLD_SIZE"], place["LOCAL_RANK"], place["LOCAL_WORLD_SIZE"], picked)
 
     @property
@@ -80,9 +86,8 @@ class World:
         """The module with gradients averaged over all processes, its weights those of the first."""
         if self.size == 1:
             return module
-        ids = [self.device.index] if self.device.type == "cuda" else None
         # Which parameters a step uses changes with growth; a parameter that none used must not be waited for.
-        return nn.parallel.DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False, find_unused_parameters=True)
+        return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True)
 
     def mean(self, values: list[float]) -> list[float]:
         """The mean of each number over all processes, in float64."""

@@ -120,12 +120,16 @@ def check_settings(config: Config) -> None:
     if run.compile and base.precision in ("int8", "nf4"):
         raise ValueError(f"torch.compile cannot train through a base in {base.precision} (its compiler refuses the quantised weights); "
                          "give --run.no-compile, or --base.precision bf16.")
-    for phases, key in ((objective.growth, "objective.growth"), (config.data.resolutions, "data.resolutions")):
-        ends = [phase[0] for phase in phases]
-        if ends != sorted(set(ends)) or not ends or ends[-1] != 1 or any(len(phase) < 2 for phase in phases):
-            raise ValueError(f"{key} is a list of [end, choice, ...] with rising ends up to 1.0, not {[list(p) for p in phases]}.")
+    check_phases(objective.growth, "objective.growth")
+    check_phases(config.data.resolutions, "data.resolutions")
     table = named_hierarchy(config.adapter.table)
     for name in {config.validation.preset, *(name for phase in objective.growth for name in phase[1:])}:
         named_hierarchy(name).index_in(table)
     if config.data.held_out < 1:
         raise ValueError("data.held_out must be at least 1: a run without held-out pictures cannot be judged.")
+
+
+def check_phases(phases: tuple[tuple, ...], key: str) -> None:
+    ends = [phase[0] for phase in phases]
+    if ends != sorted(set(ends)) or not ends or ends[-1] != 1 or any(len(phase) < 2 for phase in phases):
+        raise ValueError(f"{key} is a list of [end, choice, ...] with rising ends up to 1.0, not {[list(p) for p in phases]}.")

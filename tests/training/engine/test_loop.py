@@ -1,86 +1,27 @@
 """The loop on a toy stage: the real optimizer, checkpoints, averages and signals."""
 from __future__ import annotations
 
-import json
 import os
 import signal
-from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 pytest.importorskip("tensorboard", reason="tensorboard is not installed: pip install -e '.[training]'")
 
-from semantic_diffusion_adapter.training.config import RunConfig  # noqa: E402
-from semantic_diffusion_adapter.training.engine import Step, World, learning_rate, train  # noqa: E402
-
-
-class Toy:
-    """A convolution in channels-last memory and a normalised linear layer, one weight under two names; `at` maps a step
-    to what happens in it."""
-
-    name = "toy"
-
-    def __init__(self, init: int = 0, at: dict | None = None):
-        torch.manual_seed(init)
-        self.at, self.seen, self.exported, self.identity = at or {}, [], None, {"base": "abc"}
-        self.trainables = nn.ModuleDict({
-            "conv": nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last),
-            "head": nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 2)),
-        })
-        last = self.trainables["head"][1]
-        last.register_parameter("alias", last.weight)  # tied weights, as T5's word table
-
-    def loss(self, step: Step):
-        if step.number in self.at:
-            self.at[step.number]()
-        x = step.randn(3, 6, 6)
-        self.seen.append((step.number, float(x.sum())))
-        out = self.trainables["head"](self.trainables["conv"](x).mean((2, 3)))
-        loss = (out.float() - x.mean((2, 3))[:, :2]).square().mean()
-        return loss, {"error": loss}
-
-    def scales(self, step):
-        return {"conv": 0.5}
-
-    def validate(self):
-        return {"weight": float(self.trainables["head"][1].weight.sum())}
-
-    def export(self, step):
-        self.exported = {k: v.clone() for k, v in self.trainables.state_dict().items()}
-
-
-@dataclass(frozen=True)
-class Config:
-    run: RunConfig
-
-
-def settings(out, **fields) -> RunConfig:
-    return RunConfig(**{"out": out, "max_steps": 6, "batch": 2, "warmup": 2, "save_every": 3, "validate_every": 100,
-                        "log_every": 1, "device": "cpu", **fields})
-
-
-def go(stage: Toy, run: RunConfig) -> Toy:
-    train(stage, Config(run), World.start("cpu"))
-    return stage
-
-
-def same(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-@pytest.fixture
-def straight(tmp_path) -> Toy:
-    """A run of six steps in one go."""
-    return go(Toy(), settings(tmp_path / "straight"))
+from semantic_diffusion_adapter.training.engine import Step, World, check_sharding, launch, learning_rate  # noqa: E402
+from semantic_diffusion_adapter.training.engine.dry import dry_run  # noqa: E402
+from toys import Config, Toy, go, read, same, settings  # noqa: E402
 
 
 def stop_at(step: int, number: int = signal.SIGTERM) -> dict:
     return {step: lambda: os.kill(os.getpid(), number)}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_the_resumed_run_is_the_same_bit_for_bit(tmp_path, straight, number):
     run = settings(tmp_path / "cut", save_every=100)
     handler = signal.getsignal(number)
@@ -94,46 +35,9 @@ def test_a_signal_saves_and_the_resumed_run_is_the_same_bit_for_bit(tmp_path, st
     assert same(second.exported, straight.exported)
 
 
-def test_a_crash_goes_on_from_the_last_checkpoint(tmp_path, straight):
-    def crash():
-        raise KeyboardInterrupt
-
-    run = settings(tmp_path / "crash")
-    with pytest.raises(KeyboardInterrupt):
-        go(Toy(at={4: crash}), run)
-    # What a run that is killed while writing leaves behind must not be taken for a checkpoint.
-    checkpoints = run.out / "checkpoints"
-    for name in (".writing_00000005", "step_00000005"):
-        (checkpoints / name).mkdir()
-        (checkpoints / name / "trainables.safetensors").write_bytes(b"half")
-    second = go(Toy(init=9), run)
-    assert second.seen == straight.seen[3:]
-    assert same(second.exported, straight.exported)
-
-
-def test_a_finished_run_only_exports_again(tmp_path, straight):
-    again = go(Toy(init=9), settings(tmp_path / "straight"))
-    assert again.seen == [] and same(again.exported, straight.exported)
-
-
-def test_a_plateau_can_be_extended(tmp_path):
-    run = settings(tmp_path / "longer", decay=0.5)
-    go(Toy(), run)
-    assert [step for step, _ in go(Toy(), settings(tmp_path / "longer", decay=0.5, max_steps=9)).seen] == [6, 7, 8]
-
-
 def test_export_and_validation_see_the_averaged_weights(straight):
     live = straight.trainables.state_dict()  # the engine leaves the averaged weights in place after the export
     assert same(live, straight.exported)
-
-
-def test_a_run_folder_belongs_to_one_stage(tmp_path, straight):
-    other = Toy()
-    other.name = "other"
-    with pytest.raises(ValueError, match="holds a run of 'toy', not of 'other'"):
-        go(other, settings(tmp_path / "straight"))
-    with pytest.raises(ValueError, match="already holds checkpoints"):
-        go(Toy(), settings(tmp_path / "straight", resume="never"))
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run_with_good_weights(tmp_path):
@@ -144,8 +48,134 @@ def test_a_gradient_that_is_not_finite_ends_the_run_with_good_weights(tmp_path):
     assert go(Toy(), settings(tmp_path / "nan")).seen[0][0] == 3
 
 
+class Poisoned(Toy):
+    """A stage one of whose samples is broken in some steps."""
+
+    bad: dict[int, int] = {}  # step -> position
+
+    def loss(self, step: Step):
+        loss, parts = super().loss(step)
+        return loss * (float("nan") if self.bad.get(step.number) in step.positions else 1.0), parts
+
+    def describe(self, step: Step):
+        return [f"picture_{step.number}_{p}.jpg" for p in step.positions]
+
+
+def test_a_loss_that_is_not_finite_names_the_sample(tmp_path):
+    stage = Poisoned()
+    stage.bad = {4: 2}
+    with pytest.raises(FloatingPointError, match=r"step 4 is not finite; samples: picture_4_2.jpg\. The last checkpoint in .*checkpoints"):
+        go(stage, settings(tmp_path, batch=4, micro=2))
+
+
+def test_steps_that_are_not_finite_can_be_left_out_but_not_for_ever(tmp_path, capsys):
+    stage = Poisoned()
+    stage.bad = {2: 0, 3: 1}
+    go(stage, settings(tmp_path / "some", on_nonfinite="skip"))
+    assert all(v.isfinite().all() for v in stage.exported.values())
+    lines = read(tmp_path / "some")
+    assert [(line["step"], line["loss"]) for line in lines if line.get("skipped")] == [(3, None), (4, None)]
+    assert "picture_2_0.jpg. The step is skipped" in capsys.readouterr().out
+    stage = Poisoned()
+    stage.bad = dict.fromkeys(range(1, 20), 0)
+    with pytest.raises(FloatingPointError, match="step 6"):
+        go(stage, settings(tmp_path / "all", on_nonfinite="skip", max_steps=20))
+
+
+def test_after_a_crash_the_figures_neither_repeat_nor_contradict_themselves(tmp_path, straight):
+    def crash():
+        raise KeyboardInterrupt
+
+    run = settings(tmp_path / "crash", validate_every=3)
+    with pytest.raises(KeyboardInterrupt):
+        go(Toy(at={5: crash}), run)
+    assert [line["step"] for line in read(run.out)] == [0, 1, 2, 3, 3, 4, 5]
+    with open(run.out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "sam')  # torn by a kill
+    go(Toy(init=9), run)
+    lines = read(run.out)
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 3, 4, 5, 6, 6]
+    assert [line["loss"] for line in lines if "loss" in line] == [line["loss"] for line in read(straight.out) if "loss" in line]
+
+
+def test_a_validation_that_a_kill_prevented_is_made_up_for(tmp_path):
+    """The checkpoint of a step is older than its validation."""
+    def crash():
+        raise KeyboardInterrupt
+
+    stage, run = Toy(), settings(tmp_path, validate_every=3)
+    real, stage.validate = stage.validate, lambda: real() if len(stage.seen) < 3 else crash()
+    with pytest.raises(KeyboardInterrupt):
+        go(stage, run)
+    go(Toy(), run)
+    assert [line["step"] for line in read(tmp_path) if "validation/weight" in line] == [0, 3, 6]
+
+
+def test_pictures_of_a_validation_lie_in_their_folder(tmp_path):
+    stage = Toy()
+    stage.pictures = lambda: {"grid": np.full((4, 6, 3), 200, np.uint8)}
+    go(stage, settings(tmp_path, validate_every=3))
+    assert sorted(p.name for p in (tmp_path / "validation").iterdir()) == [f"{n:08d}_grid.png" for n in (0, 3, 6)]
+    assert (np.asarray(Image.open(tmp_path / "validation" / "00000003_grid.png")) == 200).all()
+
+
+def test_a_child_whose_share_of_the_rate_is_zero_does_not_learn_until_it_does(tmp_path):
+    stage = Toy()
+    stage.scales = lambda step: {"conv": 1.0 if step >= 3 else 0.0}
+    before, weights = stage.trainables["conv"].weight.detach().clone(), {}
+    for step in (3, 5):
+        stage.at[step] = lambda step=step: weights.update({step: stage.trainables["conv"].weight.detach().clone()})
+    go(stage, settings(tmp_path))
+    assert torch.equal(weights[3], before) and not torch.equal(weights[5], before)
+
+
+def test_micro_batches_add_up_to_the_batch(tmp_path):
+    for micro in (0, 1, 2):
+        go(Toy(), settings(tmp_path / str(micro), batch=4, micro=micro))
+    whole, one, two = ([line["loss"] for line in read(tmp_path / str(m)) if "loss" in line] for m in (0, 1, 2))
+    assert one[:2] == pytest.approx(whole[:2], rel=1e-5) and two[:2] == pytest.approx(whole[:2], rel=1e-5)
+    assert one == pytest.approx(whole, rel=1e-2) and two == pytest.approx(whole, rel=1e-2)  # Adam magnifies the last digits
+
+
+def test_a_batch_that_cannot_be_shared_is_refused_with_what_would_work():
+    world = World(0, 5, 0, 5, torch.device("cpu"))
+    with pytest.raises(ValueError, match="run.batch 12 cannot be shared by 5 processes; 1, 2, 3, 4, 6, 12 would work"):
+        world.share(12)
+    with pytest.raises(ValueError, match="by 5 processes with run.micro 2; 1, 2, 3, 6 would work"):
+        world.share(12, 2)
+    with pytest.raises(ValueError, match="run.batch 12 is not a multiple of run.micro 5"):
+        world.share(12, 5)
+
+
+def test_what_cannot_be_sharded_is_refused():
+    pair = World(0, 2, 0, 2, torch.device("cpu"))
+    for precision in ("int8", "nf4"):
+        with pytest.raises(ValueError, match=f"A base in {precision} cannot be sharded"):
+            check_sharding(precision, pair)
+    check_sharding("bf16", pair)
+    with pytest.raises(ValueError, match="nothing to shard over"):
+        check_sharding("bf16", World(0, 2, 0, 1, torch.device("cpu")))
+
+
+def test_a_dry_run_shows_settings_parts_and_a_step_and_writes_nothing(tmp_path, capsys):
+    stage = Toy()
+    stage.frozen, stage.report = {"base": nn.Linear(1000, 100).requires_grad_(False)}, lambda: "bucket 512 x 512: 7 samples"
+    assert dry_run(stage, Config(settings(tmp_path / "none", batch=4, micro=2)), World.start("cpu"))
+    said = capsys.readouterr().out
+    assert not (tmp_path / "none").exists() and [step for step, _ in stage.seen] == [0, 0]
+    for words in ("batch = 4", "conv", "112", "base", "100,100", "bucket 512 x 512: 7 samples", "loss 0.", "2 micro-batches"):
+        assert words in said, words
+
+
+def test_without_a_compiler_compile_is_refused_before_anything_is_made(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(ValueError, match="C\\+\\+ compiler .*--run.no-compile"):
+        launch(lambda config, device: pytest.fail("the stage was made"), Config(settings(tmp_path / "c", compile=True)))
+
+
 def test_metrics_are_written_per_step(tmp_path, straight):
-    lines = [json.loads(line) for line in (tmp_path / "straight" / "metrics.jsonl").read_text().splitlines()]
+    lines = read(straight.out)
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5, 6, 6]
     assert lines[1].keys() >= {"samples", "loss", "error", "lr/conv", "lr/head", "gradient_norm", "samples_per_second", "memory_gib"}
     assert lines[3]["lr/conv"] == lines[3]["lr/head"] / 2 > 0 and lines[3]["samples"] == 6

@@ -43,15 +43,16 @@ def write_index(folder: Path, sizes: list[tuple[int, int]], resolutions=(64,)) -
     pq.write_table(pa.Table.from_pylist(rows, index.schema(index.PICTURES, resolutions)), folder / index.NAME)
 
 
-def write_parts(folder: Path, flux: dict) -> None:
-    """Base, VAE, towers and text statistics of random weights, in our files."""
+def write_parts(folder: Path, flux: dict, base: bool = True) -> Path:
+    """Base (where it is wanted), VAE, towers and text statistics of random weights, in our files."""
     from diffusers import AutoencoderKL
     from semantic_diffusion_adapter.kernels import checkpoint
     from semantic_diffusion_adapter.kernels.vision.towers import TowerConfig, build_tower
     from semantic_diffusion_adapter.training.flux import build_flux, to_bfl
 
     torch.manual_seed(0)
-    checkpoint.save(folder / "flux.safetensors", to_bfl(build_flux(flux).state_dict()), "flux", flux)
+    if base:
+        checkpoint.save(folder / "flux.safetensors", to_bfl(build_flux(flux).state_dict()), "flux", flux)
     architecture = dict(in_channels=3, out_channels=3, latent_channels=flux["in_channels"], layers_per_block=1, norm_num_groups=4,
                         block_out_channels=[8, 8, 8, 8], down_block_types=["DownEncoderBlock2D"] * 4,
                         up_block_types=["UpDecoderBlock2D"] * 4, use_quant_conv=False, use_post_quant_conv=False)
@@ -61,16 +62,21 @@ def write_parts(folder: Path, flux: dict) -> None:
         checkpoint.save(folder / f"{name}.safetensors", build_tower(config).model.state_dict(), "vision_tower", config.to_json())
     width = flux["context_in_dim"]
     save_file({"text_mean": torch.linspace(-0.1, 0.1, width), "text_std": torch.linspace(0.1, 0.3, width)}, folder / "text.safetensors")
+    write_index(folder / "photos", [(64, 64)] * 8 + [(70, 100)] * 8 + [(130, 64)] * 3)
+    return folder
 
 
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory) -> Path:
     pytest.importorskip("diffusers", reason="diffusers is not installed: pip install -e '.[training]'")
     pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install -e '.[training]'")
-    folder = tmp_path_factory.mktemp("parts")
-    write_parts(folder, FLUX)
-    write_index(folder / "photos", [(64, 64)] * 8 + [(70, 100)] * 8 + [(130, 64)] * 3)
-    return folder
+    return write_parts(tmp_path_factory.mktemp("parts"), FLUX)
+
+
+@pytest.fixture(scope="session")
+def toy_parts():
+    """toy_parts(folder) adds to a FLUX.1-wide base in this folder all else that a training reads."""
+    return lambda folder: write_parts(folder, {**FLUX, "in_channels": 16, "context_in_dim": 4096}, base=False)
 
 
 @pytest.fixture

@@ -1,0 +1,133 @@
+"""Checkpoints: whole or passed over, of the same run or refused."""
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+try:
+    import resource
+except ModuleNotFoundError:  # Windows
+    resource = None
+
+pytest.importorskip("tensorboard", reason="tensorboard is not installed: pip install -e '.[training]'")
+
+from toys import Toy, go, read, same, settings  # noqa: E402
+
+
+def test_a_crash_goes_on_from_the_last_checkpoint(tmp_path, straight):
+    def crash():
+        raise KeyboardInterrupt
+
+    run = settings(tmp_path / "crash")
+    with pytest.raises(KeyboardInterrupt):
+        go(Toy(at={4: crash}), run)
+    # What a run that is killed while writing leaves behind must not be taken for a checkpoint.
+    checkpoints = run.out / "checkpoints"
+    for name in (".writing_00000005", "step_00000005"):
+        (checkpoints / name).mkdir()
+        (checkpoints / name / "trainables.safetensors").write_bytes(b"half")
+    second = go(Toy(init=9), run)
+    assert second.seen == straight.seen[3:]
+    assert same(second.exported, straight.exported)
+
+
+def test_a_finished_run_only_exports_again(tmp_path, straight):
+    again = go(Toy(init=9), settings(tmp_path / "straight"))
+    assert again.seen == [] and same(again.exported, straight.exported)
+
+
+def test_a_plateau_can_be_extended(tmp_path):
+    run = settings(tmp_path / "longer", decay=0.5)
+    go(Toy(), run)
+    assert [step for step, _ in go(Toy(), settings(tmp_path / "longer", decay=0.5, max_steps=9)).seen] == [6, 7, 8]
+
+
+def test_a_run_folder_belongs_to_one_stage(tmp_path, straight):
+    other = Toy()
+    other.name = "other"
+    with pytest.raises(ValueError, match="holds a run of 'toy', not of 'other'"):
+        go(other, settings(tmp_path / "straight"))
+    with pytest.raises(ValueError, match="already holds checkpoints"):
+        go(Toy(), settings(tmp_path / "straight", resume="never"))
+
+
+def damage_last(out, change) -> str:
+    last = sorted((out / "checkpoints").glob("step_*"))[-1]
+    change(last)
+    return last.name
+
+
+def flip(folder) -> None:
+    data = bytearray((folder / "average.safetensors").read_bytes())
+    data[-3] ^= 1
+    (folder / "average.safetensors").write_bytes(data)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda folder: os.truncate(folder / "optimizer.safetensors", 100), "optimizer.safetensors has 100 of"),
+    (flip, "average.safetensors is not what was written"),
+    (lambda folder: (folder / "trainables.safetensors").unlink(), "trainables.safetensors is missing"),
+    (lambda folder: (folder / "complete.json").write_text('{"step": 6, '), "complete.json cannot be read"),
+])
+def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path, straight, capsys, change, words):
+    name = damage_last(straight.out, change)
+    again = go(Toy(init=9), settings(straight.out))
+    said = capsys.readouterr().out
+    assert f"{name} is passed over: {words}" in said
+    assert [step for step, _ in again.seen] == [3, 4, 5] and same(again.exported, straight.exported)
+
+
+def test_where_no_checkpoint_is_whole_nothing_starts_anew(straight):
+    for folder in (straight.out / "checkpoints").iterdir():
+        flip(folder)
+    with pytest.raises(ValueError, match="No checkpoint in .* is whole"):
+        go(Toy(), settings(straight.out))
+
+
+def test_another_base_or_another_setting_is_refused_key_by_key(straight):
+    other = Toy()
+    other.identity = {"base": "xyz", "plan": {"rows": 7}}
+    with pytest.raises(ValueError, match="base: abc -> xyz; plan.rows: None -> 7"):
+        go(other, settings(straight.out))
+    with pytest.raises(ValueError, match=r"run.lr: 0.001 -> 0.1; run.seed: 0 -> 4"):
+        go(Toy(), settings(straight.out, lr=0.1, seed=4))
+
+
+def test_what_changes_nothing_may_change(tmp_path, straight, capsys):
+    moved = straight.out.rename(tmp_path / "elsewhere")
+    go(Toy(), settings(moved, log_every=3, micro=1, keep=5, max_steps=7, save_every=7))
+    assert "run.max_steps: 6 -> 7" in capsys.readouterr().out and read(moved)[-1]["step"] == 7
+
+
+def test_a_key_that_an_older_checkpoint_does_not_know_was_at_its_default(straight):
+    for folder in (straight.out / "checkpoints").iterdir():
+        record = json.loads((folder / "complete.json").read_text())
+        del record["config"]["run"]["ema"]
+        (folder / "complete.json").write_text(json.dumps(record))
+    assert go(Toy(), settings(straight.out)).seen == []
+    with pytest.raises(ValueError, match="run.ema: 0.999 -> 0.5"):
+        go(Toy(), settings(straight.out, ema=0.5))
+
+
+def test_the_newest_checkpoints_and_the_periodic_ones_stay(tmp_path):
+    go(Toy(), settings(tmp_path, save_every=1, keep=2, keep_every=3, max_steps=8))
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [f"step_{n:08d}" for n in (3, 6, 7, 8)]
+
+
+@pytest.mark.skipif(resource is None, reason="no limit on the size of files here")
+def test_a_full_disk_leaves_the_checkpoints_that_were_there(tmp_path):
+    """A limit on the size of files stands in for the end of the disk: writing fails in the same place, with an error of the
+    system."""
+    def fill():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, hard))
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(OSError, match="Step 6 could not be saved .*; make room in .*checkpoints"):
+            go(Toy(at={5: fill}), settings(tmp_path, log_every=100))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000003"]
+    assert [step for step, _ in go(Toy(), settings(tmp_path)).seen] == [3, 4, 5]
