@@ -21,8 +21,8 @@ from .reconstruction import others
 from .system import Miniature
 
 CHANGED = 0.1 * 255
-# With the mask, and the ablation that was trained without.
-VARIANTS = {"masked": "tree128", "unmasked": "tree64_unmasked"}
+# One hierarchy with the mask, and the ablation that was trained without.
+VARIANTS = {"masked": "tree64", "unmasked": "tree64_unmasked"}
 PAIRS = 64
 
 

@@ -1,11 +1,13 @@
 """The trained miniature, loaded to be measured: pictures to embeddings, embeddings and texts to pictures.
 
-Everything works in batches of 64 under bf16 autocast, as in training. The noise of a picture is a pure function of
+Everything works in batches of 32 under bf16 autocast, as in training; on a CPU every core paints batches of its own, which at
+this width is faster than all cores on one. The noise of a picture is a pure function of
 (split, seed, scene), so two decoders of one scene start from the same noise.
 """
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +32,7 @@ from ..towers import read_tower
 from ..vae import load_vae, to_pixels, to_tensor
 
 ASSETS = Path(__file__).resolve().parents[3] / "assets" / "miniature"
-BATCH = 64
+BATCH = 32
 GUIDANCE = 2.5  # classifier-free guidance wherever a text is the prompt
 _NOISE = 77  # this purpose of scenes.generator
 
@@ -211,15 +213,22 @@ class Miniature:
         return np.concatenate(pictures)
 
     def _paint(self, contexts: Callable, weights: list[float], x: Tensor, start: float = 1.0) -> np.ndarray:
-        pictures = []
-        for first in range(0, len(x), BATCH):
+        def batch(first: int) -> np.ndarray:
             rows = slice(first, first + BATCH)
             part = x[rows].to(self.device)
             with torch.no_grad(), self._autocast():
                 part = sample(self.flux, contexts(rows), weights, part, mu=self.mu, start=start)
-            pictures.append(self.decode(part))
+            pictures = self.decode(part)
             self.progress(len(part))
-        return np.concatenate(pictures)
+            return pictures
+
+        threads = torch.get_num_threads()
+        workers = threads if self.device.type == "cpu" else 1
+        try:
+            with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
+                return np.concatenate(list(pool.map(batch, range(0, len(x), BATCH))))
+        finally:
+            torch.set_num_threads(threads)
 
     def _visibility(self, layout: SemanticEmbedding, length: int) -> Regions:
         grid = tuple(side // 2 for side in self.latent_shape[1:])
