@@ -30,7 +30,7 @@ PICTURES = {
     "SDAEditGuider": ("Edit strength (miniature)", 20, 24, 28),
     "SDAKeepOutsideMask": ("Edit inside a mask (miniature)", 21, 12, 25),
     "SDALoadEmbedding": ("Save and reuse an embedding (miniature)", 11),
-    "SDAPlace": ("Compose two images (miniature)", 18, 26),
+    "SDAPlace": ("Compose two images (miniature)", 18),
     "SDAPreviewEmbedding": ("Miniature tour", 11, 16),
     "SDARegionalPrompt": ("Miniature tour", 18, 32),
     "SDAStrength": ("Miniature tour", 15, 28),

@@ -9,6 +9,7 @@ import importlib
 import os
 import re
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from semantic_diffusion_adapter.nodes import blend, decode, dials, edit, encode,
 from semantic_diffusion_adapter.nodes import miniature as miniature_node  # noqa: E402
 from semantic_diffusion_adapter.nodes.host import folders, miniature, networks, text_encoder, versions  # noqa: E402
 
+DOCS = Path(__file__).resolve().parents[2] / "web" / "docs"
 # Frozen: renaming one of these breaks saved workflows. (id, inputs in widget order, output types)
 FROZEN = {
     "SDALoadVisionEncoders": (
@@ -87,6 +89,20 @@ def test_everything_has_a_tooltip_and_a_name(node_list):
         assert schema.category == "semantic diffusion" and schema.display_name and schema.description.endswith(".")
         for part in [*schema.inputs, *schema.outputs]:
             assert part.tooltip and part.tooltip.endswith("."), f"{schema.node_id}: {part.id or part.display_name}"
+
+
+def test_every_node_has_a_help_page_that_names_all_its_inputs_and_outputs(node_list):
+    schemas = {schema.node_id: schema for schema in (node.GET_SCHEMA() for node in node_list)}
+    assert {path.stem for path in DOCS.glob("*.md")} == set(schemas)
+    shown = set()
+    for name, schema in schemas.items():
+        text = (DOCS / f"{name}.md").read_text(encoding="utf-8")
+        assert text.startswith(f"# {schema.display_name}\n")
+        ids = [re.sub("_2$", "_1", i.id) for i in schema.inputs] + [o.display_name for o in schema.outputs]  # `x_1` to `x_3`
+        assert [id for id in ids if f"`{id}`" not in text] == [], name
+        shown |= set(re.findall(r"!\[[^\]]+\]\((\S+)\)", text))
+    pictures = {path.name: path.stat().st_size for path in DOCS.glob("*.png")}
+    assert set(pictures) == shown and max(pictures.values()) <= 12 * 1024
 
 
 def test_fields_that_a_core_does_not_know_are_left_out():
