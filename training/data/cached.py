@@ -91,7 +91,7 @@ class Cache:
         wrong = [row["shard"] for row in part if there.get(row["shard"]) != row["size"]]
         if wrong:
             raise ValueError(f"{len(wrong)} shards of {self.part.name} in {url} are missing or cut short, such as {wrong[0]}; "
-                             f"remove them and {remedy}.")
+                             f"{remedy}.")
 
     def read(self, row: int, resolution: int, member: str = "") -> dict[str, Tensor]:
         """The tensors of one row at a resolution, on the CPU in the dtype they are stored in. member: "" or "target"."""
