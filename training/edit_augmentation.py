@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TypeVar
 
-from torch import Tensor
-
+T = TypeVar("T")
 # Instructions that ask for no change; an instruction may be missing as well.
 NOTHING = ("", "keep everything as it is", "do not change anything", "leave the picture as it is", "no change",
            "make no changes to the image")
@@ -67,7 +67,7 @@ def _with_article(thing: str) -> str:
     return f"{'an' if thing[0] in 'aeiou' else 'a'} {thing}"
 
 
-def turned(sample: tuple[Tensor, Tensor, str], draw: float, word: float, shares: Augmentation) -> tuple[Tensor, Tensor, str]:
+def turned(sample: tuple[T, T, str], draw: float, word: float, shares: Augmentation) -> tuple[T, T, str]:
     """(source, target, instruction) as it is, without an effect, or back from its target.
 
     draw, word: uniform from [0, 1); the second picks the words that ask for nothing. What cannot be turned round stays as it is.

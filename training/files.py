@@ -18,14 +18,6 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def weights_hash(path: Path) -> str:
-    """sha256 of a file, or over the hashes of a model folder's safetensors files."""
-    if path.is_file():
-        return file_hash(path)
-    hashes = [file_hash(file) for file in sorted(path.glob("*.safetensors"))]
-    return hashlib.sha256("".join(hashes).encode()).hexdigest()
-
-
 def folder_tensors(folder: Path) -> dict[str, Tensor]:
     """The tensors of a model folder as diffusers and transformers write it: one safetensors file, or several parts."""
     files = sorted(folder.glob("*.safetensors"), key=lambda p: (len(p.name), p.name))

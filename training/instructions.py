@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import checkpoint
-from .files import weights_hash
+from .base import base_sha256
 
 LENGTH = 256
 TextPrecision = Literal["bf16", "fp32", "int8"]
@@ -49,14 +49,14 @@ def load_instruction_encoder(path: Path, device: torch.device, tokenizer: Path |
     if path.is_dir():
         folder = path / "text_encoder_2" if (path / "text_encoder_2").is_dir() else path
         beside = folder.parent / "tokenizer_2"
-        model, digest = _from_folder(folder, dtype), weights_hash(folder)
+        model, digest = _from_folder(folder, dtype), base_sha256(folder)
         tokenizer = tokenizer or next((f for f in (beside, folder) if _is_tokenizer(f)), None)
     elif path.is_file() and checkpoint.has_record(path):
         from .miniature.text import load_text_encoder, token_ids
 
-        return InstructionEncoder(load_text_encoder(path, device), token_ids, weights_hash(path))
+        return InstructionEncoder(load_text_encoder(path, device), token_ids, base_sha256(path))
     elif path.is_file():
-        model, digest = _from_file(path, dtype), weights_hash(path)
+        model, digest = _from_file(path, dtype), base_sha256(path)
     else:
         raise ValueError(f"There is no text encoder at {path}; give FLUX.1's T5 as a diffusers folder or as ComfyUI's t5xxl file.")
     model = model.to(device)

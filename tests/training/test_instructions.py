@@ -4,7 +4,10 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from semantic_diffusion_adapter.training.instructions import load_instruction_encoder
+
+pytest.importorskip("diffusers", reason="diffusers is not installed: pip install -e '.[training]'")
+
+from semantic_diffusion_adapter.training.instructions import load_instruction_encoder  # noqa: E402
 
 CPU = torch.device("cpu")
 WORDS = ["<pad>", "</s>", "<unk>", "add", "remove", "the", "a", "dog", "red"]

@@ -9,18 +9,18 @@ from ...kernels.hierarchy import Hierarchy
 from ..adapter import load_adapter, named_hierarchy, regions_for
 from ..base import base_sha256, load_flux
 from ..data.batches import Plan
-from ..data.decode import decode_edit
 from ..data.index import Index
 from ..edit_augmentation import turned
 from ..edit_flow import EditFlow
 from ..editor import editor_loss
-from ..encoders import load_towers, load_vae
+from ..encoders import load_towers, load_vae, tower_config
 from ..engine import Step, World, compile_blocks, launch, shard_base
 from ..feed import Feed, split
-from ..files import file_hash, weights_hash
+from ..files import file_hash
 from ..instructions import load_instruction_encoder
 from ..lora import Learned
 from ..sampling import paint
+from .edit_reader import EditReader, Side, stacked
 from .editor_export import write_editor
 from .editor_settings import Config, check, new_decoder
 
@@ -45,14 +45,21 @@ class EditorStage:
             raise ValueError(f"{data.index} holds pictures, not edits; prepare the edits with `sda prepare-edits`.")
         train, self.held = split(index, data.held_out, self.config.validation.resolution)
         self.plan = Plan(train, run.batch, run.seed, {str(i): dict.fromkeys(map(int, p[1:]), 1.0) for i, p in enumerate(data.resolutions)})
+        pixels = tuple(sorted({int(px) for phase in data.resolutions for px in phase[1:]}))
+        self.read_held = self.reader(self.held, (self.config.validation.resolution,))
         own = [position for positions in world.share(run.batch, run.micro) for position in positions]
-        self.feed = Feed(self.plan, lambda number: data.phase(number / run.max_steps), own, data.on_corrupt, data.ahead, decode_edit)
+        self.feed = Feed(self.plan, lambda number: data.phase(number / run.max_steps), own, data.on_corrupt, data.ahead,
+                         self.reader(train, pixels))
+
+    def reader(self, index: Index, resolutions: tuple[int, ...]) -> EditReader:
+        config = self.config
+        return EditReader(index, config.cache, config.vision.files, config.vision.ids, resolutions, bool(config.flow.weight))
 
     def networks(self, world: World) -> None:
         config, device = self.config, self.device
         half = torch.bfloat16 if device.type == "cuda" and config.run.precision == "bf16" else torch.float32
         self.adapter, self.record = load_adapter(config.adapter, device)
-        self.towers = load_towers(config.vision.files, config.vision.ids, device, half)
+        self.towers = {} if config.cache else load_towers(config.vision.files, config.vision.ids, device, half)
         self.text = load_instruction_encoder(config.text.path, device, config.text.tokenizer, config.text.length, config.text.precision)
         space = self.adapter.config.out_dim, self.text.width, self.adapter.config.hierarchy
         self.decoder = new_decoder(config.decoder, space, half).to(device).train()
@@ -84,9 +91,10 @@ class EditorStage:
     def fingerprint(self) -> dict:
         config = self.config
         begun = config.decoder.llm or config.decoder.start
+        towers = zip(config.vision.files, config.vision.ids or [""] * len(config.vision.files))
         return {"data": self.plan.hash, "held_out": self.held.hash, "adapter": file_hash(config.adapter), "text": self.text.hash,
-                "towers": {name: weights_hash(path) for name, path in zip(self.towers, config.vision.files)},
-                "base": self.record["base_sha256"], "begun_from": weights_hash(begun) if begun else None,
+                "towers": {tower_config(path, name).id: base_sha256(path) for path, name in towers},
+                "base": self.record["base_sha256"], "begun_from": base_sha256(begun) if begun else None,
                 "decoder": self.decoder.config.to_json()}
 
     def report(self) -> str:
@@ -102,26 +110,31 @@ class EditorStage:
         while sum(map(len, tokens)) < pictures * hierarchy.token_count:
             count = min(32, self.config.run.batch)
             step = Step(number, self.config.run.max_steps, 0, self.name, self.device, range(count), count)
-            sources = torch.stack([source for source, _, _ in self.feed.samples(step)])
-            tokens.append(self.embed(sources.to(self.device), hierarchy)[0].flatten(0, 1))
+            sources = stacked([source for source, _, _ in self.feed.samples(step)])
+            tokens.append(self.embed([sources], hierarchy)[0].flatten(0, 1))
             number += 1
         self.feed.close()
         tokens = torch.cat(tokens)
         return tokens.mean(0), tokens.std(0)
 
-    def embed(self, images: Tensor, hierarchy: Hierarchy) -> tuple[Tensor, Tensor | None]:
-        """(tokens [B, T, D] float32, pooled [B, P] or None) of pictures [B, 3, H, W] in [0, 1]."""
+    def embed(self, sides: list[Side], hierarchy: Hierarchy) -> tuple[Tensor, Tensor | None]:
+        """(tokens [B, T, D] float32, pooled [B, P] or None) of all pictures of the sides, one side after the other."""
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bf16"):
-            return self.adapter({name: tower(images) for name, tower in self.towers.items()}, hierarchy)
+            if self.towers:
+                images = torch.cat([images for images, _ in sides]).to(self.device)
+                features = {name: tower(images) for name, tower in self.towers.items()}
+            else:
+                features = {name: torch.cat([known[name] for _, known in sides]).to(self.device) for name in sides[0][1]}
+            return self.adapter(features, hierarchy)
 
-    def losses(self, source: Tensor, target: Tensor, texts: list[str], preset: str, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, source: Side, target: Side, texts: list[str], preset: str, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         hierarchy, count = named_hierarchy(preset), len(texts)
-        source, target = source.to(self.device), target.to(self.device)
-        tokens, pooled = self.embed(torch.cat([source, target]), hierarchy)
+        tokens, pooled = self.embed([source, target], hierarchy)
         flow = None
         if self.flow is not None:
             own = None if pooled is None else pooled[:count]  # an edit keeps the pooled vector of its source
-            flow = lambda written: self.flow.loss(written, own, hierarchy, source, target, step)  # noqa: E731
+            pictures = source[0].to(self.device), target[0].to(self.device)
+            flow = lambda written: self.flow.loss(written, own, hierarchy, *pictures, step)  # noqa: E731
         return editor_loss(self.decoder, *tokens.chunk(2), hierarchy.boxes(), hierarchy.level_ids(), self.text(texts),
                            self.config.objective, step, flow, self.config.flow.weight)
 
@@ -131,7 +144,7 @@ class EditorStage:
         presets = self.config.presets
         preset = presets[int(torch.randint(len(presets), (), generator=step.shared()))]
         source, target, texts = zip(*samples)
-        return self.losses(torch.stack(source), torch.stack(target), list(texts), preset, step)
+        return self.losses(stacked(source), stacked(target), list(texts), preset, step)
 
     def scales(self, step: int) -> dict[str, float]:
         return {}
@@ -143,8 +156,8 @@ class EditorStage:
         for bucket in sorted({tuple(map(int, size)) for size in sizes}):
             rows = [i for i, size in enumerate(sizes) if tuple(size) == bucket]
             for start in range(0, len(rows), most):
-                source, target, texts = zip(*(decode_edit(self.held, row, bucket) for row in rows[start:start + most]))
-                yield torch.stack(source), torch.stack(target), list(texts)
+                source, target, texts = zip(*(self.read_held(self.held, row, bucket) for row in rows[start:start + most]))
+                yield stacked(source), stacked(target), list(texts)
 
     def validate(self) -> dict[str, float]:
         """The parts of the loss over the held-out edits, with the same noise and times at every validation."""
@@ -166,9 +179,8 @@ class EditorStage:
         if self.flow is None or not settings.pictures:
             return {}
         source, target, texts = next(self.held_batches(settings.pictures))
-        source, target = source.to(self.device), target.to(self.device)
-        hierarchy, (height, width) = named_hierarchy(settings.preset), source.shape[-2:]
-        tokens, pooled = self.embed(torch.cat([source, target]), hierarchy)
+        hierarchy, (height, width) = named_hierarchy(settings.preset), source[0].shape[-2:]
+        tokens, pooled = self.embed([source, target], hierarchy)
         tokens, truth = tokens.chunk(2)
         pooled = None if pooled is None else pooled[:len(texts)]
         side = 2 * self.flow.vae.downsample
@@ -177,7 +189,7 @@ class EditorStage:
             written = self.decoder.generate(tokens, hierarchy.boxes(), hierarchy.level_ids(), self.text(texts))
             painted = [paint(self.flow.flux, self.flow.vae, each, pooled, regions, height, width, steps=settings.steps,
                              guidance=settings.guidance) for each in (written, truth)]
-        rows = torch.cat([source, *painted, target], 3).permute(0, 2, 3, 1).flatten(0, 1)
+        rows = torch.cat([source[0].to(self.device), *painted, target[0].to(self.device)], 3).permute(0, 2, 3, 1).flatten(0, 1)
         return {"edits": rows.mul(255).round().byte().cpu().numpy()}
 
     def export(self, step: int) -> None:

@@ -95,6 +95,8 @@ class Config:
     text: Text
     data: DataConfig
     """Edits that `sda prepare-edits` made."""
+    cache: str = free("")
+    """The folder where `sda cache` keeps what these towers see in these edits; empty: they look at every picture anew."""
     presets: tuple[str, ...] = ("tree128", "tree128", "tree64", "global32")
     """Each batch takes one of them at random."""
     decoder: Decoder = field(default_factory=Decoder)

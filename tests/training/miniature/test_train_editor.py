@@ -4,6 +4,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import subprocess
+import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -233,6 +235,23 @@ def test_a_step_is_the_same_however_it_is_cut(config):
     halves = [stage.loss(replace(step(), positions=range(first, first + 2)))[1] for first in (0, 2)]
     for name, value in whole.items():
         assert value.item() == pytest.approx(sum(half[name].item() for half in halves) / 2, rel=1e-5)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="forks processes")
+def test_two_processes_train_as_one(with_llm, tmp_path):
+    """The gradients of what learns are shared although it lies inside a frozen LLM; each process takes its half of a batch."""
+    settings = replace(with_llm, run=replace(with_llm.run, micro=2, device="cpu"), decoder=replace(with_llm.decoder, checkpointing=False))
+    write_toml(settings, tmp_path / "toy.toml")
+    script = Path(__file__).with_name("editor_ranks.py")
+    subprocess.run([sys.executable, str(script), str(tmp_path / "toy.toml"), str(tmp_path)], check=True, timeout=300)
+    curves, weights = [], []
+    for size in ("1", "2"):
+        lines = [json.loads(line) for line in (tmp_path / size / "metrics.jsonl").read_text().splitlines()]
+        curves.append([(line["step"], line["loss"], line["gradient_norm"]) for line in lines if "loss" in line])
+        weights.append(checkpoint_average(tmp_path / size))
+    assert curves[0] == pytest.approx(curves[1], rel=1e-6) and len(curves[0]) == 2
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-5, atol=1e-7)
 
 
 def test_whole_pictures_are_held_out_with_all_their_edits(config):
