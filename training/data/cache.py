@@ -163,7 +163,10 @@ def fill(config: Config, index: Index, entries: dict[bytes, tuple[int, str]], pa
     old = ENTRIES.empty_table()
     if fs.exists(posixpath.join(folder, NAME)):
         old = read_table(fs, posixpath.join(folder, NAME))
-        old = old.filter(pa.array([there.get(e["shard"]) == e["size"] for e in old.select(["shard", "size"]).to_pylist()], pa.bool_()))
+        whole = np.array([there.get(e["shard"]) == e["size"] for e in old.select(["shard", "size"]).to_pylist()], bool)
+        for shard in set(old.filter(pa.array(~whole)).column("shard").to_pylist()):
+            there.pop(shard, None)  # cut short since: made again
+        old = old.filter(pa.array(whole))
     known = set(old.column("key").to_pylist())
     missing = {k: v for k, v in entries.items() if k not in known}
     tasks = tasks_of(missing, part)

@@ -64,6 +64,8 @@ def test_what_is_read_is_what_the_encoders_give(filled, encoders):
             torch.testing.assert_close(features.read(row, resolution)["features"].float(), clip(image)[0], atol=1e-2, rtol=5e-3)
             kept = hidden.read(row, resolution)["hidden"].float()[None]
             torch.testing.assert_close(dino.after(kept, 1), dino(image), atol=2e-2, rtol=1e-2)
+    together = latents.batch([3, 5], 96)["mean"]
+    assert together.shape == (2, 8, 12, 12) and torch.equal(together[1], latents.read(5, 96)["mean"])
     with pytest.raises(ValueError, match="Row 0 of .* is smaller than 96 px"):
         latents.read(0, 96)
 
@@ -91,7 +93,6 @@ def test_only_what_is_missing_is_computed(filled, encoders, written, tmp_path, c
     shards[0].write_bytes(shards[0].read_bytes()[:-10])
     with pytest.raises(ValueError, match="1 shards of vae in .* are missing or cut short, such as"):
         Cache(config.out, index, part, (64, 96))
-    shards[0].unlink()
     assert command.run(command.Config(config.data, config.out, encoders["vae"]))
     assert "of 9 entries computed" in capsys.readouterr().out and cache.read(5, 96)["mean"].isfinite().all()
 
