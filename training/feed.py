@@ -85,4 +85,4 @@ class Feed:
     def close(self) -> None:
         if self.queue is not None:
             self.queue.close()
-            self.queue = None
+            self.queue, self.following, self.now = None, -1, -1

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from ..base import base_sha256
+from ..data.cached import Cache, Part
 from ..data.decode import decode_edit
-from ..data.index import Index
+from ..data.index import Index, buckets
 from ..encoders import tower_config
 
 Side = tuple[Tensor, dict[str, Tensor]]
@@ -24,10 +25,9 @@ class EditReader:
 
     def __init__(self, index: Index, cache: str, files: tuple[Path, ...], ids: tuple[str, ...], resolutions: tuple[int, ...],
                  pictures: bool):
-        self.index, self.resolutions, self.pictures, self.caches = index, resolutions, pictures or not cache, {}
+        self.pictures, self.caches = pictures or not cache, {}
+        self.resolution = {bucket: r for r in resolutions for bucket in buckets(r)}
         if cache:
-            from ..data.cached import Cache, Part
-
             for path, name in zip(files, ids or [""] * len(files)):
                 tower = tower_config(path, name).id
                 self.caches[tower] = Cache(cache, index, Part(tower, base_sha256(path)), resolutions)
@@ -38,10 +38,7 @@ class EditReader:
         return (source, self.features(row, bucket, "")), (target, self.features(row, bucket, "target")), text
 
     def features(self, row: int, bucket: tuple[int, int], member: str) -> dict[str, Tensor]:
-        if not self.caches:
-            return {}
-        resolution = next(r for r in self.resolutions if tuple(self.index.buckets(r)[row]) == tuple(bucket))
-        return {tower: cache.read(row, resolution, member)["features"].float() for tower, cache in self.caches.items()}
+        return {tower: cache.read(row, self.resolution[bucket], member)["features"].float() for tower, cache in self.caches.items()}
 
 
 def stacked(sides: list[Side]) -> Side:

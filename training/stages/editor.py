@@ -53,13 +53,13 @@ class EditorStage:
 
     def reader(self, index: Index, resolutions: tuple[int, ...]) -> EditReader:
         config = self.config
-        return EditReader(index, config.cache, config.vision.files, config.vision.ids, resolutions, bool(config.flow.weight))
+        return EditReader(index, config.data.cache, config.vision.files, config.vision.ids, resolutions, bool(config.flow.weight))
 
     def networks(self, world: World) -> None:
         config, device = self.config, self.device
         half = torch.bfloat16 if device.type == "cuda" and config.run.precision == "bf16" else torch.float32
         self.adapter, self.record = load_adapter(config.adapter, device)
-        self.towers = {} if config.cache else load_towers(config.vision.files, config.vision.ids, device, half)
+        self.towers = {} if config.data.cache else load_towers(config.vision.files, config.vision.ids, device, half)
         self.text = load_instruction_encoder(config.text.path, device, config.text.tokenizer, config.text.length, config.text.precision)
         space = self.adapter.config.out_dim, self.text.width, self.adapter.config.hierarchy
         self.decoder = new_decoder(config.decoder, space, half).to(device).train()

@@ -94,9 +94,7 @@ class Config:
     vision: VisionConfig
     text: Text
     data: DataConfig
-    """Edits that `sda prepare-edits` made."""
-    cache: str = free("")
-    """The folder where `sda cache` keeps what these towers see in these edits; empty: they look at every picture anew."""
+    """Edits that `sda prepare-edits` made. A cache must hold what all of the towers see in both pictures."""
     presets: tuple[str, ...] = ("tree128", "tree128", "tree64", "global32")
     """Each batch takes one of them at random."""
     decoder: Decoder = field(default_factory=Decoder)
