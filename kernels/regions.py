@@ -187,12 +187,29 @@ def strength_cells(e: SemanticEmbedding, text: str) -> SemanticEmbedding:
     return e
 
 
-def _cell(e: SemanticEmbedding, level: int, row: int, col: int) -> Tensor:
-    """[1, 4], the box of a cell. Rows and columns are the distinct spans of the level's boxes, from the top left on."""
+def cells(e: SemanticEmbedding) -> list[tuple[int, int, int, float, float, float, float]]:
+    """Every cell that the text form can name: (level, row, column, x0, y0, x1, y1), coarse to fine, row by row."""
+    found = []
+    for level in e.levels.unique().tolist():
+        boxes, rows, cols = _spans(e, level)
+        places = {
+            (rows.index([y0, y1]), cols.index([x0, x1]), x0, y0, x1, y1) for x0, y0, x1, y1 in boxes.unique(dim=0).tolist()
+        }
+        found += [(level, *place) for place in sorted(places)]
+    return found
+
+
+def _spans(e: SemanticEmbedding, level: int) -> tuple[Tensor, list, list]:
+    """(boxes [N, 4] of a level, its rows, its columns): the distinct spans of the boxes, from the top left on."""
     boxes = e.boxes[of_levels(e, {level})]
-    rows, cols = boxes[:, [1, 3]].unique(dim=0), boxes[:, [0, 2]].unique(dim=0)
+    return boxes, boxes[:, [1, 3]].unique(dim=0).tolist(), boxes[:, [0, 2]].unique(dim=0).tolist()
+
+
+def _cell(e: SemanticEmbedding, level: int, row: int, col: int) -> Tensor:
+    """[1, 4], the box of a cell."""
+    boxes, rows, cols = _spans(e, level)
     if row < len(rows) and col < len(cols):
-        box = torch.stack([cols[col, 0], rows[row, 0], cols[col, 1], rows[row, 1]])
+        box = boxes.new_tensor([cols[col][0], rows[row][0], cols[col][1], rows[row][1]])
         if (boxes == box).all(-1).any():
             return box[None]
     raise ValueError(

@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..kernels import algebra
 from . import types
+from .host import queue
 from .host.versions import schema
 
 ALL = "all"
@@ -41,6 +42,10 @@ class BlendEmbeddings(io.ComfyNode):
             ],
             outputs=[types.Embedding.Output(display_name="embedding", tooltip="The blend.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, levels=None) -> bool | str:
+        return queue.verdict((parse_levels, levels))
 
     @classmethod
     def execute(cls, embedding_a, embedding_b, amount, mode, levels) -> io.NodeOutput:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from . import types
-from .host import conditioning, flux
+from .host import conditioning, flux, queue
 from .host.versions import schema
 
 
@@ -76,6 +76,11 @@ class MaskedAttention(io.ComfyNode):
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The patched model, for KSampler.")],
         )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, start_percent=None, end_percent=None) -> bool | str:
+        both = None if None in (start_percent, end_percent) else (start_percent, end_percent)
+        return queue.verdict((lambda times: flux.check_times(*times), both))
 
     @classmethod
     def execute(cls, model, strength, start_percent, end_percent, token_mixing, blocks="all") -> io.NodeOutput:

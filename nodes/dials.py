@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..kernels import algebra, regions
 from . import types
 from .blend import ALL, parse_levels
-from .host import canvas
+from .host import canvas, queue
 from .host.versions import schema
 
 
@@ -37,6 +37,10 @@ class EmbeddingStrength(io.ComfyNode):
             ],
             outputs=[types.Embedding.Output(display_name="embedding", tooltip="The weighed embedding.")],
         )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, levels=None, cells=None) -> bool | str:
+        return queue.verdict((parse_levels, levels), (regions.parse_cells, cells))
 
     @classmethod
     def execute(cls, embedding, strength, levels, cells) -> io.NodeOutput:

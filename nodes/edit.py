@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..kernels.edit_decoder import MODES
 from . import types
-from .host import networks
+from .host import networks, queue
 from .host.versions import schema
 
 
@@ -37,6 +37,10 @@ class EditEmbedding(io.ComfyNode):
             ],
             outputs=[types.Embedding.Output(display_name="embedding", tooltip="The edited embedding.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, instruction=None) -> bool | str:
+        return queue.verdict((networks.check_instruction, instruction))
 
     @classmethod
     def execute(cls, embedding, clip, edit_decoder, instruction, mode) -> io.NodeOutput:

@@ -6,7 +6,7 @@ from comfy_api.latest import io, ui
 
 from ..kernels import embedding_file
 from . import types
-from .host import embedding_files
+from .host import embedding_files, queue
 from .host.versions import schema
 
 
@@ -62,12 +62,7 @@ class LoadEmbedding(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file=None) -> bool | str:
-        try:
-            if file is not None:  # a linked name is not known yet
-                embedding_file.check(embedding_files.find(file))
-        except ValueError as error:
-            return str(error)
-        return True
+        return queue.verdict((lambda name: embedding_file.check(embedding_files.find(name)), file))
 
     @classmethod
     def fingerprint_inputs(cls, file=None) -> str:

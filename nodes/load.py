@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from comfy_api.latest import io
 
+from ..kernels import checkpoint
 from ..kernels.vision.known import KNOWN_TOWERS
 from . import types
-from .host import folders, networks
+from .host import folders, networks, queue
 from .host.versions import schema
 
 FROM_FILE = "from file"
@@ -44,6 +48,11 @@ class LoadVisionEncoders(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, encoder_1=None, encoder_2=None, encoder_3=None) -> bool | str:
+        chosen = (name for name in (encoder_1, encoder_2, encoder_3) if name != NONE)
+        return queue.verdict(*((partial(folders.find, "clip_vision"), name) for name in chosen))
+
+    @classmethod
     def fingerprint_inputs(cls, **widgets) -> str:
         return "|".join(folders.fingerprint("clip_vision", widgets.get(f"encoder_{slot}")) for slot in (1, 2, 3))
 
@@ -77,6 +86,10 @@ class LoadAdapter(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, adapter=None) -> bool | str:
+        return queue.verdict((_check("semantic_adapters", "adapter"), adapter))
+
+    @classmethod
     def fingerprint_inputs(cls, adapter=None) -> str:
         return folders.fingerprint("semantic_adapters", adapter)
 
@@ -103,9 +116,18 @@ class LoadEditDecoder(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, edit_decoder=None) -> bool | str:
+        return queue.verdict((_check("edit_decoders", "edit_decoder"), edit_decoder))
+
+    @classmethod
     def fingerprint_inputs(cls, edit_decoder=None) -> str:
         return folders.fingerprint("edit_decoders", edit_decoder)
 
     @classmethod
     def execute(cls, edit_decoder) -> io.NodeOutput:
         return io.NodeOutput(networks.load_edit_decoder(folders.find("edit_decoders", edit_decoder)))
+
+
+def _check(folder: str, kind: str) -> Callable[[str], object]:
+    """A check that a file of this name is there and holds this kind of network. It reads the file's record, no tensor."""
+    return lambda name: checkpoint.read_header(folders.find(folder, name), kind)

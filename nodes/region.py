@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..kernels import regions
 from . import types
-from .host import canvas, prompt
+from .host import canvas, prompt, queue
 from .host.versions import schema
 
 
@@ -56,6 +56,10 @@ class RegionalPrompt(io.ComfyNode):
             ],
             outputs=[types.Embedding.Output(display_name="embedding", tooltip="With the prompt's tokens in their region.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, text=None) -> bool | str:
+        return queue.verdict((prompt.check, text))
 
     @classmethod
     def execute(cls, clip, text, x, y, width, height, mode, embedding=None, mask=None) -> io.NodeOutput:

@@ -92,7 +92,10 @@ def _refusal(error: urllib.error.HTTPError) -> str:
         return f"ComfyUI refused the request ({error})."
     for node in answer.get("node_errors", {}).values():
         for reason in node["errors"]:
-            return f"{node['class_type']}: {reason['message']} ({reason['details']})"
+            _, _, sentence = reason["details"].partition(" - ")  # of a node's own check, behind the input's name
+            if reason["type"] != "custom_validation_failed" or not sentence:
+                sentence = f"{reason['message']} ({reason['details']})"
+            return f"{node['class_type']}: {sentence}"
     return f"ComfyUI refused the workflow: {answer.get('error', {}).get('message', error)}"
 
 

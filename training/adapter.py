@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..kernels.adapter import Adapter, token_similarity
+from ..kernels import checkpoint
+from ..kernels.adapter import Adapter, AdapterConfig, token_similarity
 from ..kernels.attention import Regions
 from ..kernels.hierarchy import PRESETS, Hierarchy, Level
 from ..kernels.visibility import region_bias
@@ -80,6 +82,14 @@ def named_hierarchy(name: str) -> Hierarchy:
     if name.startswith("global") and name[6:].isdigit():
         return Hierarchy((Level(1, 1, int(name[6:])),))
     raise ValueError(f"Unknown preset '{name}'; use one of {', '.join(PRESETS)} or global<n>.")
+
+
+def load_adapter(path: Path, device: torch.device) -> tuple[Adapter, dict]:
+    """A frozen adapter in float32, and its record."""
+    state, record = checkpoint.load(path, "adapter")
+    adapter = Adapter(AdapterConfig.from_json(record["config"]))
+    checkpoint.fill(adapter, {k: v.float() for k, v in state.items()}, path)
+    return adapter.to(device).eval().requires_grad_(False), record
 
 
 def regions_for(hierarchy: Hierarchy, grid: tuple[int, int], device: torch.device) -> Regions:

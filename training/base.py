@@ -166,7 +166,7 @@ def quantise(flux: nn.Module, name: str, layer: nn.Linear, precision: Precision)
 
 
 def base_sha256(path: Path) -> str:
-    """sha256 of a single file, or of the names and hashes of a diffusers folder's configuration and weights."""
+    """sha256 of a single file, or of the names and hashes of a model folder's configuration and weights."""
     path = Path(path)
     if path.is_file():
         return file_hash(path)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TypeVar
 
+T = TypeVar("T")
 # Instructions that ask for no change; an instruction may be missing as well.
 NOTHING = ("", "keep everything as it is", "do not change anything", "leave the picture as it is", "no change",
            "make no changes to the image")
@@ -63,3 +65,16 @@ def _with_article(thing: str) -> str:
     if _PLURALS.search(noun):
         return thing
     return f"{'an' if thing[0] in 'aeiou' else 'a'} {thing}"
+
+
+def turned(sample: tuple[T, T, str], draw: float, word: float, shares: Augmentation) -> tuple[T, T, str]:
+    """(source, target, instruction) as it is, without an effect, or back from its target.
+
+    draw, word: uniform from [0, 1); the second picks the words that ask for nothing. What cannot be turned round stays as it is.
+    """
+    source, target, text = sample
+    kind = shares.kind(draw)
+    if kind == "identity":
+        return source, source, NOTHING[int(word * len(NOTHING))]
+    back = reverse_instruction(text) if kind == "reversed" else None
+    return sample if back is None else (target, source, back)

@@ -5,6 +5,7 @@ autoregressive mode's history is the target with noise, and part of it is replac
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -32,11 +33,13 @@ def corrupt(target: Tensor, source: Tensor, std: Tensor, settings: EditorTrainin
 
 
 def editor_loss(decoder: EditDecoder, source: Tensor, target: Tensor, boxes: Tensor, levels: Tensor, instruction: Tensor,
-                settings: EditorTraining, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+                settings: EditorTraining, step: Step, flow: Callable[[Tensor], Tensor] | None = None, flow_weight: float = 0.0
+                ) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean squared error on normalised tokens, summed over the decoder's modes; tokens that change weigh more.
 
-    source, target [B, T, D]; boxes [T, 4], levels [T]; instruction [B, L, text_dim]. The parts are the error of each mode and
-    `copy`, that of the unedited source.
+    source, target [B, T, D]; boxes [T, 4], levels [T]; instruction [B, L, text_dim]. flow: a further loss of the tokens that
+    are written in one pass, weighted by flow_weight. The parts are the error of each mode, `copy`, that of the unedited source,
+    and `flow`.
     """
     truth, before = decoder.normalise(target), decoder.normalise(source)
     change = (truth - before).square().mean(-1)
@@ -46,8 +49,13 @@ def editor_loss(decoder: EditDecoder, source: Tensor, target: Tensor, boxes: Ten
     def error(predicted: Tensor) -> Tensor:
         return ((decoder.normalise(predicted) - truth).square().mean(-1) * weight).mean()
 
-    parts = {"parallel": error(decoder(source, boxes, levels, instruction))}
+    written = decoder(source, boxes, levels, instruction)
+    parts = {"parallel": error(written)}
     if "autoregressive" in decoder.modes:
         history = corrupt(target, source, decoder.token_std, settings, step)
         parts["autoregressive"] = error(decoder(source, boxes, levels, instruction, history))
-    return sum(parts.values()), {**parts, "copy": (change * weight).mean()}
+    total, parts["copy"] = sum(parts.values()), (change * weight).mean()
+    if flow is not None:
+        parts["flow"] = flow(written)
+        total = total + flow_weight * parts["flow"]
+    return total, parts

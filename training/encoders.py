@@ -24,6 +24,7 @@ class Latents:
 
     def __init__(self, vae: AutoencoderKL):
         self.vae = vae
+        vae.enable_slicing()  # picture by picture: the convolutions of a batch of large ones would outweigh all else
         self.scale, self.shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
         self.channels, self.downsample = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
 
@@ -60,14 +61,14 @@ def load_vae(path: Path, device: torch.device) -> Latents:
         config = {"scaling_factor": 1.0, "shift_factor": 0.0, **record["config"]}
     else:
         config, tensors = from_single_file(path)
+    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(config)
     try:
-        vae.load_state_dict(tensors, assign=True)
+        vae.load_state_dict({k: v.to(device, dtype) for k, v in tensors.items()}, assign=True)
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit the VAE it says it is ({str(error).splitlines()[1].strip()}); download it again.") from None
-    vae = vae.to(device, torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32, memory_format=torch.channels_last)
-    return Latents(vae.eval().requires_grad_(False))
+    return Latents(vae.to(memory_format=torch.channels_last).eval().requires_grad_(False))
 
 
 def from_single_file(path: Path) -> tuple[dict, dict[str, Tensor]]:

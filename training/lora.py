@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..kernels.edit_decoder import LLMEditDecoder
+from ..kernels.edit_decoder import EditDecoder, LLMEditDecoder
 
 
 def add_lora(decoder: LLMEditDecoder, rank: int, alpha: float) -> None:
@@ -25,11 +25,14 @@ def add_lora(decoder: LLMEditDecoder, rank: int, alpha: float) -> None:
             parameter.data = parameter.data.float()
 
 
-def merged_state(decoder: LLMEditDecoder) -> dict[str, Tensor]:
-    """The decoder's weights with the LoRA worked in: what loads without peft. As the decoder's own where it has none."""
+def merged_state(decoder: EditDecoder) -> dict[str, Tensor]:
+    """The decoder's weights with the LoRA worked in, so that they load without peft; as they are where there is none."""
+    state = decoder.state_dict()
+    if not any(".lora_" in name for name in state):
+        return state
     from peft.tuners.lora import LoraLayer
 
-    state = {name.replace(".base_layer.", "."): tensor for name, tensor in decoder.state_dict().items() if ".lora_" not in name}
+    state = {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if ".lora_" not in name}
     for name, module in decoder.named_modules():
         if isinstance(module, LoraLayer):
             weight = module.get_base_layer().weight

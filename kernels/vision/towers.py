@@ -131,6 +131,22 @@ class VisionTower(nn.Module):
             features = self._input_of_block(layer + 1, pixels)
         return features[:, features.shape[1] - self.grid[0] * self.grid[1] :]
 
+    def before(self, images: Tensor, last: int) -> Tensor:
+        """[B, 3, H, W] in [0, 1] -> the hidden state [B, tokens, width] that enters the last `last` blocks of a DINOv2: all that
+        can be kept while those blocks learn. Raises ValueError for other towers."""
+        if self.config.kind != "dinov2" or self.config.layer != -1 or not 0 < last <= len(self.blocks):
+            raise ValueError(f"The hidden state of vision tower '{self.config.id}' before its last {last} blocks cannot be kept; that "
+                             f"is possible for a DINOv2 that is read after its last layer, with 1 to {len(self.blocks)} blocks.")
+        pixels = self.preprocess(images).to(next(self.model.parameters()).dtype)
+        return self._input_of_block(len(self.blocks) - last, pixels)
+
+    def after(self, hidden: Tensor, last: int) -> Tensor:
+        """What `forward` gives, from what `before` gave."""
+        for block in self.blocks[len(self.blocks) - last:]:
+            hidden = block(hidden)
+            hidden = hidden[0] if isinstance(hidden, tuple) else hidden  # in older releases of transformers
+        return self.model.layernorm(hidden)[:, hidden.shape[1] - self.grid[0] * self.grid[1]:]
+
     def _input_of_block(self, index: int, pixels: Tensor) -> Tensor:
         # Not by `output_hidden_states`: InternVL's model takes that argument in some releases of transformers only.
         caught = []

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from ...kernels.embedding import SemanticEmbedding
+from ...kernels.regions import cells
 
 
 def shown(embedding: SemanticEmbedding) -> dict[str, list]:
-    """The node's `ui`: `layout`, the grids to draw as [[rows, columns, tokens per cell], ...]; empty for a free layout."""
+    """The node's `ui`: `layout`, the grids to draw as [[rows, columns, tokens per cell], ...]; where there are none, `cells`."""
     try:
         return {"layout": embedding.hierarchy().to_json()}
     except ValueError:
-        return {"layout": []}
+        return {"cells": cells(embedding)}

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 
 import comfy.ldm.flux.model
+import comfy.model_base
 import torch
 import torch.nn.functional as F
 from comfy.patcher_extension import WrappersMP
@@ -23,6 +24,8 @@ from .blocks import Blocks, parse_blocks
 from .conditioning import LAYOUT_KEY, MASKS_KEY
 
 WRAPPER_KEY = "semantic_diffusion_adapter"
+# Of FLUX.1's network class, with other text and other patches; cores before it do not know it.
+_FLUX2 = getattr(comfy.model_base, "Flux2", ())
 # Core's own exact attention functions; any other (SageAttention, flash, xformers) was asked for by the user and is kept.
 _EXACT = {"attention_pytorch", "attention_basic", "attention_split", "attention_sub_quad"}
 
@@ -37,15 +40,14 @@ def patch(model, strength: float = 1.0, start: float = 0.0, end: float = 1.0, mi
     blocks: in which blocks (`parse_blocks`); in the others every query sees every region token, at no strength.
     """
     network = model.get_model_object("diffusion_model")
-    if not isinstance(network, comfy.ldm.flux.model.Flux):
+    if not isinstance(network, comfy.ldm.flux.model.Flux) or isinstance(model.model, _FLUX2):
         raise ValueError(
-            f"Masked Attention works on Flux models and this is a {type(network).__name__}: load a FLUX.1 model with "
-            "Load Diffusion Model."
+            f"Masked Attention works on FLUX.1 models and this is {type(model.model.model_config).__name__}: load a FLUX.1 "
+            "model with Load Diffusion Model."
         )
     if not strength >= 0:
         raise ValueError(f"The strength must be 0 (off) or more, not {strength}.")
-    if not 0 <= start <= end <= 1:
-        raise ValueError(f"start_percent ({start}) must not be after end_percent ({end}): swap them.")
+    check_times(start, end)
     chosen = parse_blocks(blocks, len(network.double_blocks), len(network.single_blocks))
     patched = model.clone()
     patched.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, WRAPPER_KEY)  # a second patch replaces the first
@@ -53,6 +55,11 @@ def patch(model, strength: float = 1.0, start: float = 0.0, end: float = 1.0, mi
     wrapper = layout_wrapper(model.model, log_strength, start, end, mixing, chosen)
     patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, WRAPPER_KEY, wrapper)
     return patched
+
+
+def check_times(start: float, end: float) -> None:
+    if not 0 <= start <= end <= 1:
+        raise ValueError(f"start_percent ({start}) must not be after end_percent ({end}), both in 0 to 1: swap them.")
 
 
 def layout_wrapper(

@@ -9,6 +9,11 @@ import folder_paths
 MINIATURE = Path(__file__).resolve().parents[2] / "assets" / "miniature"
 OURS = ("semantic_adapters", "edit_decoders")
 EXTENSIONS = {".safetensors"}
+SOURCES = {
+    "semantic_adapters": "`sda` trains one; Load Miniature brings one along",
+    "edit_decoders": "`sda` trains one; Load Miniature brings one along",
+    "clip_vision": "the help page of Load Vision Encoders says where the public ones are",
+}
 
 
 def register() -> None:
@@ -25,10 +30,12 @@ def files(folder: str) -> list[str]:
 
 
 def find(folder: str, name: str) -> str:
-    """The full path of a model file. ValueError says which folder it belongs into."""
+    """The full path of a model file. ValueError says which folder it belongs into, and where such files come from."""
     path = folder_paths.get_full_path(folder, name)
     if path is None:
-        raise ValueError(f"There is no {name!r} in models/{folder}: put the file there and refresh the page (R).")
+        raise ValueError(
+            f"There is no {name!r} in models/{folder}: put the file there ({SOURCES[folder]}) and refresh the page (R)."
+        )
     return path
 
 

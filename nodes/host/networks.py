@@ -119,8 +119,7 @@ def edit_embedding(
     decoder: Network, embedding: SemanticEmbedding, clip: Any, instruction: str, mode: str
 ) -> SemanticEmbedding:
     """The embedding after an instruction that is read by the model's own text encoder."""
-    if not instruction.strip():
-        raise ValueError("The instruction is empty: write what to change, for example `remove the red circle`.")
+    check_instruction(instruction)
     decoder.module.check_mode(mode)
     config = decoder.module.config
     if embedding.width != config.dim:
@@ -147,6 +146,11 @@ def edit_embedding(
     )
     edits = [*embedding.source.get("edits", ()), instruction]
     return replace(embedding, tokens=_give_back(tokens), source={**embedding.source, "edits": edits})
+
+
+def check_instruction(text: str) -> None:
+    if not text.strip():
+        raise ValueError("The instruction is empty: write what to change, for example `remove the red circle`.")
 
 
 def _report(progress, done: int, total: int) -> None:

@@ -15,8 +15,7 @@ def words(clip: Any, text: str) -> tuple[Tensor, Tensor]:
     Flux reads a prompt with its padding; a region does without, so that ten regions do not cost ten times 256 tokens.
     ValueError for an empty prompt and for a CLIP that has no T5.
     """
-    if not text.strip():
-        raise ValueError("The prompt of a region is empty: write what the region shows.")
+    check(text)
     tokens = clip.tokenize(text)
     name = next((key for key in tokens if key.startswith("t5")), None)
     if name is None:
@@ -26,3 +25,8 @@ def words(clip: Any, text: str) -> tuple[Tensor, Tensor]:
     ids = [entry[0] for section in tokens[name] for entry in section]
     last = max(index for index, id in enumerate(ids) if not isinstance(id, int) or id != PAD)
     return encoded[:, : last + 1], pooled
+
+
+def check(text: str) -> None:
+    if not text.strip():
+        raise ValueError("The prompt of a region is empty: write what the region shows.")

@@ -184,7 +184,15 @@ def test_typed_text_and_the_nodes_answer_are_drawn(artist: Artist) -> None:
     artist.page.evaluate("added.onExecuted({ layout: [[1, 1, 16], [2, 3, 4]] })")
     artist.page.evaluate(write, "")
     artist.says()
-    assert artist.page.locator(".sda-editor [role=group] button").all_inner_texts() == ["1×1", "2×3"]
+    choices = artist.page.locator(".sda-editor [role=group] button")
+    assert choices.all_inner_texts() == ["1×1", "2×3"]
+
+    artist.page.evaluate("added.onExecuted({ cells: [[0, 0, 0, 0, 0, 1, 1], [1, 0, 0, 0.5, 0, 0.75, 1], [1, 0, 1, 0.75, 0, 1, 1]] })")
+    artist.says()
+    assert choices.all_inner_texts() == ["1×1", "1×2"]
+    choices.nth(1).click()
+    artist.page.mouse.click(*artist.at(0.9, 0.5))
+    assert artist.says() == "Level 1 · row 0 · column 1 · strength 1.00"
 
 
 def test_every_node_with_a_canvas_shows_one(artist: Artist) -> None:

@@ -11,14 +11,11 @@ import pytest
 from PIL import Image
 from semantic_diffusion_adapter.kernels.checkpoint import read_header
 from semantic_diffusion_adapter.runner.client import Client
-from semantic_diffusion_adapter.runner.environment import Failure
 from semantic_diffusion_adapter.runner.workflow import fill, pictures
 from semantic_diffusion_adapter.training.miniature.parser import parse
 from semantic_diffusion_adapter.training.miniature.score import colour_position, matches
 
 pytestmark = pytest.mark.host
-
-MINIATURE = Path(__file__).resolve().parents[2] / "assets" / "miniature"
 
 GATE = 0.90  # F1 (colour, place) of text to image from which on the adapter's pictures can be held to their content
 
@@ -142,46 +139,3 @@ def test_progress_is_told_while_sampling_and_editing(client: Client, template: d
     client.run(prompt, lambda node, step, steps: seen.setdefault(prompt[node]["class_type"], []).append((step, steps)))
     assert (20, 20) in seen["KSampler"]
     assert len(seen["SDAEditEmbedding"]) > 10
-
-
-def change_levels(prompt: dict) -> None:
-    embedding = prompt[find(prompt, "SDAEmbeddingToConditioning")]["inputs"]
-    same = embedding["embedding"]
-    inputs = {"embedding_a": same, "embedding_b": same, "amount": 0.5, "mode": "slerp", "levels": "fine"}
-    prompt["blend"] = {"class_type": "SDABlendEmbeddings", "inputs": inputs}
-    embedding["embedding"] = ["blend", 0]
-
-
-def drop_an_encoder(prompt: dict) -> None:
-    prompt[find(prompt, "SDALoadVisionEncoders")]["inputs"]["encoder_2"] = "none"
-
-
-def take_the_decoder_for_an_encoder(prompt: dict) -> None:
-    prompt[find(prompt, "SDALoadVisionEncoders")]["inputs"]["model_1"] = "from file"
-    prompt[find(prompt, "SDALoadAdapter")]["inputs"]["adapter"] = [find(prompt, "SDALoadMiniature"), 6]
-
-
-def ask_for_too_many_tokens(prompt: dict) -> None:
-    if not (MINIATURE / "semantic_adapters" / "miniature_global64.safetensors").is_file():
-        pytest.skip("the ablation miniature_global64 is not in assets/miniature")
-    prompt[find(prompt, "SDALoadAdapter")]["inputs"]["adapter"] = "miniature_global64.safetensors"
-    prompt[find(prompt, "SDABuildEmbedding")]["inputs"]["preset"] = "tree128"
-
-
-@pytest.mark.parametrize(
-    ("spoil", "node", "words"),
-    [
-        (change_levels, "SDABlendEmbeddings", "write `all`"),
-        (drop_an_encoder, "SDABuildEmbedding", "dinov2"),
-        (take_the_decoder_for_an_encoder, "SDALoadAdapter", "miniature_editor.safetensors"),
-        (ask_for_too_many_tokens, "SDABuildEmbedding", "query table"),
-    ],
-)
-def test_a_mistake_is_explained_in_one_sentence(client: Client, template: dict, spoil, node: str, words: str) -> None:
-    prompt = only(template, "reconstruction")
-    spoil(prompt)
-    with pytest.raises(Failure) as error:
-        client.run(prompt)
-    message = str(error.value)
-    assert message.startswith(f"{node}: ") and words in message
-    assert "\n" not in message and message.endswith(".")

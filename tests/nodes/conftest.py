@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import copy
+import math
 import os
 import sys
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -147,9 +152,38 @@ def toy() -> SimpleNamespace:
     base = config.get_model({})
     base.diffusion_model = network
     cpu = torch.device("cpu")
-    return SimpleNamespace(
-        model=comfy.model_patcher.ModelPatcher(base, load_device=cpu, offload_device=cpu), network=network, sample=sample
-    )
+    model = comfy.model_patcher.ModelPatcher(base, load_device=cpu, offload_device=cpu)
+    return SimpleNamespace(model=model, network=network, sample=sample, plain=plain, dense=dense)
+
+
+def plain(length: int = 5, seed: int = 9) -> list:
+    """An ordinary text conditioning."""
+    generator = torch.Generator().manual_seed(seed)
+    return [[torch.randn(1, length, 24, generator=generator), {"pooled_output": torch.randn(1, 24, generator=generator)}]]
+
+
+def dense(
+    model, e, grid: tuple[int, int], text: int, references: int = 0, mixing: str = "all",
+    where=lambda kind, index: True, calls: list | None = None,
+):  # fmt: skip
+    """The oracle: a clone of an unpatched MODEL whose every attention is core's mathematics in float64, written out, with one
+    dense mask `where` it belongs. The shapes of q are noted in `calls`."""
+    from semantic_diffusion_adapter.kernels import visibility
+
+    bias = visibility.region_bias(e.boxes, e.strengths, grid, text, references, mixing, e.masks, e.masked_by).double()
+
+    def override(func, q, k, v, heads, transformer_options, **kwargs):
+        mask = torch.zeros(q.shape[2], q.shape[2], dtype=torch.float64)
+        if where(transformer_options["block_type"], transformer_options["block_index"]):
+            mask[:, : e.token_count] = bias
+        logits = q.double() @ k.double().transpose(-1, -2) / math.sqrt(q.shape[-1]) + mask
+        if calls is not None:
+            calls.append(q.shape)
+        return (logits.softmax(-1) @ v.double()).to(q.dtype).transpose(1, 2).flatten(2)
+
+    clone = model.clone()
+    clone.model_options["transformer_options"] = {"optimized_attention_override": override}
+    return clone
 
 
 def sample(model, positive, negative=None, size=(8, 8), batch: int = 1, cfg: float = 1.0, steps: int = 2, seed: int = 0):
@@ -179,3 +213,54 @@ def embedding():
         return from_hierarchy(tokens, grids, torch.randn(batch, width, generator=generator) if pooled else None)
 
     return make
+
+
+@pytest.fixture
+def clip(assets):
+    """The random miniature's CLIP."""
+    from semantic_diffusion_adapter.nodes.host import miniature, text_encoder
+
+    return text_encoder.load_clip(str(assets / miniature.TEXT_ENCODER))
+
+
+class Listener:
+    """What a PromptExecutor needs of a server: somebody to tell."""
+
+    client_id = "test"
+    last_node_id = None
+
+    def __init__(self):
+        self.messages = []
+
+    def send_sync(self, event, data, client_id=None):
+        self.messages.append((event, data))
+
+    def send_progress_text(self, *arguments):
+        pass
+
+    def executed(self) -> set[str]:
+        return {data["node"] for event, data in self.messages if event == "executing" and data["node"]}
+
+    def errors(self) -> list[str]:
+        return [data["exception_message"].strip() for event, data in self.messages if event == "execution_error"]
+
+
+@pytest.fixture
+def queue() -> Callable:
+    """queue(graph, extra data) -> (nodes that ran, sentences of the errors): core's own validation, execution, and one cache
+    for all calls."""
+    import execution
+
+    listener = Listener()
+    executor = execution.PromptExecutor(listener, cache_args={"lru": 0, "ram": 0})
+
+    def run(graph: dict, **extra) -> tuple[set[str], list[str]]:
+        graph, identity = copy.deepcopy(graph), str(uuid.uuid4())
+        valid, _, outputs, wrong = asyncio.run(execution.validate_prompt(identity, graph, None))
+        if not valid:
+            return set(), [error["details"] for node in wrong.values() for error in node["errors"]]
+        listener.messages.clear()
+        executor.execute(graph, identity, {"client_id": "test", **extra}, outputs)
+        return listener.executed(), listener.errors()
+
+    return run

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-import copy
 import json
 import os
 import struct
 import sys
-import uuid
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +16,6 @@ import torch
 
 pytest.importorskip("comfy.sd", reason="no ComfyUI here: set COMFYUI_PATH, or `python3 run.py test` makes one")
 
-import execution  # noqa: E402
 import folder_paths  # noqa: E402
 from comfy.cli_args import args  # noqa: E402
 from comfy_api.latest import io  # noqa: E402
@@ -194,25 +191,9 @@ def test_the_fingerprint_is_the_content(folders, embedding):
     assert LoadEmbedding.fingerprint_inputs() == LoadEmbedding.fingerprint_inputs("absent.safetensors") == ""
 
 
-class Listener:
-    """What a PromptExecutor needs of a server: somebody to tell."""
-
-    client_id = "test"
-    last_node_id = None
-
-    def __init__(self):
-        self.messages = []
-
-    def send_sync(self, event, data, client_id=None):
-        self.messages.append((event, data))
-
-    def executed(self) -> set[str]:
-        return {data["node"] for event, data in self.messages if event == "executing" and data["node"]}
-
-
 @pytest.fixture
-def queue(folders, embedding, monkeypatch):
-    """queue(graph) -> (nodes that ran, sentences of the validation); `Source` gives an embedding."""
+def run(queue, folders, embedding, monkeypatch):
+    """`queue` with the two nodes and `Source`, which gives an embedding."""
 
     class Source(io.ComfyNode):
         @classmethod
@@ -225,29 +206,15 @@ def queue(folders, embedding, monkeypatch):
 
     ours = {"Source": Source, "SDASaveEmbedding": SaveEmbedding, "SDALoadEmbedding": LoadEmbedding}
     monkeypatch.setattr(stock, "NODE_CLASS_MAPPINGS", stock.NODE_CLASS_MAPPINGS | ours)
-    listener = Listener()
-    executor = execution.PromptExecutor(listener, cache_args={"lru": 0, "ram": 0})
-
-    def run(graph):
-        graph, identity = copy.deepcopy(graph), str(uuid.uuid4())
-        valid, _, outputs, errors = asyncio.run(execution.validate_prompt(identity, graph, None))
-        if not valid:
-            return set(), [error["details"] for node in errors.values() for error in node["errors"]]
-        listener.messages.clear()
-        extra = {"client_id": "test", "extra_pnginfo": {"workflow": {"id": "mine"}}}
-        executor.execute(graph, identity, extra, outputs)
-        assert executor.success, listener.messages
-        return listener.executed(), []
-
-    return run
+    return partial(queue, extra_pnginfo={"workflow": {"id": "mine"}})
 
 
-def test_saved_in_one_prompt_and_loaded_in_the_next(queue, folders, embedding):
+def test_saved_in_one_prompt_and_loaded_in_the_next(run, folders, embedding):
     saving = {
         "source": {"class_type": "Source", "inputs": {}},
         "save": {"class_type": "SDASaveEmbedding", "inputs": {"embedding": ["source", 0], "filename_prefix": "a"}},
     }
-    assert queue(saving) == ({"source", "save"}, [])
+    assert run(saving) == ({"source", "save"}, [])
     found = metadata(folders.output / "a_00001_.safetensors")
     assert json.loads(found["prompt"]) == saving and json.loads(found["workflow"]) == {"id": "mine"}
 
@@ -257,12 +224,12 @@ def test_saved_in_one_prompt_and_loaded_in_the_next(queue, folders, embedding):
         "show": {"class_type": "PreviewImage", "inputs": {"images": ["load", 1]}},
         "save": {"class_type": "SDASaveEmbedding", "inputs": {"embedding": ["load", 0], "filename_prefix": "b"}},
     }
-    assert queue(loading) == ({"load", "show", "save"}, [])
+    assert run(loading) == ({"load", "show", "save"}, [])
     assert torch.equal(load("b_00001_.safetensors [output]")[0].tokens, load(file)[0].tokens)
-    assert queue(loading) == (set(), []), "the same file again must come from the cache"
+    assert run(loading) == (set(), []), "the same file again must come from the cache"
     embedding_file.save(folders.output / "a_00001_.safetensors", embedding(seed=1))
-    assert queue(loading) == ({"load", "show", "save"}, [])
+    assert run(loading) == ({"load", "show", "save"}, [])
 
     (folders.output / "a_00001_.safetensors").unlink()
-    ran, (said,) = queue(loading)
+    ran, (said,) = run(loading)
     assert not ran and "no embedding 'a_00001_.safetensors'" in said

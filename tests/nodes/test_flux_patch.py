@@ -21,38 +21,12 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 OVERRIDE = "optimized_attention_override"
 
 
-def plain(tokens: torch.Tensor, width: int = 24) -> list:
-    """An ordinary text conditioning."""
-    return [[tokens, {"pooled_output": torch.zeros(tokens.shape[0], width)}]]
-
-
 def without_layout(positive: list) -> list:
     return [[tokens, {k: v for k, v in settings.items() if k != "model_conds"}] for tokens, settings in positive]
 
 
-def dense_oracle(
-    model, e, grid, text: int, references: int = 0, mixing: str = "all", log_strength: float = 0.0, where=lambda kind, index: True
-):
-    """A clone whose every attention is core's mathematics in float64 with one dense mask `where` it belongs, written out."""
-    strengths = e.strengths + log_strength
-    bias = visibility.region_bias(e.boxes, strengths, grid, text, references, mixing, e.masks, e.masked_by).double()
-    calls = []
-
-    def override(func, q, k, v, heads, transformer_options, **kwargs):
-        mask = torch.zeros(q.shape[2], q.shape[2], dtype=torch.float64)
-        if where(transformer_options["block_type"], transformer_options["block_index"]):
-            mask[:, : e.token_count] = bias
-        logits = q.double() @ k.double().transpose(-1, -2) / math.sqrt(q.shape[-1]) + mask
-        calls.append(q.shape)
-        return (logits.softmax(-1) @ v.double()).to(q.dtype).transpose(1, 2).flatten(2)
-
-    clone = model.clone()
-    clone.model_options["transformer_options"] = {OVERRIDE: override}
-    return clone, calls
-
-
 def test_bypassed_removed_and_all_visible_are_core_bit_for_bit(toy, embedding):
-    text = plain(torch.randn(1, 9, 24))
+    text = toy.plain(9)
     before = toy.sample(toy.model, text)
     patched = flux.patch(toy.model)
     assert torch.equal(toy.sample(patched, text), before), "a conditioning without a layout must be left alone"
@@ -72,8 +46,9 @@ def test_bypassed_removed_and_all_visible_are_core_bit_for_bit(toy, embedding):
 @pytest.mark.parametrize("size", [(8, 8), (7, 9), (12, 5)])
 def test_equals_the_dense_mask_for_any_latent(toy, embedding, size, mixing):
     e = algebra.with_strength(embedding("tree64"), 0.5, levels={1})
-    positive = to_conditioning(e, plain(torch.randn(1, 5, 24)))
-    oracle, calls = dense_oracle(toy.model, e, visibility.patch_grid(*size), 64 + 5, mixing=mixing)
+    positive = to_conditioning(e, toy.plain(5))
+    calls = []
+    oracle = toy.dense(toy.model, e, visibility.patch_grid(*size), 64 + 5, mixing=mixing, calls=calls)
     expected = toy.sample(oracle, without_layout(positive), size=size)
     assert len(calls) == 2 * 4, "the oracle must have been every attention of two steps"
     result = toy.sample(flux.patch(toy.model, mixing=mixing), positive, size=size)
@@ -91,8 +66,8 @@ def soft_mask(seed: int = 0) -> torch.Tensor:
 def test_masks_equal_the_dense_mask_for_any_latent(toy, embedding, size, mixing):
     e = regions.insert(embedding("tree64", seed=1), embedding("global16", seed=2), soft_mask())
     assert e.masks is not None
-    positive = to_conditioning(e, plain(torch.randn(1, 5, 24)))
-    oracle, _ = dense_oracle(toy.model, e, visibility.patch_grid(*size), e.token_count + 5, mixing=mixing)
+    positive = to_conditioning(e, toy.plain(5))
+    oracle = toy.dense(toy.model, e, visibility.patch_grid(*size), e.token_count + 5, mixing=mixing)
     expected = toy.sample(oracle, without_layout(positive), size=size, steps=1)
     result = toy.sample(flux.patch(toy.model, mixing=mixing), positive, size=size, steps=1)
     assert torch.allclose(result, expected, **CLOSE)
@@ -156,7 +131,8 @@ def test_nothing_leaks_out_of_a_region_at_the_injection_site(toy, embedding, kin
 def test_only_the_chosen_blocks_are_masked(toy, embedding, text):
     chosen = blocks.parse_blocks(text, 2, 2)
     e = embedding("tree64")
-    oracle, calls = dense_oracle(toy.model, e, (4, 4), 64, where=lambda *here: here in chosen)
+    calls = []
+    oracle = toy.dense(toy.model, e, (4, 4), 64, where=lambda *here: here in chosen, calls=calls)
     expected = toy.sample(oracle, without_layout(to_conditioning(e)))
     assert len(calls) == 2 * 4
     result = toy.sample(flux.patch(toy.model, blocks=text), to_conditioning(e))
@@ -201,7 +177,7 @@ def test_strength_off_for_a_cell_is_deleting_its_tokens(toy, embedding):
 
 
 def test_strength_zero_leaves_the_text_alone(toy, embedding):
-    text = plain(torch.randn(1, 5, 24))
+    text = toy.plain(5)
     result = toy.sample(flux.patch(toy.model, strength=0.0), to_conditioning(embedding(), text))
     assert torch.isfinite(result).all()
     assert torch.allclose(result, toy.sample(toy.model, text), **CLOSE)
@@ -251,7 +227,7 @@ def test_two_layouts_in_one_batch_keep_their_own(toy, embedding):
 @pytest.mark.parametrize("length", [5, 64])
 def test_guidance_with_a_plain_negative(toy, embedding, length):
     """Also where the negative has as many tokens as the embedding: it has no layout and must not get one."""
-    e, negative = embedding("tree64"), plain(torch.randn(1, length, 24))
+    e, negative = embedding("tree64"), toy.plain(length)
     model = flux.patch(toy.model)
     guided = toy.sample(model, to_conditioning(e), negative, cfg=3.0, steps=1)
     positive, unmasked = toy.sample(model, to_conditioning(e), steps=1), toy.sample(toy.model, negative, steps=1)
@@ -264,7 +240,7 @@ def test_reference_latents_see_every_token(toy, embedding, reference):
     references = [torch.randn(1, 8, *reference), torch.randn(1, 8, 3, 4)]
     positive = node_helpers.conditioning_set_values(to_conditioning(e), {"reference_latents": references})
     count = sum(rows * cols for rows, cols in (visibility.patch_grid(*r.shape[-2:]) for r in references))
-    oracle, _ = dense_oracle(toy.model, e, (4, 4), 64, references=count)
+    oracle = toy.dense(toy.model, e, (4, 4), 64, references=count)
     expected = toy.sample(oracle, without_layout(positive))
     assert torch.allclose(toy.sample(flux.patch(toy.model), positive), expected, **CLOSE)
 
@@ -283,7 +259,7 @@ def test_another_packs_override_is_chained(toy, embedding):
     model.model_options["transformer_options"][OVERRIDE] = louder
     result = toy.sample(model, positive)
     assert seen
-    oracle, _ = dense_oracle(toy.model, e, (4, 4), 64)
+    oracle = toy.dense(toy.model, e, (4, 4), 64)
     dense = oracle.model_options["transformer_options"][OVERRIDE]
     oracle.model_options["transformer_options"][OVERRIDE] = lambda func, q, k, v, heads, **kw: dense(func, q, k, v * 1.5, heads, **kw)
     assert torch.allclose(result, toy.sample(oracle, without_layout(positive)), **CLOSE)
@@ -415,20 +391,31 @@ def test_half_precision_does_not_change_a_mask(toy, embedding, monkeypatch):
     assert torch.allclose(prepared[0].bias[0], expected, atol=1e-5)
 
 
-def test_refusals(toy, embedding):
+@pytest.mark.parametrize("kind", ["SD15", "SDXL", "Flux2"])
+def test_another_kind_of_model_is_refused_by_name(toy, kind):
+    """Flux.2's network is of FLUX.1's class."""
     import comfy.ldm.modules.diffusionmodules.openaimodel as openaimodel
+    import comfy.model_patcher
     import comfy.ops
+    import comfy.supported_models
 
+    if not hasattr(comfy.supported_models, kind):
+        pytest.skip(f"this core does not know {kind}")
+    base = getattr(comfy.supported_models, kind)({"in_channels": 4, "disable_unet_model_creation": True}).get_model({})
+    base.diffusion_model = toy.network
+    if kind != "Flux2":
+        base.diffusion_model = openaimodel.UNetModel(
+            image_size=8, in_channels=4, model_channels=32, out_channels=4, num_res_blocks=[1], channel_mult=(1,), num_heads=1,
+            transformer_depth=[0], transformer_depth_output=[0, 0], transformer_depth_middle=-2,
+            operations=comfy.ops.manual_cast, dtype=torch.float32,
+        )  # fmt: skip
+    cpu = torch.device("cpu")
+    with pytest.raises(ValueError, match=f"works on FLUX.1 models and this is {kind}: load a FLUX.1 model"):
+        flux.patch(comfy.model_patcher.ModelPatcher(base, load_device=cpu, offload_device=cpu))
+
+
+def test_refusals(toy, embedding):
     e = embedding()
-    unet = openaimodel.UNetModel(
-        image_size=8, in_channels=4, model_channels=32, out_channels=4, num_res_blocks=[1], channel_mult=(1,), num_heads=1,
-        transformer_depth=[0], transformer_depth_output=[0, 0], transformer_depth_middle=-2,
-        operations=comfy.ops.manual_cast, dtype=torch.float32,
-    )  # fmt: skip
-    stable = toy.model.clone()
-    stable.add_object_patch("diffusion_model", unet)
-    with pytest.raises(ValueError, match="Flux models and this is a UNetModel"):
-        flux.patch(stable)
     with pytest.raises(ValueError, match="start_percent"):
         flux.patch(toy.model, start=0.7, end=0.2)
     with pytest.raises(ValueError, match="strength"):

@@ -4,40 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import uuid
 
 import pytest
 
 pytest.importorskip("comfy.sd", reason="no ComfyUI here: set COMFYUI_PATH, or `python3 run.py test` makes one")
 
-import execution  # noqa: E402
 import folder_paths  # noqa: E402
 import semantic_diffusion_adapter  # noqa: E402
 
 import nodes as stock  # noqa: E402
-
-
-class Listener:
-    """What a PromptExecutor needs of a server: somebody to tell."""
-
-    client_id = "test"
-    last_node_id = None
-
-    def __init__(self):
-        self.messages = []
-
-    def send_sync(self, event, data, client_id=None):
-        self.messages.append((event, data))
-
-    def send_progress_text(self, *arguments):
-        pass
-
-    def executed(self) -> set[str]:
-        return {data["node"] for event, data in self.messages if event == "executing" and data["node"]}
-
-    def errors(self) -> list[str]:
-        return [data["exception_message"].strip() for event, data in self.messages if event == "execution_error"]
-
 
 GRAPH = {
     "load": {"class_type": "SDALoadMiniature", "inputs": {}},
@@ -89,23 +64,12 @@ GRAPH = {
 
 
 @pytest.fixture
-def run(assets, tmp_path, monkeypatch):
-    """run(graph) -> (nodes that ran, error messages); one cache for all calls."""
+def run(queue, assets, tmp_path, monkeypatch):
+    """`queue` with our nodes and a folder for what they show."""
     extension = asyncio.run(semantic_diffusion_adapter.comfy_entrypoint())
     ours = {node.GET_SCHEMA().node_id: node for node in asyncio.run(extension.get_node_list())}
     monkeypatch.setattr(stock, "NODE_CLASS_MAPPINGS", stock.NODE_CLASS_MAPPINGS | ours)
     monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path))
-    listener = Listener()
-    executor = execution.PromptExecutor(listener, cache_args={"lru": 0, "ram": 0})
-
-    def queue(graph):
-        graph, identity = copy.deepcopy(graph), str(uuid.uuid4())
-        valid, error, outputs, node_errors = asyncio.run(execution.validate_prompt(identity, graph, None))
-        assert valid, (error, node_errors)
-        listener.messages.clear()
-        executor.execute(graph, identity, {"client_id": "test"}, outputs)
-        return listener.executed(), listener.errors()
-
     return queue
 
 
@@ -122,9 +86,12 @@ def test_the_whole_graph_runs_and_is_cached(run, tmp_path):
 
 def test_an_error_reaches_the_artist_as_the_sentence_that_was_written(run):
     broken = copy.deepcopy(GRAPH)
+    broken["blend"]["inputs"]["levels"] = "7"
+    ran, errors = run(broken)
+    assert ran and errors == ["The embedding has no level 7: it has 0, 1, 2."]
     broken["edit"]["inputs"]["instruction"] = ""
-    _, errors = run(broken)
-    assert errors == ["The instruction is empty: write what to change, for example `remove the red circle`."]
+    sentence = "The instruction is empty: write what to change, for example `remove the red circle`."
+    assert run(broken) == (set(), [f"instruction - {sentence}"]), "what is wrong by itself is told before anything runs"
 
 
 def test_networks_loaded_in_one_prompt_work_in_the_next(run):

@@ -28,26 +28,6 @@ OVERRIDE = "optimized_attention_override"
 LORA = {"double_blocks.0.img_attn.qkv": (192, 64), "txt_in": (64, 24), "single_blocks.1.linear1": (448, 64)}
 
 
-def plain(length: int = 5, seed: int = 9) -> list:
-    """An ordinary text conditioning."""
-    generator = torch.Generator().manual_seed(seed)
-    return [[torch.randn(1, length, 24, generator=generator), {"pooled_output": torch.randn(1, 24, generator=generator)}]]
-
-
-def dense(model, e, grid: tuple[int, int], text: int, references: int = 0):
-    """A clone of an unpatched MODEL that hands every attention of core one dense mask."""
-    bias = visibility.region_bias(e.boxes, e.strengths, grid, text, references)
-
-    def override(func, q, k, v, heads, **kwargs):
-        mask = torch.zeros(q.shape[2], q.shape[2])
-        mask[:, : e.token_count] = bias
-        return func(q, k, v, heads, **(kwargs | {"mask": mask.to(q.dtype)}))
-
-    clone = model.clone()
-    clone.model_options["transformer_options"] = {OVERRIDE: override}
-    return clone
-
-
 def with_lora(model, strength: float = 1.0, seed: int = 0):
     """The MODEL under a small LoRA on attention, text and a single block, through core's loader."""
     generator = torch.Generator().manual_seed(seed)
@@ -66,11 +46,11 @@ def one(e, index: int):
 @pytest.mark.parametrize("images, embeddings", [(3, 1), (3, 2), (1, 2)])
 def test_unequal_batches_go_together_as_core_repeats_them(toy, embedding, images, embeddings):
     many, model = embedding(batch=embeddings), flux.patch(toy.model)
-    together = toy.sample(model, to_conditioning(many, plain()), batch=images)
+    together = toy.sample(model, to_conditioning(many, toy.plain()), batch=images)
     assert together.shape[0] == images
     noise = comfy.sample.prepare_noise(torch.zeros(images, 8, 8, 8), 0)
     for i in range(images):
-        positive = to_conditioning(one(many, i % embeddings), plain())
+        positive = to_conditioning(one(many, i % embeddings), toy.plain())
         with torch.no_grad():
             alone = comfy.sample.sample(
                 model, noise[i : i + 1], 2, 1.0, "euler", "simple", positive, positive, torch.zeros(1, 8, 8, 8), disable_pbar=True
@@ -83,7 +63,7 @@ def test_a_latent_with_fewer_patches_than_cells(toy, embedding, size):
     """A patch that lies in many cells sees them all."""
     e = embedding("tree64")
     positive = to_conditioning(e)
-    expected = toy.sample(dense(toy.model, e, visibility.patch_grid(*size), 64), positive, size=size)
+    expected = toy.sample(toy.dense(toy.model, e, visibility.patch_grid(*size), 64), positive, size=size)
     assert torch.allclose(toy.sample(flux.patch(toy.model), positive, size=size), expected, **CLOSE)
 
 
@@ -93,7 +73,7 @@ def test_lora_before_or_after_the_patch(toy, embedding):
     bare = toy.sample(flux.patch(toy.model), positive)
     before = toy.sample(flux.patch(with_lora(toy.model)), positive)
     after = toy.sample(with_lora(flux.patch(toy.model)), positive)
-    expected = toy.sample(dense(with_lora(toy.model), e, (4, 4), 64), positive)
+    expected = toy.sample(toy.dense(with_lora(toy.model), e, (4, 4), 64), positive)
     assert torch.equal(before, after) and torch.allclose(before, expected, **CLOSE)
     assert not torch.allclose(before, bare, **CLOSE), "the LoRA must do something"
     assert torch.equal(toy.sample(flux.patch(toy.model), positive), bare), "and nothing once it is gone"
@@ -101,7 +81,7 @@ def test_lora_before_or_after_the_patch(toy, embedding):
 
 def test_two_branches_of_one_graph_do_not_see_each_other(toy, embedding):
     """Three models made of one, sampled in turns, each with settings of its own."""
-    positive = to_conditioning(embedding(), plain())
+    positive = to_conditioning(embedding(), toy.plain())
     branches = [
         flux.patch(toy.model, strength=0.5),
         flux.patch(with_lora(toy.model), mixing="overlap"),
@@ -131,7 +111,7 @@ def test_inpainting_leaves_what_is_not_masked(toy, embedding):
 
     result = inpaint(flux.patch(toy.model))
     assert torch.allclose(result[..., :3], latent[..., :3], **CLOSE)
-    assert torch.allclose(result, inpaint(dense(toy.model, e, (4, 4), 64)), **CLOSE)
+    assert torch.allclose(result, inpaint(toy.dense(toy.model, e, (4, 4), 64)), **CLOSE)
     assert not torch.allclose(result, inpaint(toy.model), **CLOSE)
 
 
@@ -144,15 +124,15 @@ def test_flux_fill_reads_picture_and_mask_beside_the_noise(toy, embedding):
     beside = {"concat_latent_image": torch.randn(1, 8, 7, 9), "concat_mask": torch.rand(1, 1, 56, 72).round()}
     positive = node_helpers.conditioning_set_values(to_conditioning(e), beside)
     result = toy.sample(flux.patch(toy.model), positive, size=(7, 9))
-    expected = toy.sample(dense(toy.model, e, (4, 5), 64), positive, size=(7, 9))
+    expected = toy.sample(toy.dense(toy.model, e, (4, 5), 64), positive, size=(7, 9))
     assert result.shape == (1, 8, 7, 9) and torch.allclose(result, expected, **CLOSE)
 
 
 def test_reference_latents_in_a_batch_with_a_prompt(toy, embedding):
     """Kontext: the layout, the prompt and the references of a batch all keep their place in the sequence."""
     many, references = embedding(batch=2), {"reference_latents": [torch.randn(1, 8, 5, 6)]}
-    positive = node_helpers.conditioning_set_values(to_conditioning(many, plain()), references)
-    expected = toy.sample(dense(toy.model, many, (4, 4), 64 + 5, references=9), positive, batch=2)
+    positive = node_helpers.conditioning_set_values(to_conditioning(many, toy.plain()), references)
+    expected = toy.sample(toy.dense(toy.model, many, (4, 4), 64 + 5, references=9), positive, batch=2)
     assert torch.allclose(toy.sample(flux.patch(toy.model), positive, batch=2), expected, **CLOSE)
 
 
@@ -172,17 +152,17 @@ class Recorder(comfy.controlnet.ControlBase):
 
 def test_a_controlnets_additions_arrive_and_stay_outside_the_regions(toy, embedding):
     e, control = embedding(), Recorder()
-    without = to_conditioning(e, plain())
+    without = to_conditioning(e, toy.plain())
     positive = node_helpers.conditioning_set_values(without, {"control": control, "control_apply_to_uncond": True})
     result = toy.sample(flux.patch(toy.model), positive, size=(8, 6))
-    oracle = dense(toy.model, e, (4, 3), 64 + 5)
+    oracle = toy.dense(toy.model, e, (4, 3), 64 + 5)
     assert torch.allclose(result, toy.sample(oracle, positive, size=(8, 6)), **CLOSE)
     assert not torch.allclose(result, toy.sample(flux.patch(toy.model), without, size=(8, 6)), **CLOSE)
 
 
 def test_what_a_controlnet_is_given_to_read_does_not_reach_flux(toy, embedding):
     """Core's `cross_attn_controlnet` is for the ControlNet alone."""
-    control, (prompt, _) = Recorder(), plain(7, seed=4)[0]
+    control, (prompt, _) = Recorder(), toy.plain(7, seed=4)[0]
     positive = node_helpers.conditioning_set_values(
         to_conditioning(embedding()), {"control": control, "control_apply_to_uncond": True}
     )
@@ -194,7 +174,7 @@ def test_what_a_controlnet_is_given_to_read_does_not_reach_flux(toy, embedding):
 
 def test_a_controlnet_reads_the_prompt_else_the_tokens_of_the_whole_image(toy, embedding):
     """It knows no boxes: regions would all speak to it at once."""
-    e, text, model = embedding("tree64"), plain(), flux.patch(toy.model)
+    e, text, model = embedding("tree64"), toy.plain(), flux.patch(toy.model)
     behind_another = to_conditioning(embedding("global16", seed=1), text)
     for positive, expected in (
         (to_conditioning(e, text), text[0][0]),
@@ -216,8 +196,8 @@ def test_an_attention_of_the_user_that_drops_masks(toy, embedding, monkeypatch):
         return attention_pytorch(q, k, v, heads, skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape)
 
     e = embedding()
-    positive = to_conditioning(e, plain())
-    expected = toy.sample(dense(toy.model, e, (4, 4), 64 + 5), positive)
+    positive = to_conditioning(e, toy.plain())
+    expected = toy.sample(toy.dense(toy.model, e, (4, 4), 64 + 5), positive)
     monkeypatch.setattr(comfy.ldm.flux.math, "optimized_attention", comfy.ldm.modules.attention.wrap_attn(attention_sage))
     assert torch.allclose(toy.sample(flux.patch(toy.model), positive), expected, **CLOSE)
     assert masks and all(mask is None for mask in masks)
@@ -232,7 +212,7 @@ def test_fp8_weights(toy, embedding):
         toy.network.to(torch.float8_e4m3fn)
         toy.network.dtype = torch.float8_e4m3fn
         toy.model.model.manual_cast_dtype = torch.float32
-        expected = toy.sample(dense(toy.model, e, (4, 4), 64), positive)
+        expected = toy.sample(toy.dense(toy.model, e, (4, 4), 64), positive)
     except (NotImplementedError, RuntimeError) as reason:
         pytest.skip(f"this PyTorch or core cannot cast fp8 weights on the CPU: {reason}")
     result = toy.sample(flux.patch(toy.model), positive)
@@ -262,14 +242,14 @@ def test_quantised_layers_without_weights(toy, embedding):
                 setattr(module, name, Packed(child))
     e = embedding()
     positive = to_conditioning(e)
-    expected = toy.sample(dense(toy.model, e, (4, 4), 64), positive)
+    expected = toy.sample(toy.dense(toy.model, e, (4, 4), 64), positive)
     assert torch.allclose(toy.sample(flux.patch(toy.model), positive), expected, **CLOSE)
 
 
 def test_interrupted_in_the_middle_of_a_forward_and_rerun(toy, embedding, monkeypatch):
     positive = to_conditioning(embedding())
     model = flux.patch(toy.model)
-    text, expected = toy.sample(toy.model, plain()), toy.sample(model, positive)
+    text, expected = toy.sample(toy.model, toy.plain()), toy.sample(model, positive)
 
     def interrupt(*args, **kwargs):
         raise comfy.model_management.InterruptProcessingException
@@ -279,7 +259,7 @@ def test_interrupted_in_the_middle_of_a_forward_and_rerun(toy, embedding, monkey
         with pytest.raises(comfy.model_management.InterruptProcessingException):
             toy.sample(model, positive)
     assert torch.equal(toy.sample(model, positive), expected)
-    assert torch.equal(toy.sample(toy.model, plain()), text)
+    assert torch.equal(toy.sample(toy.model, toy.plain()), text)
 
 
 def test_a_patched_model_is_given_back(toy, embedding):

@@ -18,7 +18,9 @@ import folder_paths  # noqa: E402
 import semantic_diffusion_adapter  # noqa: E402
 from comfy_api.latest import io  # noqa: E402
 
-LOCALES = Path(__file__).resolve().parents[2] / "locales"
+ROOT = Path(__file__).resolve().parents[2]
+LOCALES = ROOT / "locales"
+WIDGETS = ROOT / "web" / "js"
 TRANSLATED = ("ja", "zh")
 LANGUAGES = ("en", *TRANSLATED)
 STAYS = {"x", "y", "cfg", "clip", "vae", "Latent"}  # names that these communities write in Latin letters
@@ -57,6 +59,10 @@ def from_schemas(schemas: list[io.Schema]) -> dict[tuple[str, ...], str]:
     return leaves(tree)
 
 
+def placeholders(text: str) -> set[str]:
+    return set(re.findall(r"%\w+", text))
+
+
 def shown(name: str) -> str:
     """A node's name without what stands in brackets, as other nodes' texts may call it."""
     return re.split(r" \(|（", name)[0]
@@ -78,6 +84,14 @@ def test_every_node_input_and_output_in_the_order_of_the_nodes(schemas, language
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_the_category(schemas, language):
     assert list(load(language, "main")["nodeCategories"]) == sorted({schema.category for schema in schemas})
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_widgets_on_the_page_have_their_texts(language):
+    used = [re.findall(r'\bsay\("(\w+)"', path.read_text(encoding="utf-8")) for path in WIDGETS.glob("*.js")]
+    texts, english = (load(each, "main")["semanticDiffusion"] for each in (language, "en"))
+    assert list(texts) == list(english) and set(texts) == set().union(*used)
+    assert {name: placeholders(text) for name, text in texts.items()} == {name: placeholders(text) for name, text in english.items()}
 
 
 @pytest.mark.parametrize("name", ("main", "nodeDefs"))

@@ -19,11 +19,6 @@ from semantic_diffusion_adapter.nodes.host.flux import patch  # noqa: E402
 import nodes as stock  # noqa: E402
 
 
-@pytest.fixture
-def clip(assets):
-    return text_encoder.load_clip(str(assets / miniature.TEXT_ENCODER))
-
-
 def reference_text(assets, ids: list[int]) -> torch.Tensor:
     """[1, L, D] of transformers' T5 on these ids, padding seen by all."""
     state, record = checkpoint.load(assets / miniature.TEXT_ENCODER, "text_encoder")

@@ -7,6 +7,7 @@ import copy
 import gc
 import importlib
 import os
+import re
 import weakref
 
 import pytest
@@ -23,7 +24,7 @@ import folder_paths  # noqa: E402
 import semantic_diffusion_adapter  # noqa: E402
 from comfy_api.latest import ComfyExtension, io  # noqa: E402
 from semantic_diffusion_adapter.kernels import algebra, regions  # noqa: E402
-from semantic_diffusion_adapter.nodes import blend, decode, edit, encode, load  # noqa: E402
+from semantic_diffusion_adapter.nodes import blend, decode, dials, edit, encode, load, region  # noqa: E402
 from semantic_diffusion_adapter.nodes import miniature as miniature_node  # noqa: E402
 from semantic_diffusion_adapter.nodes.host import folders, miniature, networks, text_encoder, versions  # noqa: E402
 
@@ -235,6 +236,32 @@ def test_bad_input_is_one_sentence_with_a_remedy(loaded, assets):
     refused("same preset", blend.BlendEmbeddings.execute, e, full, 0.5, "lerp", "all")
     refused("no level 7", blend.BlendEmbeddings.execute, e, e, 0.5, "lerp", "7")
     refused("levels 'one' are not numbers", blend.BlendEmbeddings.execute, e, e, 0.5, "lerp", "one")
+
+
+def test_what_is_wrong_by_itself_is_told_when_queued(assets):
+    """Core asks `validate_inputs` before a run; a linked value is None then."""
+
+    def told(sentence, node, **widgets):
+        answer = node.validate_inputs(**widgets)
+        assert re.search(sentence, answer) and answer.endswith(".") and "\n" not in answer
+
+    editor, scene = "miniature_editor.safetensors", "miniature_tree128.safetensors"
+    told("models/semantic_adapters: put the file there .* Load Miniature", load.LoadAdapter, adapter="absent.safetensors")
+    told("models/edit_decoders: put the file there", load.LoadEditDecoder, edit_decoder="absent.safetensors")
+    told("models/clip_vision: put the file there .* help page", load.LoadVisionEncoders, encoder_2="absent.safetensors")
+    folder_paths.folder_names_and_paths["semantic_adapters"][0].append(str(assets / "edit_decoders"))
+    told("kind 'edit_decoder' where 'adapter' is needed", load.LoadAdapter, adapter=editor)
+    told("levels 'one' are not numbers", blend.BlendEmbeddings, levels="one")
+    told("levels 'one' are not numbers", dials.EmbeddingStrength, levels="one", cells="")
+    told("1:0=3", dials.EmbeddingStrength, levels="all", cells="1:0=3")
+    told("instruction is empty", edit.EditEmbedding, instruction=" ")
+    told("prompt of a region is empty", region.RegionalPrompt, text="")
+    told("must not be after end_percent", decode.MaskedAttention, start_percent=0.8, end_percent=0.2)
+
+    assert load.LoadAdapter.validate_inputs(adapter=scene) is True and load.LoadAdapter.validate_inputs() is True
+    assert load.LoadVisionEncoders.validate_inputs("miniature_clip.safetensors", "none", None) is True
+    assert decode.MaskedAttention.validate_inputs(start_percent=0.8) is True
+    assert dials.EmbeddingStrength.validate_inputs(levels="0,1", cells="1:0,0=0.5") is True
 
 
 def test_a_public_file_asks_for_its_model(assets, tmp_path):

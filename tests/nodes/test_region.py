@@ -13,17 +13,12 @@ import comfy.ldm.flux.redux
 import comfy.sd
 from semantic_diffusion_adapter.kernels.visibility import region_bias
 from semantic_diffusion_adapter.nodes.dials import EmbeddingStrength, KeepOutsideMask
-from semantic_diffusion_adapter.nodes.host import flux, miniature, text_encoder
+from semantic_diffusion_adapter.nodes.host import flux
 from semantic_diffusion_adapter.nodes.host.conditioning import to_conditioning
 from semantic_diffusion_adapter.nodes.region import ComposeEmbeddings, PlaceEmbedding, RegionalPrompt
 from semantic_diffusion_adapter.nodes.style import FromStyleModel
 
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0, "replace"), (0.5, 0.0, 0.5, 1.0, "replace")
-
-
-@pytest.fixture
-def clip(assets):
-    return text_encoder.load_clip(str(assets / miniature.TEXT_ENCODER))
 
 
 def seen(e, grid=(4, 4)) -> torch.Tensor:
@@ -93,7 +88,21 @@ def test_a_canvas_is_told_the_grids(embedding):
     told = ComposeEmbeddings.execute(a, embedding(seed=1), *RIGHT).ui
     assert told["layout"] == [[1, 1, 16], [2, 2, 4], [4, 4, 2]]
     (mixed,) = ComposeEmbeddings.execute(a, embedding(seed=1), *RIGHT).result
-    assert EmbeddingStrength.execute(mixed, 1.0, "all", "").ui["layout"] == []
+    # Of the right half there are the same cells once more, so the whole tree is there; a placed one has cells of its own.
+    assert [cell[:3] for cell in EmbeddingStrength.execute(mixed, 1.0, "all", "").ui["cells"]] == [
+        (level, row, column) for level, side in enumerate((1, 2, 4)) for row in range(side) for column in range(side)
+    ]
+    (placed,) = PlaceEmbedding.execute(embedding("global16"), embedding("quad64"), 0.5, 0.5, 0.5, 0.5, "join").result
+    told = EmbeddingStrength.execute(placed, 1.0, "all", "").ui["cells"]
+    assert told == [
+        (0, 0, 0, 0.0, 0.0, 1.0, 1.0), (0, 1, 1, 0.5, 0.5, 1.0, 1.0),
+        (1, 0, 0, 0.5, 0.5, 0.75, 0.75), (1, 0, 1, 0.75, 0.5, 1.0, 0.75),
+        (1, 1, 0, 0.5, 0.75, 0.75, 1.0), (1, 1, 1, 0.75, 0.75, 1.0, 1.0),
+    ]  # fmt: skip
+    for level, row, column, *box in told:  # what the canvas writes names the very tokens that it drew
+        (off,) = EmbeddingStrength.execute(placed, 1.0, "all", f"{level}:{row},{column}=0").result
+        silent = torch.isinf(off.strengths)
+        assert silent.any() and (off.boxes[silent] == torch.tensor(box)).all() and (off.levels[silent] == level).all()
 
 
 def test_strength_by_levels_and_cells(embedding):

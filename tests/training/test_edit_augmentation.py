@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import pytest
-from semantic_diffusion_adapter.training.edit_augmentation import NOTHING, Augmentation, reverse_instruction
+import torch
+from semantic_diffusion_adapter.training.edit_augmentation import NOTHING, Augmentation, reverse_instruction, turned
 
 BOTH_WAYS = [
     ("add a red car", "remove the red car"),
@@ -43,3 +44,17 @@ def test_shares_of_the_samples():
     for wrong in ({"identity": -0.1}, {"identity": 0.6, "reversed": 0.5}):
         with pytest.raises(ValueError, match="shares of the samples"):
             Augmentation(**wrong)
+
+
+def test_a_sample_is_turned_round_only_where_its_instruction_can_be():
+    source, target = torch.zeros(3, 4, 4), torch.ones(3, 4, 4)
+    shares = Augmentation(identity=0.25, reversed=0.25)
+    added = source, target, "add a dog"
+    assert turned(added, 0.9, 0.0, shares) is added
+    back = turned(added, 0.3, 0.0, shares)
+    assert back[0] is target and back[1] is source and back[2] == "remove the dog"
+    vague = source, target, "make it night"
+    assert turned(vague, 0.3, 0.0, shares) is vague
+    said = {turned(added, 0.1, i / 100, shares)[2] for i in range(100)}
+    assert said == set(NOTHING)
+    assert turned(added, 0.1, 0.5, shares)[:2] == (source, source)

@@ -4,7 +4,10 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from semantic_diffusion_adapter.training.instructions import load_instruction_encoder
+
+pytest.importorskip("diffusers", reason="diffusers is not installed: pip install -e '.[training]'")
+
+from semantic_diffusion_adapter.training.instructions import load_instruction_encoder  # noqa: E402
 
 CPU = torch.device("cpu")
 WORDS = ["<pad>", "</s>", "<unk>", "add", "remove", "the", "a", "dog", "red"]
@@ -42,14 +45,22 @@ TEXTS = ["remove the dog", "add a red dog"]
 def test_every_form_gives_flux_s_own_encoding_padding_unmasked(published, form):
     folder, expected = published
     tokenizer = folder / "tokenizer_2" if form.endswith("safetensors") else None
-    encoder = load_instruction_encoder(folder / form, CPU, tokenizer, length=6, dtype=torch.float32)
+    encoder = load_instruction_encoder(folder / form, CPU, tokenizer, length=6, precision="fp32")
     assert encoder.width == 24
     torch.testing.assert_close(encoder(TEXTS), expected)
     assert not any(parameter.requires_grad for parameter in encoder.model.parameters())
 
 
+def test_int8_is_near_and_half_as_large(published):
+    pytest.importorskip("torchao", reason="torchao is not installed: pip install -e '.[training]'")
+    folder, expected = published
+    encoder = load_instruction_encoder(folder, CPU, length=6, precision="int8")
+    assert torch.nn.functional.cosine_similarity(encoder(TEXTS).float(), expected, dim=-1).min() > 0.99
+    assert all("Int8" in type(b.layer[1].DenseReluDense.wo.weight.data).__name__ for b in encoder.model.encoder.block)
+
+
 def test_padded_and_cut_to_its_length(published):
-    encoder = load_instruction_encoder(published[0], CPU, dtype=torch.bfloat16)
+    encoder = load_instruction_encoder(published[0], CPU)
     assert encoder(TEXTS).shape == (2, 256, 24) and encoder([""]).dtype is torch.bfloat16
     short = load_instruction_encoder(published[0], CPU, length=3)
     assert short(["remove the red dog"]).shape == (1, 3, 24)

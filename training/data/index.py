@@ -130,8 +130,6 @@ class Index(Sequence):
     def read_member(self, row: int, member: str = "") -> bytes:
         """The bytes of one picture, by one ranged read. member: "", "target" or "mask". Raises CorruptSample where the
         shard does not hold what was prepared."""
-        from .decode import CorruptSample
-
         it, prefix = self[row], f"{member}_" if member else ""
         start, length = it[f"{prefix}offset"], it[f"{prefix}length"]
         try:
@@ -144,6 +142,26 @@ class Index(Sequence):
         if wanted is not None and hashlib.sha256(data).digest() != wanted:
             raise CorruptSample(self, row, "its bytes have changed since they were prepared")
         return data
+
+
+class CorruptSample(ValueError):
+    """A prepared sample that can no longer be read; the caller stops, or skips it (`Plan.spare`)."""
+
+    def __init__(self, index: Index, row: int, what: str):
+        it = index[row]
+        super().__init__(f"Row {row} of {index.url} ('{it['key']}', from {it['origin']}) in {it['shard']} at byte {it['offset']} "
+                         f"is corrupt: {what}; restore the shard or prepare the set again.")
+        self.row, self.shard, self.key = row, it["shard"], it["key"]
+
+    def __reduce__(self):
+        return _revive, (str(self), dict(self.__dict__))
+
+
+def _revive(text: str, state: dict) -> CorruptSample:
+    error = CorruptSample.__new__(CorruptSample)
+    ValueError.__init__(error, text)
+    error.__dict__.update(state)
+    return error
 
 
 def column_bytes(column: pa.ChunkedArray):

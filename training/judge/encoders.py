@@ -28,6 +28,11 @@ def to_tensor(pictures: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(pictures)).movedim(-1, 1).float() / 255
 
 
+def to_pixels(pictures: Tensor) -> np.ndarray:
+    """[..., 3, H, W] float in [0, 1] -> [..., H, W, 3] uint8."""
+    return (pictures * 255).round().byte().movedim(-3, -1).cpu().numpy()
+
+
 class Encoder(nn.Module):
     """A frozen encoder. `weights` is its file; `reads` says whether it has a text half."""
 
@@ -56,10 +61,11 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def keys(self, picture: np.ndarray) -> Tensor:
-        """The last layer's keys [1, N, D] of a picture's tokens, all heads together. ValueError where there are none to read."""
+        """The last layer's keys [1, N, D] of a picture's tokens, all heads together. ValueError where there are none."""
         names = [name for name, _ in self.model.named_modules() if name.endswith((".k_proj", ".attention.key"))]
         if not names or self.reads:
-            raise ValueError(f"{self.weights} is no DINO, whose keys the structure distance reads: give the folder of dino-vitb8.")
+            raise ValueError(f"{self.weights} is no DINO, whose keys the structure distance reads: "
+                             "give the folder of dino-vitb8.")
         caught = []
         handle = self.model.get_submodule(names[-1]).register_forward_hook(lambda module, args, output: caught.append(output))
         try:
@@ -111,7 +117,8 @@ class TransformersEncoder(Encoder):
         self.tokenizer = AutoTokenizer.from_pretrained(folder, **here) if self.reads else None
 
     def _images(self, pictures: list[np.ndarray]) -> Tensor:
-        pixels = self.processor(images=[Image.fromarray(p) for p in pictures], return_tensors="pt")["pixel_values"].to(self.device)
+        images = [Image.fromarray(picture) for picture in pictures]
+        pixels = self.processor(images=images, return_tensors="pt")["pixel_values"].to(self.device)
         if self.reads:
             return _pooled(self.model.get_image_features(pixel_values=pixels))
         return self.model(pixel_values=pixels).last_hidden_state[:, 0]
@@ -172,4 +179,5 @@ def load_encoder(path: Path, device: torch.device) -> Encoder:
             except (OSError, KeyError, RuntimeError, ValueError) as error:
                 reason = str(error).splitlines()[0]
                 raise ValueError(f"The encoder in {path} cannot be read ({reason}): download its folder again.") from error
-    raise ValueError(f"There is no encoder at {path}: give a folder with config.json or open_clip_config.json, or a tower's file.")
+    raise ValueError(f"There is no encoder at {path}: give a folder with config.json or open_clip_config.json, "
+                     "or a tower's file.")

@@ -10,7 +10,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -21,16 +21,19 @@ from PIL import Image
 from tqdm import tqdm
 
 from ...kernels.hierarchy import hierarchy
+from ..base import Precision
+from ..data.pipeline import stoppable
 from ..engine.world import pick_device
 from . import page
 from .encoders import to_tensor
 from .measures import EDITS, RECONSTRUCTION, Judge
 from .metrics import summary
-from .painter import Files, Painter
+from .painter import Files, Painter, seed_of
 from .samples import Edits, Pictures, Sample, Skipped
 
 VAE = "vae"  # the autoencoder's round trip: the ceiling
 COPY, NOTHING = "unedited", "source"  # the unedited embedding painted, and the source picture itself: what an edit must beat
+PROTOCOL = ("seed", "steps", "guidance", "resolution", "precision")  # what decides the pixels, beside the files
 SOFTWARE = ("torch", "diffusers", "transformers", "open_clip_torch", "torchmetrics", "lpips")
 
 
@@ -43,9 +46,11 @@ class Config:
     adapter: Path
     vae: Path
     towers: tuple[Path, ...]
-    """Files of the adapter's vision towers."""
+    """The adapter's vision towers: our files, or published ones that tower_ids names."""
+    tower_ids: tuple[str, ...] = ()
+    """For each tower the id of a published encoder, "" where the file says it itself; left out where all do."""
     images: str = ""
-    """Pictures to reconstruct: a folder of files, or a folder or URL that `sda prepare` filled."""
+    """Pictures to reconstruct: a folder or URL of picture files, or one that `sda prepare` filled."""
     edits: str = ""
     """Edits to carry out: a folder or URL that `sda prepare-edits` filled. Needs editor and text."""
     editor: Path | None = None
@@ -63,11 +68,14 @@ class Config:
     """Pictures are cropped to the aspect bucket of this resolution in pixels."""
     steps: int = 28
     """Euler steps of Flux."""
+    guidance: float = 3.5
+    """What a guidance-distilled base (FLUX.1-dev) is told."""
     seed: int = 0
     """Of the noise, which depends on it and on the picture alone."""
     batch: int = 8
     """Pictures painted at once."""
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Precision = "bf16"
+    """Of Flux: bf16, fp32, int8 or nf4."""
     device: str = "auto"
     clip: Path | None = None
     """CLIP of the measures: a folder of transformers or open_clip, or a tower's file."""
@@ -107,46 +115,57 @@ def tasks_of(config: Config) -> list[Task]:
     return tasks
 
 
-def run(config: Config) -> None:
+def run(config: Config) -> bool:
+    """False where a signal stopped it; the same line goes on from there."""
     tasks = tasks_of(config)
     make_writable(config.out)
+    try:
+        with stoppable():
+            judge(config, tasks)
+    except KeyboardInterrupt:
+        print("Stopped. The same line goes on from here.")
+        return False
+    return True
+
+
+def judge(config: Config, tasks: list[Task]) -> None:
+    """Load, paint, measure and write."""
     device = pick_device(config.device)
-    judge = Judge({name: getattr(config, name) for name in ("clip", "dino", "structure", "lpips")}, device)
-    painter = Painter(Files(config.flux, config.adapter, config.vae, config.towers, config.editor, config.text,
-                            config.tokenizer), device,
-                      config.precision, config.steps)
-    protocol = {key: getattr(config, key) for key in ("seed", "steps", "resolution", "precision")} | painter.describe()
+    eyes = Judge({name: getattr(config, name) for name in ("clip", "dino", "structure", "lpips")}, device)
+    painter = Painter(Files(**{field.name: getattr(config, field.name) for field in fields(Files)}), device, config.precision)
+    protocol = {key: getattr(config, key) for key in PROTOCOL} | painter.describe()
     agree(config.out / "protocol.json", protocol)
     if painter.editor is not None:
         painter.editor.check_mode(config.mode)
-    results = {"made": str(date.today()), "protocol": protocol, "measures": judge.describe(), "device": str(device),
+    results = {"made": str(date.today()), "protocol": protocol, "measures": eyes.describe(), "device": str(device),
                "software": {name: version(name) for name in SOFTWARE}, "tasks": {}}
     for task in tasks:
-        results["tasks"][task.name] = carry_out(task, config, painter, judge)
+        results["tasks"][task.name] = carry_out(task, config, painter, eyes)
     write(config.out / "results.json", json.dumps(finite(results), indent=1, ensure_ascii=False, allow_nan=False))
     write(config.out / "index.html", page.page(results, config.out))
     print(page.table(results))
     print(f"side by side: {config.out / 'index.html'}")
 
 
-def carry_out(task: Task, config: Config, painter: Painter, judge: Judge) -> dict:
+def carry_out(task: Task, config: Config, painter: Painter, eyes: Judge) -> dict:
     """Paint and measure one task; what results.json says of it."""
     folder, found, skipped = config.out / "pictures" / task.name, [], []
     with tqdm(total=min(len(task.samples), config.limit or len(task.samples)), desc=task.name, unit="picture") as bar:
         for batch in batches(task.samples, config, skipped):
             paint(painter, task, config, folder, batch)
             for sample in batch:
-                found.append(measured(judge, task, folder, sample))
+                found.append(measured(eyes, task, folder, sample))
             bar.update(len(found) + len(skipped) - bar.n)
     for each in skipped:
         print(f"left out: {each.name}: {each.reason}")
     if not found:
         reason = f"{skipped[0].name}: {skipped[0].reason}" if skipped else "it is empty"
-        raise ValueError(f"Nothing in {task.samples.place} could be judged ({reason}): give other pictures or a lower --resolution.")
+        raise ValueError(f"Nothing in {task.samples.place} could be judged ({reason}): "
+                         "give other pictures or a lower --resolution.")
     names = list(found[0]["values"])
     means = {name: {measure: summary([it["values"][name][measure] for it in found if measure in it["values"][name]])
                     for measure in task.measures if any(measure in it["values"][name] for it in found)} for name in names}
-    return {"set": task.samples.describe(), "count": len(found), "missing": judge.missing(task.measures),
+    return {"set": task.samples.describe(), "count": len(found), "missing": eyes.missing(task.measures),
             "skipped": [vars(each) for each in skipped], "means": means, "samples": found}
 
 
@@ -181,26 +200,27 @@ def paint(painter: Painter, task: Task, config: Config, folder: Path, batch: lis
         rest = [sample for sample in batch if not (folder / sample.key / f"{name}.png").exists()]
         if not rest:
             continue
-        pictures, keys = to_tensor([sample.source for sample in rest]), [sample.key for sample in rest]
+        pictures = to_tensor([sample.source for sample in rest])
         if name == VAE:
             made = painter.round_trip(pictures)
         else:
             embedding = painter.embed(pictures, config.presets[0] if task.name == "edits" else name)
             if name == config.mode:
                 embedding = painter.edit(embedding, [sample.instruction for sample in rest], name)
-            made = painter.paint(embedding, pictures.shape[-2:], keys, config.seed)
+            seeds = [seed_of(sample.key, config.seed) for sample in rest]
+            made = painter.paint(embedding, pictures.shape[-2:], seeds, config.steps, config.guidance)
         for sample, picture in zip(rest, made):
             save(folder / sample.key / f"{name}.png", picture)
 
 
-def measured(judge: Judge, task: Task, folder: Path, sample: Sample) -> dict:
+def measured(eyes: Judge, task: Task, folder: Path, sample: Sample) -> dict:
     """A sample's record: who it is, and its measures by what was painted."""
     painted = {name: np.asarray(Image.open(folder / sample.key / f"{name}.png")) for name in task.painted}
     record = {"key": sample.key, "name": sample.name, "size": list(sample.source.shape[:2])}
     if task.name == "reconstruction":
-        return record | {"values": judge.reconstruction(sample.source, painted)}
+        return record | {"values": eyes.reconstruction(sample.source, painted)}
     said = {"instruction": sample.instruction, "captions": list(sample.captions)}
-    return record | said | {"values": judge.edits(sample, {NOTHING: sample.source, **painted})}
+    return record | said | {"values": eyes.edits(sample, {NOTHING: sample.source, **painted})}
 
 
 def make_writable(folder: Path) -> None:
@@ -217,7 +237,8 @@ def agree(file: Path, now: dict) -> None:
     before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     for key in before.keys() & now.keys():
         if before[key] != now[key]:
-            raise ValueError(f"{file.parent} holds pictures of another {key} ({before[key]}, now {now[key]}): give another --out.")
+            raise ValueError(f"{file.parent} holds pictures of another {key} ({before[key]}, now {now[key]}): "
+                             "give another --out.")
     write(file, json.dumps(before | now, indent=1))
 
 

@@ -43,7 +43,7 @@ RECONSTRUCTION = ("dino", "clip_i", "structure", "lpips", "ssim", "psnr")
 EDITS = ("clip_dir", "clip_i", "dino", "l1", "clip_t", "clip_i_source", "dino_source", "l1_source", "structure_source")
 # key of the configuration -> what to download for the measures that lack it
 FILES = {
-    "clip": "a CLIP with both halves as a folder (transformers' or open_clip's layout); MagicBrush takes openai/clip-vit-base-patch32",
+    "clip": "a CLIP with both halves as a folder (of transformers or open_clip); MagicBrush takes openai/clip-vit-base-patch32",
     "dino": "a DINO as a folder; DreamBooth and MagicBrush take facebook/dino-vits16",
     "structure": "a DINO as a folder; Splice takes facebook/dino-vitb8",
     "lpips": "the safetensors of torchvision's AlexNet, SqueezeNet 1.1 or VGG-16",
@@ -55,7 +55,8 @@ class Judge:
 
     def __init__(self, files: dict[str, Path | None], device: torch.device):
         self.device, self.networks = device, {}
-        for name, load in (("clip", load_encoder), ("dino", load_encoder), ("structure", load_encoder), ("lpips", metrics.Lpips)):
+        loaders = {"clip": load_encoder, "dino": load_encoder, "structure": load_encoder, "lpips": metrics.Lpips}
+        for name, load in loaders.items():
             if files.get(name) is not None:
                 self.networks[name] = load(files[name], device)
         if "structure" in self.networks:
@@ -65,7 +66,7 @@ class Judge:
         return {name: network.describe() for name, network in self.networks.items()}
 
     def missing(self, names: tuple[str, ...]) -> list[dict[str, str]]:
-        """[{"measure", "key", "needs"}] of the measures among `names` for which no file was given or whose file lacks a half."""
+        """[{"measure", "key", "needs"}] of those among `names` for which no file was given or whose file lacks a half."""
         found = []
         for name in names:
             key, label = MEASURES[name].needs, MEASURES[name].label

@@ -25,8 +25,8 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Structural similarity (Wang et al. 2004): Gaussian window of deviation 1.5 px, 11 px wide, mean over the channels and over
-    the places where the whole window lies in the picture; 1 is equal."""
+    """Structural similarity (Wang et al. 2004): Gaussian window of deviation 1.5 px, 11 px wide, mean over the channels and
+    over the places where the whole window lies in the picture; 1 is equal."""
     _, full = structural_similarity_index_measure(a, b, data_range=1.0, sigma=1.5, reduction="none", return_full_image=True)
     # Releases of torchmetrics differ in whether their own mean counts the rim, where the window sees reflections.
     return full[..., 5:-5, 5:-5].mean((1, 2, 3))
@@ -45,7 +45,8 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 def directional(source: Tensor, edited: Tensor, source_text: Tensor, edited_text: Tensor) -> Tensor:
     """CLIP-directional similarity (StyleGAN-NADA, arXiv 2108.00946): the cosine between the change of the picture and the
     change of its caption, of features of unit length; 0 where nothing has changed."""
-    before, after, said_before, said_after = (F.normalize(x.float(), dim=-1) for x in (source, edited, source_text, edited_text))
+    features = (source, edited, source_text, edited_text)
+    before, after, said_before, said_after = (F.normalize(x.float(), dim=-1) for x in features)
     return cosine(after - before, said_after - said_before)
 
 
@@ -57,7 +58,7 @@ def self_similarity(keys: Tensor) -> Tensor:
 
 def structure_distance(a: Tensor, b: Tensor) -> Tensor:
     """Mean squared difference of the self-similarities of two pictures' keys [B, N, D] (Splice, arXiv 2201.00424; PnP
-    Inversion, arXiv 2310.01506, prints it times 1000). The protocol: keys of DINO ViT-B/8's last layer, class token included."""
+    Inversion, arXiv 2310.01506, prints it times 1000). Their keys: DINO ViT-B/8's last layer, class token included."""
     return (self_similarity(a) - self_similarity(b)).square().mean((1, 2))
 
 
@@ -99,7 +100,8 @@ def backbone_of(state: dict[str, Tensor], path: Path) -> str:
     first = state.get("features.0.weight")
     sides = {11: "alex", 3: "vgg"}
     if first is None or first.ndim != 4 or first.shape[-1] not in sides:
-        raise ValueError(f"{path} is not a backbone of LPIPS: give the safetensors of torchvision's AlexNet, SqueezeNet 1.1 or VGG-16.")
+        raise ValueError(f"{path} is not a backbone of LPIPS: "
+                         "give the safetensors of torchvision's AlexNet, SqueezeNet 1.1 or VGG-16.")
     return sides[first.shape[-1]]
 
 

@@ -44,7 +44,7 @@ def table(results: dict) -> str:
         rows += [[NAMES.get(method, method), *(number(means[m]["mean"]) if m in means else "-" for m in measures)]
                  for method, means in task["means"].items()]
         widths = [max(map(len, column)) for column in zip(*rows)]
-        lines += ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in rows]
+        lines += ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
         lines += [f"left out: {each['measure']}: give --{each['key']} {each['needs']}" for each in task["missing"]]
     return "\n".join(lines)
 
@@ -83,7 +83,8 @@ def _cell(inside: str, kind: str = "") -> str:
 
 def _head(measures: list[str]) -> list[str]:
     arrows = {"higher": "&uarr;", "lower": "&darr;"}
-    return [f"<span title='{escape(MEASURES[m].what)}'>{escape(MEASURES[m].label)} {arrows[MEASURES[m].better]}</span>" for m in measures]
+    chosen = [MEASURES[m] for m in measures]
+    return [f"<span title='{escape(it.what)}'>{escape(it.label)} {arrows[it.better]}</span>" for it in chosen]
 
 
 def _mean(means: dict, measure: str) -> str:
@@ -114,9 +115,12 @@ def _task(name: str, task: dict) -> str:
 
 def _protocol(results: dict) -> str:
     facts = dict(results["protocol"])
-    facts |= {f"set of {name}": ", ".join(f"{k} {v}" for k, v in task["set"].items()) for name, task in results["tasks"].items()}
-    facts |= {f"measured by {key}": f"{it['kind']}, {it['file']}, sha256 {it['sha256']}" for key, it in results["measures"].items()}
-    facts |= {"software": ", ".join(f"{key} {value}" for key, value in results["software"].items()), "device": results["device"]}
+    for name, task in results["tasks"].items():
+        facts[f"set of {name}"] = ", ".join(f"{key} {value}" for key, value in task["set"].items())
+    for key, it in results["measures"].items():
+        facts[f"measured by {key}"] = f"{it['kind']}, {it['file']}, sha256 {it['sha256']}"
+    facts["software"] = ", ".join(f"{key} {value}" for key, value in results["software"].items())
+    facts["device"] = results["device"]
     listed = "".join(f"<dt>{escape(key)}</dt><dd>{escape(str(value))}</dd>" for key, value in facts.items())
     return f"<details><summary>Protocol: how this was painted and measured</summary><dl>{listed}</dl></details>"
 
@@ -134,20 +138,23 @@ def _published(tasks: dict) -> str:
         ours = [("ours", [_method(method), *(_mean(values, m) for m in measures), _cell("this page", "text")])
                 for method, values in means.items() if method not in ("vae", "unedited", "source")]
         theirs = [("", [_cell(escape(row.method)), *(_cell(number(row.values.get(m))) for m in measures),
-                        _cell(escape(row.source) + (" (second hand)" if row.read == "secondary" else ""), "text")]) for row in it.rows]
+                        _cell(escape(row.source) + (" (second hand)" if row.read == "secondary" else ""), "text")])
+                  for row in it.rows]
         parts += [f"<h3>{escape(it.title)} <span class='tag'>another protocol</span></h3>",
                   f"<p class='soft'>Theirs: {escape(it.protocol)}.</p>", _table(["", *_head(measures), SOURCE], ours + theirs)]
     if not parts:
         return ""
-    return ("<h2 id='published'>Beside published figures</h2><p>None of these was measured as ours were: data, sizes and the encoders "
-            "of the measures differ, and so do the tables among themselves. Read them as orders of magnitude.</p>" + "".join(parts))
+    return ("<h2 id='published'>Beside published figures</h2><p>None of these was measured as ours were: data, sizes and the "
+            "encoders of the measures differ, and so do the tables among themselves. Read them as orders of magnitude.</p>"
+            + "".join(parts))
 
 
 def _gallery(name: str, task: dict, folder: Path) -> str:
     samples = task["samples"][:SHOWN]
     methods, measures = list(task["means"]), measures_of(task)
-    options = "".join(f"<option value='{_key(method, m)}'>{escape(MEASURES[m].label)}, {escape(NAMES.get(method, method))}</option>"
-                      for method in methods for m in measures if m in task["means"][method] and method != "source")
+    keys = [(method, m) for method in methods if method != "source" for m in measures if m in task["means"][method]]
+    options = "".join(f"<option value='{_key(*key)}'>{escape(MEASURES[key[1]].label)}, {escape(NAMES.get(key[0], key[0]))}</option>"
+                      for key in keys)
     more = f" <small class='soft'>the first {SHOWN} of {task['count']}</small>" if task["count"] > SHOWN else ""
     cards = "\n".join(_card(place, sample, folder / sample["key"], measures) for place, sample in enumerate(samples))
     sort = f"<select aria-label='sort by'><option value=''>as they come</option>{options}</select>"
@@ -170,15 +177,16 @@ def _card(place: int, sample: dict, folder: Path, measures: list[str]) -> str:
     attributes = " ".join(f'data-{key}="{escape(str(value))}"' for key, value in data.items())
     title = f"<b>{escape(asked)}</b> <span class='soft'>{escape(sample['name'])}</span>" if asked else escape(sample["name"])
     order = ["source", *(["target"] if asked else []), *(m for m in sample["values"] if m != "source")]
-    figures = "".join(_figure(name, folder / f"{name}.png", sample["values"].get(name, {}) if name != "source" else {}, measures)
-                      for name in order)
+    values = {**sample["values"], "source": {}}  # of the source itself, which stands first, the means say enough
+    figures = "".join(_figure(name, folder / f"{name}.png", values.get(name, {}), measures) for name in order)
     return f"<article class='card' {attributes}><h3>{title}</h3><div class='strip'>{figures}</div></article>"
 
 
 def _figure(name: str, file: Path, values: dict, measures: list[str]) -> str:
     label = escape(NAMES.get(name, name))
     listed = "".join(f"<span>{escape(MEASURES[m].label)} <b>{number(values[m])}</b></span>" for m in measures if m in values)
-    return f"<figure><img src='{_inline(file)}' alt='{label}'><figcaption>{label}</figcaption><div class='values'>{listed}</div></figure>"
+    return (f"<figure><img src='{_inline(file)}' alt='{label}'><figcaption>{label}</figcaption>"
+            f"<div class='values'>{listed}</div></figure>")
 
 
 def _inline(file: Path) -> str:

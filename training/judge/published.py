@@ -30,7 +30,7 @@ class Table:
 _OPENVISION, _UNILIP, _REPTOK = "OpenVision 3", "UniLIP (nnnth/UniLIP)", "review of RepTok"
 _FIREFLOW, _PROEDIT = "FireFlow, arXiv 2412.07517", "FireFlow, arXiv 2412.07517, and ProEdit"
 _EDITS = "table of Emu Edit's comparisons"
-_SECOND = "secondary"
+_FLUXSPACE, _SECOND = "FluxSpace, arXiv 2412.09611", "secondary"
 
 TABLES = (
     Table("Reconstruction from a representation", "reconstruction",
@@ -70,11 +70,11 @@ TABLES = (
           )),
     Table("Semantic edits of FluxSpace", "edits",
           "one attribute added to generated faces; measures between the edit and the source", (
-              Row("FluxSpace, eyeglasses", {"clip_i_source": 0.9417, "dino_source": 0.9402}, "FluxSpace, arXiv 2412.09611", _SECOND),
-              Row("FluxSpace, smile", {"clip_i_source": 0.9038, "dino_source": 0.9347}, "FluxSpace, arXiv 2412.09611", _SECOND),
+              Row("FluxSpace, eyeglasses", {"clip_i_source": 0.9417, "dino_source": 0.9402}, _FLUXSPACE, _SECOND),
+              Row("FluxSpace, smile", {"clip_i_source": 0.9038, "dino_source": 0.9347}, _FLUXSPACE, _SECOND),
           )),
     Table("Edits by inversion of FLUX.1-dev", "edits",
-          "PIE-Bench, 700 pictures; structure distance and CLIP-T of the whole picture against the source, no true edited picture", (
+          "PIE-Bench, 700 pictures; structure distance to the source, CLIP-T of the whole picture; no true edited picture", (
               Row("RF-Inversion, 28 steps", {"structure_source": 0.0406, "clip_t": 0.2520}, _PROEDIT),
               Row("RF-Solver, 15 steps", {"structure_source": 0.0311, "clip_t": 0.2600}, _PROEDIT),
               Row("FireFlow, 15 steps", {"structure_source": 0.0283, "clip_t": 0.2598}, _PROEDIT),

@@ -1,18 +1,18 @@
-"""What is judged: pictures of a folder or of a prepared set, edits of a prepared set, one after another, and what was left out."""
+"""What is judged: pictures of a folder or of a prepared set, edits of a prepared set, and what of them was left out."""
 from __future__ import annotations
 
 import hashlib
+import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
-from ..data.decode import FORMATS, BadPicture, CorruptSample, decode, decode_edit, fit, open_picture
-from ..data.index import EDITS, Index, bucket_of
-
-ENDINGS = {f".{ending}" for ending in FORMATS.values()} | {".jpeg", ".tiff"}
+from ..data.decode import decode, decode_edit, fit
+from ..data.index import EDITS, NAME, CorruptSample, Index, bucket_of
+from ..data.pictures import BadPicture, open_picture
+from ..data.sources import PICTURE, ending_of, files_of
+from .encoders import to_pixels
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,33 +39,26 @@ class Skipped:
     reason: str
 
 
-def pixels(picture: Tensor) -> np.ndarray:
-    """[3, H, W] float in [0, 1] -> [H, W, 3] uint8."""
-    return (picture.movedim(0, -1) * 255).round().byte().numpy()
-
-
 def too_small(height: int, width: int, resolution: int) -> str:
     return f"{width} x {height} px is smaller than the resolution of {resolution} px"
 
 
 class Pictures:
-    """Pictures to reconstruct. place: a folder of picture files, or a folder (any fsspec URL) that `sda prepare` filled.
+    """Pictures to reconstruct. place: a folder or fsspec URL with picture files, or one that `sda prepare` filled.
 
     Iterating gives Sample or Skipped. Raises ValueError where there is nothing to look at.
     """
 
     def __init__(self, place: str, resolution: int):
-        self.place, self.resolution, self.index, self.files = place, resolution, None, []
-        folder = Path(place)
-        if folder.is_dir() and not (folder / "index.parquet").is_file():
-            self.files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix.lower() in ENDINGS)
-            if not self.files:
-                raise ValueError(f"There are no pictures in {place}: give a folder with {', '.join(sorted(set(FORMATS.values())))} files.")
-        elif "://" not in place and not folder.exists():
-            raise ValueError(f"There is no folder {place}: give one with pictures, or one that `sda prepare` filled.")
-        else:
+        self.place, self.resolution, self.index = place, resolution, None
+        self.fs, self.root, found = files_of(place)
+        if NAME in found:
             self.index = Index.read(place)
             self.buckets = self.index.buckets(resolution)
+            return
+        self.files = [name for name in found if ending_of(name) in PICTURE]
+        if not self.files:
+            raise ValueError(f"There are no pictures in {place}: give a folder with files of {', '.join(sorted(PICTURE))}.")
 
     def __len__(self) -> int:
         return len(self.files) if self.index is None else len(self.index)
@@ -80,17 +73,16 @@ class Pictures:
         for row in range(len(self.index)):
             yield self._row(row)
 
-    def _file(self, file: Path) -> Sample | Skipped:
-        name = str(file.relative_to(self.place))
+    def _file(self, name: str) -> Sample | Skipped:
         try:
-            data = file.read_bytes()
+            data = self.fs.cat_file(posixpath.join(self.root, name))
             image, _ = open_picture(data)
         except (OSError, BadPicture) as error:
             return Skipped(name, f"unreadable: {getattr(error, 'strerror', None) or error}")
         bucket = bucket_of(image.height, image.width, self.resolution)
         if not any(bucket):
             return Skipped(name, too_small(image.height, image.width, self.resolution))
-        return Sample(hashlib.sha256(data).hexdigest()[:16], name, pixels(fit(image, bucket)))
+        return Sample(hashlib.sha256(data).hexdigest()[:16], name, to_pixels(fit(image, bucket)))
 
     def _row(self, row: int) -> Sample | Skipped:
         it, bucket = self.index[row], tuple(self.buckets[row].tolist())
@@ -102,7 +94,7 @@ class Pictures:
             return Skipped(it["origin"], f"unreadable: {error}")
 
     def _sample(self, row: int, it: dict, bucket: tuple[int, int]) -> Sample | Skipped:
-        return Sample(it["sha256"].hex()[:16], it["origin"], pixels(decode(self.index, row, bucket)))
+        return Sample(it["sha256"].hex()[:16], it["origin"], to_pixels(decode(self.index, row, bucket)))
 
 
 class Edits(Pictures):
@@ -119,4 +111,5 @@ class Edits(Pictures):
         source, target, instruction = decode_edit(self.index, row, bucket)
         content = it["sha256"] + it["target_sha256"] + instruction.encode()
         captions = (it["source_caption"] or "", it["target_caption"] or "")
-        return Sample(hashlib.sha256(content).hexdigest()[:16], it["origin"], pixels(source), pixels(target), instruction, captions)
+        key = hashlib.sha256(content).hexdigest()[:16]
+        return Sample(key, it["origin"], to_pixels(source), to_pixels(target), instruction, captions)

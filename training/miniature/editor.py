@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels import checkpoint
-from ...kernels.adapter import Adapter, AdapterConfig
 from ...kernels.edit_decoder import (
     EditDecoder,
     EditDecoderConfig,
@@ -20,7 +19,7 @@ from ...kernels.edit_decoder import (
     T5EditDecoderConfig,
     build_edit_decoder,
 )
-from ..adapter import named_hierarchy
+from ..adapter import load_adapter, named_hierarchy
 from ..config import RunConfig
 from ..edit_augmentation import Augmentation
 from ..editor import EditorTraining, editor_loss
@@ -62,14 +61,6 @@ class Config:
         return LLMEditDecoderConfig(dim, dim, hierarchy, {
             "model_type": self.stack, "hidden_size": self.width, "num_attention_heads": self.heads, "num_key_value_heads": self.heads,
             "head_dim": self.width // self.heads, "num_hidden_layers": self.layers, "intermediate_size": self.feed_forward})
-
-
-def load_adapter(path: Path, device: torch.device) -> tuple[Adapter, dict]:
-    """A frozen adapter in float32, and its record."""
-    state, record = checkpoint.load(path, "adapter")
-    adapter = Adapter(AdapterConfig.from_json(record["config"]))
-    adapter.load_state_dict({k: v.float() for k, v in state.items()})
-    return adapter.to(device).eval().requires_grad_(False), record
 
 
 def change_of(split: str, index: int, seed: int = 0, operation: str | None = None) -> Edit:

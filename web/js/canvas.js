@@ -7,6 +7,7 @@ import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 import { Editor } from "./editor.js";
 import { levelsOf } from "./regions.js";
+import { say, speak } from "./texts.js";
 import { BoxTool, CellTool } from "./tools.js";
 
 const BOX = { Tool: BoxTool, names: ["x", "y", "width", "height"] };
@@ -24,6 +25,9 @@ const editors = new Set();
 
 app.registerExtension({
   name: "SemanticDiffusionAdapter.Canvas",
+  async init() {
+    speak(await api.getCustomNodesI18n?.(), app.extensionManager?.setting?.get("Comfy.Locale"));
+  },
   setup() {
     const redraw = () => editors.forEach((editor) => editor.draw());
     api.addEventListener("executed", redraw); // new pictures
@@ -65,8 +69,8 @@ function attach(node, { Tool, names }) {
     },
     locked() {
       const linked = (name) => node.inputs?.some((input) => input.link != null && (input.widget?.name ?? input.name) === name);
-      if (names.some(linked)) return "A connected input sets this.";
-      return Tool === BoxTool && linked("mask") ? "The connected mask is the region; the box is not used." : "";
+      if (names.some(linked)) return say("connected");
+      return Tool === BoxTool && linked("mask") ? say("masked") : "";
     },
     levels: () => levelsOf(seen()?.layout, seen()?.cells),
     picture: () => findPicture(seen()?.images?.[0]),
@@ -104,7 +108,7 @@ function outputOf(node) {
   return app.nodeOutputs?.[inside ? `${graph.id}:${node.id}` : node.id];
 }
 
-/** The nodes above this one, input by input, the nearest of each first. */
+/** The nodes above this one with the output that led to each, input by input, the nearest of each first. */
 function* above(node) {
   const met = new Set([node]);
   for (let first = 0; first < (node.inputs?.length ?? 0); first++) {
@@ -113,10 +117,16 @@ function* above(node) {
       const origin = from.graph && from.inputs[slot].link != null ? from.getInputNode?.(slot) : null;
       if (!origin || met.has(origin)) continue;
       met.add(origin);
-      yield origin;
+      yield [origin, from.getInputLink?.(slot)?.origin_slot];
       (origin.inputs ?? []).forEach((_, at) => queue.push([origin, at]));
     }
   }
+}
+
+/** The nodes that show the very picture that this output gives. */
+function showersOf(origin, slot) {
+  if (origin.outputs?.[slot]?.type !== "IMAGE") return [];
+  return (origin.getOutputNodes?.(slot) ?? []).filter(({ type }) => type === "PreviewImage" || type === "SaveImage");
 }
 
 /** A function that gives the picture to draw on: the node's own if there is one, else the nearest above it, else null. */
@@ -141,9 +151,11 @@ function pictureFinder(node, redraw) {
 
   function* candidates(own) {
     if (own) yield load(own);
-    for (const origin of above(node)) {
-      const file = outputOf(origin)?.images?.[0];
-      if (file) yield load(file);
+    for (const [origin, slot] of above(node)) {
+      for (const shower of [origin, ...showersOf(origin, slot)]) {
+        const file = outputOf(shower)?.images?.[0];
+        if (file) yield load(file);
+      }
       const drawn = origin.imgs?.[origin.imageIndex ?? 0];
       if (drawn?.naturalWidth) yield drawn;
     }

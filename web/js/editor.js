@@ -7,10 +7,11 @@
 
 import { paintGround } from "./paint.js";
 import { frameOf, History } from "./regions.js";
+import { say } from "./texts.js";
 
 const STYLE = `
 .sda-editor { display: flex; flex-direction: column; gap: 4px; width: 100%; height: 100%; min-height: 300px; min-width: 0;
-  box-sizing: border-box; font: 11px/1.3 sans-serif; color: var(--input-text, #ddd); }
+  contain: inline-size; box-sizing: border-box; font: 11px/1.3 sans-serif; color: var(--input-text, #ddd); }
 .sda-editor .sda-bar { display: flex; gap: 4px; }
 .sda-editor [hidden] { display: none; }
 .sda-editor button { font: inherit; color: inherit; padding: 2px 8px; border-radius: 4px; cursor: pointer;
@@ -75,10 +76,10 @@ export class Editor {
       document.head.append(Object.assign(make("style", { id: "sda-editor-style" }), { textContent: STYLE }));
     }
     const { label, hint } = this.tool;
-    this.choices = make("div", { class: "sda-bar", role: "group", "aria-label": "Level" });
+    this.choices = make("div", { class: "sda-bar", role: "group", "aria-label": say("level") });
     const [undo, reset] = [this.#button(() => this.#step("undo")), this.#button(() => this.#change(this.tool.initial))];
-    name(undo, "Undo", "Undo the last change here");
-    name(reset, "Reset", "Back to the values of a new node");
+    name(undo, say("undo"), say("undoTip"));
+    name(reset, say("reset"), say("resetTip"));
     const bar = make("div", { class: "sda-bar" }, this.choices, make("span", { class: "sda-gap" }), undo, reset);
     this.canvas = make("canvas", { "aria-hidden": "true" });
     // The focus lives in an input, because ComfyUI's own keys (its undo, Delete) leave a focused input alone and nothing else.

@@ -6,6 +6,7 @@
  */
 
 import { factorOf, fitBox } from "./regions.js";
+import { say } from "./texts.js";
 
 const ACCENT = "#56b4e9";
 const MORE = "0, 114, 178";
@@ -87,7 +88,7 @@ export function paintCells(ctx, frame, cells, rules, selected) {
       ctx.fillStyle = `rgba(${factor > 1 ? MORE : LESS}, ${0.15 + 0.45 * Math.min(Math.abs(factor - 1), 1)})`;
       ctx.fillRect(...area);
     }
-    if (factor !== 1 || cell === selected) label(ctx, area, factor === 0 ? "off" : factor.toFixed(2));
+    if (factor !== 1 || cell === selected) label(ctx, area, factor === 0 ? say("off") : factor.toFixed(2));
   }
   if (selected) outline(ctx, place(frame, selected.box));
   ctx.restore();

@@ -5,6 +5,8 @@
  * returns something new; none changes what it was given.
  */
 
+import { say } from "./texts.js";
+
 /** The step of the nodes' box widgets: what is dragged lands on values that can also be typed. */
 export const STEP = 0.01;
 const SMALLEST = 0.02;
@@ -123,10 +125,10 @@ export function parseCells(text) {
     if (!piece) continue;
     const [, all, level, row, column, factor] = RULE.exec(piece) ?? [];
     if (factor === undefined || factor > STRONGEST) {
-      throw new Error(`“${piece}” is not level:row,column=factor with a factor from 0 to ${STRONGEST}, such as 1:0,1=0.5.`);
+      throw new Error(say("unreadable", { piece, most: STRONGEST }));
     }
     const name = all ?? (row === undefined ? String(+level) : nameOf({ level: +level, row: +row, column: +column }));
-    if (rules.has(name)) throw new Error(`“${piece}” speaks of ${name} a second time: write one factor for it.`);
+    if (rules.has(name)) throw new Error(say("twice", { piece, name }));
     rules.set(name, +factor);
   }
   return rules;

@@ -7,6 +7,7 @@
 
 import { paintBox, paintCells, paintLevels } from "./paint.js";
 import * as regions from "./regions.js";
+import { say } from "./texts.js";
 
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 const SIZES = { "+": 1, "=": 1, "-": -1, _: -1 };
@@ -18,8 +19,8 @@ const plain = (event) => event.getModifierState("AltGraph") || !(event.ctrlKey |
 
 /** State [x, y, width, height]. */
 export class BoxTool {
-  label = "Box in the picture";
-  hint = "Drag to move, resize or draw · Arrows move · Shift+arrows resize · Ctrl ×10 · + − size · Delete resets · Ctrl+Z";
+  label = say("boxLabel");
+  hint = say("boxHint");
   choices = [];
   levels = [];
 
@@ -29,7 +30,7 @@ export class BoxTool {
 
   describe(box) {
     const [x, y, width, height] = regions.fitBox(box).map((value) => value.toFixed(2));
-    return `x ${x} · y ${y} · width ${width} · height ${height}`;
+    return say("box", { x, y, width, height });
   }
 
   problem() {
@@ -75,8 +76,8 @@ export class BoxTool {
 
 /** State [text of the cells]. Which cell is selected is the hand's, not the workflow's. */
 export class CellTool {
-  label = "Strength of the picture's cells";
-  hint = "Click a cell, drag up or down · Arrows select · + − strength · [ ] level · Delete resets the cell · Ctrl+Z";
+  label = say("cellLabel");
+  hint = say("cellHint");
   #levels = regions.levelsOf();
   #selected = this.#levels[1][0];
 
@@ -97,7 +98,7 @@ export class CellTool {
     return this.#levels.map((cells) => {
       const count = (side) => new Set(cells.map((cell) => cell[side])).size;
       const grid = `${count("row")}×${count("column")}`;
-      return { text: grid, label: `Level ${cells[0].level}: ${grid} cells`, chosen: cells === this.#cells };
+      return { text: grid, label: say("cells", { level: cells[0].level, grid }), chosen: cells === this.#cells };
     });
   }
 
@@ -114,7 +115,8 @@ export class CellTool {
   describe([text]) {
     const { level, row, column } = this.#selected;
     const factor = regions.factorOf(regions.parseCells(text), this.#selected);
-    return `Level ${level} · row ${row} · column ${column} · ${factor === 0 ? "off" : `strength ${factor.toFixed(2)}`}`;
+    const strength = factor === 0 ? say("off") : say("strength", { factor: factor.toFixed(2) });
+    return say("cell", { level, row, column, strength });
   }
 
   problem([text]) {

@@ -6,10 +6,14 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from semantic_diffusion_adapter.training.data.batches import PERIOD, Plan
-from semantic_diffusion_adapter.training.data.index import Index
 
-from .conftest import table_of
+for package in ("fsspec", "pyarrow"):
+    pytest.importorskip(package, reason=f"{package} is not installed: pip install -e '.[training]'")
+
+from semantic_diffusion_adapter.training.data.batches import PERIOD, Plan  # noqa: E402
+from semantic_diffusion_adapter.training.data.index import Index  # noqa: E402
+
+from .conftest import table_of  # noqa: E402
 
 SHAPES = ((600, 600), (600, 900), (900, 600), (800, 800), (1100, 1100), (400, 900))
 sets = st.lists(st.sampled_from(SHAPES), min_size=1, max_size=60)

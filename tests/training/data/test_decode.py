@@ -10,10 +10,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms
-from semantic_diffusion_adapter.training.data.decode import MAX_PIXELS, BadPicture, CorruptSample, decode, decode_edit, open_picture
-from semantic_diffusion_adapter.training.data.prefetch import Prefetch
 
-from .conftest import jpeg
+for package in ("fsspec", "pyarrow"):
+    pytest.importorskip(package, reason=f"{package} is not installed: pip install -e '.[training]'")
+
+from semantic_diffusion_adapter.training.data.decode import CorruptSample, decode, decode_edit  # noqa: E402
+from semantic_diffusion_adapter.training.data.pictures import MAX_PIXELS, BadPicture, open_picture  # noqa: E402
+from semantic_diffusion_adapter.training.data.prefetch import Prefetch  # noqa: E402
+
+from .conftest import jpeg  # noqa: E402
 
 
 def saved(image: Image.Image, form: str, **options) -> bytes:

@@ -3,16 +3,20 @@ from __future__ import annotations
 
 import pickle
 
-import fsspec
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from semantic_diffusion_adapter.training.data.decode import CorruptSample
-from semantic_diffusion_adapter.training.data.index import Index, bucket_of, buckets
 
-from .conftest import jpeg, table_of
+for package in ("fsspec", "pyarrow"):
+    pytest.importorskip(package, reason=f"{package} is not installed: pip install -e '.[training]'")
+
+import fsspec  # noqa: E402
+import pyarrow as pa  # noqa: E402
+import pyarrow.parquet as pq  # noqa: E402
+from semantic_diffusion_adapter.training.data.decode import CorruptSample  # noqa: E402
+from semantic_diffusion_adapter.training.data.index import Index, bucket_of, buckets  # noqa: E402
+
+from .conftest import jpeg, table_of  # noqa: E402
 
 
 @pytest.mark.parametrize("resolution", (128, 512, 768, 1024))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from semantic_diffusion_adapter.kernels import checkpoint  # noqa: E402
 from semantic_diffusion_adapter.training import cli  # noqa: E402
 from semantic_diffusion_adapter.training.judge import metrics  # noqa: E402
 from semantic_diffusion_adapter.training.judge.encoders import to_tensor  # noqa: E402
-from semantic_diffusion_adapter.training.judge.painter import Painter  # noqa: E402
+from semantic_diffusion_adapter.training.judge.painter import Painter, seed_of  # noqa: E402
 from semantic_diffusion_adapter.training.miniature.editor import change_of  # noqa: E402
 from semantic_diffusion_adapter.training.miniature.scenes import render, scene  # noqa: E402
 
@@ -51,6 +52,7 @@ def images(tmp_path_factory, photos) -> Path:
     Image.fromarray(photos["flower"][:100, :100]).save(folder / "small.png")
     (folder / "broken.jpg").write_bytes(b"no picture at all")
     (folder / "cut.png").write_bytes((folder / "astronaut.png").read_bytes()[:5000])
+    (folder / ".hidden.png").write_bytes((folder / "astronaut.png").read_bytes())
     (folder / "notes.txt").write_text("no picture and no claim to be one", encoding="utf-8")
     return folder
 
@@ -122,8 +124,22 @@ def test_a_second_run_paints_only_what_is_missing_and_paints_it_alike(judged, im
     before = np.asarray(Image.open(file)).astype(int)
     file.unlink()
     assert cli.main(line) == 0
-    assert painted == [[key]], "one picture was missing"
+    assert painted == [[seed_of(key, 0)]], "one picture was missing"
     assert np.abs(np.asarray(Image.open(file)) - before).max() <= 1, "alone as among others"
+
+
+def test_a_run_that_is_stopped_says_so_and_leaves_what_it_painted(images, miniature_files, tmp_path, monkeypatch, capsys):
+    plain, out = Painter.paint, tmp_path / "out"
+
+    def terminated(self, *rest):
+        if list(out.rglob("tree128.png")):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, *rest)
+
+    monkeypatch.setattr(Painter, "paint", terminated)
+    assert cli.main(flags(miniature_files, images=images, out=out, batch=1)) == 130
+    assert "Stopped. The same line goes on from here." in capsys.readouterr().out
+    assert len(list(out.rglob("tree128.png"))) == 1 and not (out / "results.json").exists() and not list(out.rglob("*.part"))
 
 
 def test_another_protocol_does_not_go_into_the_same_folder(judged, images, miniature_files, capsys):
@@ -187,8 +203,9 @@ def spoiled(source: Path, target: Path, **changes) -> Path:
     """A copy of a checkpoint with other entries in its record."""
     tensors, record = checkpoint.load_tensors(source), checkpoint.read_header(source)
     fields = {key: value for key, value in record.items() if key not in ("kind", "config", "format_version")}
+    fields = {key: value for key, value in {**fields, **changes}.items() if value is not None}
     checkpoint.save(target, {k: v for k, v in tensors.items() if not k.endswith(checkpoint.SCALE_SUFFIX)}, record["kind"],
-                    record["config"], **{**fields, **changes})
+                    record["config"], **fields)
     return target
 
 
@@ -207,17 +224,20 @@ def test_what_does_not_fit_is_one_sentence(images, miniature_files, tmp_path, pr
     silent = prepared_edits(tmp_path / "silent", [(render(scene("test", 0)), render(scene("test", 1)), " ")])
     other_base = spoiled(adapter, tmp_path / "other_base.safetensors", base_sha256="0" * 64)
     other_dino = spoiled(adapter, tmp_path / "other_dino.safetensors", dinov2_sha256="0" * 64)
+    other_run = spoiled(adapter, tmp_path / "other_run.safetensors", dinov2_sha256=None, run="mine", step=7,
+                        towers={"miniature-dinov2": "tuned: mine_miniature-dinov2.safetensors"})
     other_adapter = spoiled(editor, tmp_path / "other_adapter.safetensors", adapter_sha256="0" * 64)
     out = tmp_path / "out"
     cases = [
         ({"out": out}, "There is nothing to judge: give --images, --edits or both."),
         ({"images": empty, "out": out}, f"There are no pictures in {empty}: give a folder"),
-        ({"images": tmp_path / "none", "out": out}, "There is no folder"),
+        ({"images": tmp_path / "none", "out": out}, f"There is no {tmp_path / 'none'}; give a folder"),
         ({"images": only_small, "out": out}, f"Nothing in {only_small} could be judged (small.png: 100 x 100 px is smaller"),
         ({"images": images, "out": locked}, f"{locked} cannot be written"),
         ({"images": images, "out": out, "presets": "tree182"}, "There is no hierarchy called 'tree182'; did you mean"),
         ({"images": images, "out": out, "adapter": other_base}, "was trained through another base"),
-        ({"images": images, "out": out, "adapter": other_dino}, "is not the DINOv2 that"),
+        ({"images": images, "out": out, "adapter": other_dino}, "is not the 'miniature-dinov2' that was tuned with"),
+        ({"images": images, "out": out, "adapter": other_run}, "is not the 'miniature-dinov2' that was tuned with"),
         ({"images": images, "out": out, "towers": towers[:1]}, "looks through 'miniature-dinov2', which is not among the towers"),
         ({"images": images, "out": out, "adapter": editor}, "'edit_decoder' where 'adapter' is needed"),
         ({"edits": edits, "out": out}, "Edits need --editor: give its file"),

@@ -21,10 +21,9 @@ from ....kernels.embedding import SemanticEmbedding, from_hierarchy
 from ....kernels.hierarchy import Hierarchy
 from ....kernels.visibility import region_bias
 from ....kernels.vision.towers import VisionTower
-from ...adapter import named_hierarchy
+from ...adapter import load_adapter, named_hierarchy
 from ...region_attention import RegionAttention
 from ..base import load_base, sample
-from ..editor import load_adapter
 from ..scenes import SIZE, generator
 from ..text import encode, load_text_encoder, token_ids
 from ..towers import read_tower

@@ -1,0 +1,95 @@
+"""Makes the pictures of the help pages: nodes of the templates as the page shows them after a run on the miniature.
+
+    python tests/browser/help_pictures.py
+
+Writes web/docs/<node id>.png, each at most 12 KB.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+from conftest import FLAGS, VIEW, Desk, chromium
+from PIL import Image
+from playwright.sync_api import sync_playwright
+from semantic_diffusion_adapter.runner.environment import prepare
+from semantic_diffusion_adapter.runner.server import serve
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "web" / "docs"
+LIMIT = 12 * 1024
+GAP = 8
+# The page's picture: the template, and the ids of its nodes from left to right.
+PICTURES = {
+    "SDABlendEmbeddings": ("Blend two images (miniature)", 7, 21, 11),
+    "SDABuildEmbedding": ("Miniature tour", 7, 24),
+    "SDACompose": ("Compose two images (miniature)", 17, 22),
+    "SDAEditEmbedding": ("Reconstruct and edit (miniature)", 18, 22),
+    "SDAEditGuider": ("Edit strength (miniature)", 20, 24, 28),
+    "SDAKeepOutsideMask": ("Edit inside a mask (miniature)", 21, 12, 25),
+    "SDALoadEmbedding": ("Save and reuse an embedding (miniature)", 11),
+    "SDAPlace": ("Compose two images (miniature)", 18, 26),
+    "SDAPreviewEmbedding": ("Miniature tour", 11, 16),
+    "SDARegionalPrompt": ("Miniature tour", 18, 32),
+    "SDAStrength": ("Miniature tour", 15, 28),
+    "SDAVisiblePatches": ("Miniature tour", 12, 13),
+}
+# Brings one node into the middle of the page; the corner and the size of what is seen of it.
+SHOW = """id => {
+    const { canvas, graph } = app;
+    const [x, y, width, height] = graph.getNodeById(id).boundingRect;
+    canvas.ds.scale = 1;
+    canvas.ds.offset[0] = 700 - x;
+    canvas.ds.offset[1] = 150 - y;
+    canvas.setDirty(true, true);
+    const { left, top } = canvas.canvas.getBoundingClientRect();
+    return { x: left + 700, y: top + 150, width, height };
+}"""
+
+
+def photograph(desk: Desk, node: int) -> Image.Image:
+    area = desk.page.evaluate(SHOW, node)
+    desk.page.mouse.move(5, 500)  # nothing is pointed at
+    desk.page.wait_for_timeout(500)
+    return Image.open(io.BytesIO(desk.page.screenshot(clip=area))).convert("RGB")
+
+
+def beside(parts: list[Image.Image]) -> Image.Image:
+    whole = Image.new("RGB", (sum(part.width + GAP for part in parts) - GAP, max(part.height for part in parts)), (34, 34, 34))
+    for at, part in enumerate(parts):
+        whole.paste(part, (sum(each.width + GAP for each in parts[:at]), 0))
+    return whole
+
+
+def small(picture: Image.Image) -> bytes:
+    """A PNG of few colours, at most LIMIT bytes."""
+    for width in (720, 640, 560, 480, 400):
+        size = (min(width, picture.width), round(picture.height * min(width, picture.width) / picture.width))
+        for colours in (64, 32):
+            data = io.BytesIO()
+            picture.resize(size, Image.Resampling.LANCZOS).quantize(colours, Image.Quantize.FASTOCTREE).save(data, "PNG", optimize=True)
+            if data.tell() <= LIMIT:
+                return data.getvalue()
+    raise ValueError("The picture does not fit the limit: show fewer nodes.")
+
+
+def main() -> None:
+    with serve(prepare()) as server, sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium(), headless=True, args=list(FLAGS))
+        desk = Desk(browser.new_page(viewport=VIEW), server.url, modern=False)
+        desk.open()
+        for template in dict.fromkeys(template for template, *_ in PICTURES.values()):
+            desk.load(json.loads((ROOT / "example_workflows" / f"{template}.json").read_text(encoding="utf-8")))
+            desk.run()
+            desk.page.wait_for_timeout(1_000)  # for the pictures to come
+            for name, (source, *ids) in PICTURES.items():
+                if source == template:
+                    data = small(beside([photograph(desk, id) for id in ids]))
+                    (DOCS / f"{name}.png").write_bytes(data)
+                    print(f"{name}.png: {len(data) / 1024:.1f} KB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""The rest of the kit in the page: upload, blueprint, help pages, languages, and mistakes as the artist reads them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from semantic_diffusion_adapter.kernels import embedding_file
+from semantic_diffusion_adapter.kernels.embedding import from_hierarchy
+from semantic_diffusion_adapter.kernels.hierarchy import hierarchy
+from semantic_diffusion_adapter.runner.server import PACK
+
+if TYPE_CHECKING:
+    from .conftest import Desk
+
+pytestmark = pytest.mark.browser
+
+ROOT = Path(__file__).resolve().parents[2]
+# Adds nodes as [class, {widget: value}], linked as [from, output, to, input] by their places in that list.
+BUILD = """([nodes, links]) => {
+    const made = nodes.map(([type, values], at) => {
+        const node = LiteGraph.createNode(type);
+        node.pos = [at * 440, 0]; // before it is there: Nodes 2.0 does not follow later
+        app.graph.add(node);
+        for (const [name, value] of Object.entries(values)) node.widgets.find(widget => widget.name === name).value = value;
+        return node;
+    });
+    for (const [from, slot, to, name] of links) {
+        made[from].connect(slot, made[to], made[to].inputs.findIndex(input => input.name === name));
+    }
+}"""
+
+CHOSEN = "app.graph.nodes.find(node => node.type === 'SDALoadEmbedding').widgets[0].value"
+
+
+def build(desk: Desk, nodes: list, links: list = ()) -> None:
+    desk.page.evaluate(BUILD, [nodes, list(links)])
+    desk.fit()
+
+
+def save_embedding(path: Path, width: int = 24, **source: object) -> Path:
+    grids = hierarchy("tree64")
+    tokens = torch.randn(1, grids.token_count, width, generator=torch.Generator().manual_seed(0))
+    embedding_file.save(path, from_hierarchy(tokens, grids, None, source))
+    return path
+
+
+def press_upload(desk: Desk) -> None:
+    page = desk.page
+    if desk.modern:
+        page.get_by_role("button", name="choose file to upload").click()
+        return
+    x, y = page.evaluate(
+        """() => {
+            const { left, top } = app.canvas.canvas.getBoundingClientRect();
+            const [node] = app.graph.nodes;
+            const [x, y] = app.canvas.ds.convertOffsetToCanvas([node.pos[0] + 60, node.pos[1] + node.widgets[1].last_y + 10]);
+            return [left + x, top + y];
+        }"""
+    )
+    page.mouse.click(x, y)
+
+
+def test_an_embedding_is_uploaded_chosen_and_kept(desk: Desk, tmp_path: Path) -> None:
+    name = f"shared by {'an artist' if desk.modern else 'a friend'}.safetensors"
+    build(desk, [["SDALoadEmbedding", {}], ["SDAPreviewEmbedding", {}]], [[0, 0, 1, "embedding"]])
+    with desk.page.expect_file_chooser() as chooser:
+        press_upload(desk)
+    chooser.value.set_files(save_embedding(tmp_path / name))
+    desk.until(CHOSEN, f"embeddings/{name}")
+    prompt = desk.page.evaluate("async () => (await app.graphToPrompt()).output")
+    assert [node["inputs"] for node in prompt.values() if node["class_type"] == "SDALoadEmbedding"] == [{"file": f"embeddings/{name}"}]
+    desk.run()
+    desk.until("app.nodeOutputs[app.graph.nodes.find(node => node.type === 'SDAPreviewEmbedding').id]?.images?.length", 1)
+    saved = desk.page.evaluate("JSON.stringify(app.graph.serialize())")
+    desk.clear()
+    desk.load(saved)
+    assert desk.page.evaluate(CHOSEN) == f"embeddings/{name}"
+    (node,) = (node for node in json.loads(saved)["nodes"] if node["type"] == "SDALoadEmbedding")
+    assert node["widgets_values"] == [f"embeddings/{name}"]
+
+
+def test_an_upload_that_fails_is_told(desk: Desk, tmp_path: Path) -> None:
+    build(desk, [["SDALoadEmbedding", {}]])
+    desk.page.route("**/upload/image", lambda route: route.fulfill(status=413, body=""))
+    with desk.page.expect_file_chooser() as chooser:
+        press_upload(desk)
+    chooser.value.set_files(save_embedding(tmp_path / "large.safetensors"))
+    desk.page.get_by_text("large.safetensors was not uploaded (413").first.wait_for()
+    desk.page.unroute("**/upload/image")
+    assert desk.page.evaluate(CHOSEN) != "embeddings/large.safetensors"
+
+
+def test_the_blueprint_is_found_placed_and_runs(desk: Desk, miniature: Path) -> None:
+    page, search = desk.page, desk.page.locator(".comfy-vue-node-search-container input")
+    for _ in range(3):  # two clicks are not always near enough in time
+        page.mouse.dblclick(950, 500)
+        page.wait_for_timeout(500)
+        if search.is_visible():
+            break
+    search.fill("Encode, edit, decode")
+    page.locator(".comfy-vue-node-search-container li").get_by_text("Encode, edit, decode").first.click()
+    desk.until("app.graph.nodes.length", 1)
+    page.evaluate(
+        """() => {
+            const [blueprint] = app.graph.nodes;
+            for (const [name, value] of Object.entries({ width: 128, height: 128, steps: 4, instruction: 'remove the red circle' })) {
+                blueprint.widgets.find(widget => widget.name === name).value = value;
+            }
+        }"""
+    )
+    files = {"encoder_1": "miniature_clip.safetensors", "encoder_2": "miniature_dinov2.safetensors"}
+    loaders = [["SDALoadMiniature", {}], ["SDALoadVisionEncoders", files], ["SDALoadAdapter", {}], ["SDALoadEditDecoder", {}]]
+    build(desk, [*loaders, ["PreviewImage", {}]])
+    page.evaluate(
+        """() => {
+            const [blueprint, miniature, vision, adapter, editor, shown] = app.graph.nodes;
+            const give = (from, slot, name) => from.connect(slot, blueprint, blueprint.inputs.findIndex(input => input.name === name));
+            [['model', 0], ['clip', 1], ['vae', 2], ['image', 7]].forEach(([name, slot]) => give(miniature, slot, name));
+            give(vision, 0, 'vision');
+            give(adapter, 0, 'adapter');
+            give(editor, 0, 'edit_decoder');
+            blueprint.connect(0, shown, 0);
+            blueprint.pos = [0, 400];
+        }"""
+    )
+    desk.fit()
+    desk.run()
+    desk.until("app.nodeOutputs[app.graph.nodes.at(-1).id]?.images?.length", 1)
+    assert desk.red() == []
+
+
+def test_every_help_page_is_shown_in_the_help_panel(desks: dict[str, Desk], nodes: dict) -> None:
+    desk = desks["classic canvas"]
+    page, content = desk.page, desk.page.locator(".node-help-content")
+    desk.clear()
+    ours = [name for name, node in nodes.items() if node["python_module"].endswith(PACK)]
+    pictures = 0
+    for name in ours:
+        page.evaluate("app.graph.clear()")
+        build(desk, [[name, {}]])
+        page.evaluate("app.canvas.ds.changeScale(0.5); app.canvas.selectNode(app.graph.nodes[0])")  # its tools in reach
+        page.get_by_test_id("info-button").click()
+        content.get_by_role("heading", level=1, name=nodes[name]["display_name"], exact=True).wait_for(timeout=10_000)
+        page.wait_for_function("[...document.querySelectorAll('.node-help-content img')].every(image => image.complete)")
+        widths = page.evaluate("[...document.querySelectorAll('.node-help-content img')].map(image => image.naturalWidth)")
+        assert all(widths), name
+        pictures += len(widths)
+    desk.photograph("help page")
+    assert [text for text in desk.complaints if "/en.md" not in text] == []  # it asks for each language first
+    assert pictures == len(list((ROOT / "web" / "docs").glob("*.png")))
+
+
+@pytest.mark.parametrize("language", ("zh", "ja"))
+def test_the_canvas_speaks_the_language_of_the_page(language: str, desks: dict[str, Desk]) -> None:
+    desk = desks["Nodes 2.0"]
+    try:
+        desk.settings(Locale=language)
+        desk.open()
+        build(desk, [["SDAStrength", {}]])
+        texts = json.loads((ROOT / "locales" / language / "main.json").read_text(encoding="utf-8"))["semanticDiffusion"]
+        desk.page.get_by_text(texts["cellHint"]).wait_for()
+        desk.page.get_by_role("button", name=texts["undoTip"]).wait_for()
+        desk.photograph(f"language {language}")
+    finally:
+        desk.settings(Locale="en")
+        desk.open()
+
+
+def test_a_mistake_that_is_known_when_queued_is_read_in_the_page(desk: Desk) -> None:
+    build(
+        desk,
+        [["SDALoadAdapter", {"adapter": "absent.safetensors"}], ["SDABuildEmbedding", {}], ["SDAPreviewEmbedding", {}]],
+        [[0, 0, 1, "adapter"], [1, 0, 2, "embedding"]],
+    )
+    desk.page.evaluate("app.queuePrompt(0)")
+    desk.page.get_by_text("There is no 'absent.safetensors' in models/semantic_adapters: put the file there").first.wait_for()
+    assert "Load Semantic Adapter" in desk.red()
+    desk.page.keyboard.press("Escape")
+
+
+def test_a_mistake_that_only_a_run_can_show_is_read_in_the_page(desk: Desk, tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        path = save_embedding(tmp_path / f"{name}.safetensors", adapter=f"{name}_adapter.safetensors")
+        file = {"name": path.name, "mimeType": "application/octet-stream", "buffer": path.read_bytes()}
+        assert desk.page.request.post(f"{desk.url}/upload/image", multipart={"image": file, "overwrite": "true"}).ok
+    build(
+        desk,
+        [
+            ["SDALoadEmbedding", {"file": "one.safetensors"}],
+            ["SDALoadEmbedding", {"file": "other.safetensors"}],
+            ["SDABlendEmbeddings", {}],
+            ["SDAPreviewEmbedding", {}],
+        ],
+        [[0, 0, 2, "embedding_a"], [1, 0, 2, "embedding_b"], [2, 0, 3, "embedding"]],
+    )
+    desk.run()
+    sentence = "Embeddings of different adapters (one_adapter.safetensors and other_adapter.safetensors) cannot be combined"
+    desk.page.get_by_text(sentence).first.wait_for()
+    desk.page.keyboard.press("Escape")

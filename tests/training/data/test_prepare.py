@@ -1,0 +1,257 @@
+"""`sda prepare`: what goes in and what comes out, byte for byte the same whoever does the work and however often he dies."""
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+from PIL import Image
+
+for package in ("pyarrow", "ray", "webdataset"):
+    pytest.importorskip(package, reason=f"{package} is not installed: pip install -e '.[training]'")
+
+import fsspec  # noqa: E402
+import pyarrow as pa  # noqa: E402
+import pyarrow.parquet as pq  # noqa: E402
+import webdataset  # noqa: E402
+from semantic_diffusion_adapter.training.data import pipeline, prepare, shards, sources  # noqa: E402
+from semantic_diffusion_adapter.training.data.decode import decode  # noqa: E402
+from semantic_diffusion_adapter.training.data.index import Index  # noqa: E402
+
+from .conftest import jpeg  # noqa: E402
+
+SIZES = {"resolutions": (256, 384), "shard_mb": 1}
+
+
+def prepared(source, out, **settings) -> Index:
+    assert prepare.run(prepare.Config(str(source), str(out), **SIZES | settings))
+    return Index.read(str(out))
+
+
+def contents(out: Path) -> dict[str, str]:
+    """Digests of all that a preparation is for; parquet files by what they say."""
+    found = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in [*out.glob("shards/*"), out / "report.json"]}
+    return found | {name: str(pq.read_table(out / name).to_pylist()) for name in ("index.parquet", "report.parquet")}
+
+
+@pytest.fixture(scope="module")
+def usual(two_nodes, photographs, tmp_path_factory) -> Path:
+    """The photographs as two nodes prepare them."""
+    out = tmp_path_factory.mktemp("prepared") / "set"
+    prepared(photographs, out)
+    return out
+
+
+def test_what_is_kept_and_what_is_dropped(usual, photographs):
+    index, report = Index.read(str(usual)), json.loads((usual / "report.json").read_text(encoding="utf-8"))
+    assert report["dropped"] == {"small": 1, "broken": 1, "not a picture": 1, "duplicate": 1}
+    assert report["kept"] == len(index) == 78 and report["with_caption"] == 2 and report["files_passed_over"] == {"pdf": 1}
+    dropped = {row["origin"]: row["detail"] for row in pq.read_table(usual / "report.parquet").to_pylist()}
+    assert dropped["deep/er/rocket.jpg"] == "the same as again.jpg" and "truncated" in dropped["torn.jpg"]
+    assert dropped["little.png"] == "300 x 200, shorter side below 256"
+    rows = {row["origin"]: (i, row) for i, row in enumerate(index)}
+    assert rows["again.jpg"][1]["caption"] == "a rocket on its pad" and rows["china.jpg"][1]["caption"] == "a temple"
+    for origin, (i, row) in rows.items():
+        assert index.read_member(i) == (photographs / origin).read_bytes()  # as they were, not encoded again
+        with Image.open(photographs / origin) as image:
+            assert (row["width"], row["height"]) == image.size
+        assert (row["bucket_384"] == [0, 0]) == (min(image.size) < 384)
+    assert sum(report["buckets_height_x_width"]["384"].values()) == 78
+    assert decode(index, rows["print.jpg"][0], (256, 384)).shape == (3, 256, 384)
+    assert len(list((usual / "shards").iterdir())) > 2
+
+
+def test_other_programs_read_the_shards(usual):
+    shards = sorted(str(p) for p in (usual / "shards").iterdir())
+    samples = list(webdataset.WebDataset(shards, shardshuffle=False, empty_check=False))
+    index = Index.read(str(usual))
+    assert [s["__key__"] for s in samples] == [row["key"] for row in index]
+    assert [s.get("txt", b"").decode() for s in samples] == [row["caption"] for row in index]
+
+
+def test_one_process_writes_the_same_bytes_as_two_nodes(usual, photographs, tmp_path):
+    out = tmp_path / "set"
+    line = [sys.executable, "-m", "semantic_diffusion_adapter.training.cli", "prepare", "--source", str(photographs), "--out", str(out),
+            "--resolutions", "256", "384", "--shard-mb", "1", "--workers", "1"]
+    ran = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    assert "78 samples in" in ran.stdout and "4 dropped: " in ran.stdout
+    assert contents(out) == contents(usual)
+
+
+def test_what_was_stopped_goes_on_without_doing_anything_twice(usual, photographs, tmp_path, capsys):
+    out, over = tmp_path / "set", threading.Event()
+
+    def stop() -> None:
+        while not over.wait(0.01):
+            if list(out.glob("_work/scan/*.parquet")):
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    done = prepare.run(prepare.Config(str(photographs), str(out), **SIZES))
+    over.set()
+    stopper.join()
+    assert done is False and "The same line goes on" in capsys.readouterr().out and not (out / "index.parquet").exists()
+    marks = {f: f.stat().st_mtime_ns for f in out.glob("_work/*/*.parquet")}
+    prepared(photographs, out)
+    assert contents(out) == contents(usual)
+    assert marks and {f: f.stat().st_mtime_ns for f in marks} == marks and not list(out.rglob("*.writing"))
+
+
+def killed(step: str, path: Path, run) -> None:
+    """Run with a picture that cannot be read to its end until the worker that reads it has been killed."""
+    data, victims = path.read_bytes(), []
+    path.unlink()
+    os.mkfifo(path)  # whoever opens it waits
+
+    def hunt() -> None:
+        steady = 0
+        while steady < 8 and not over.wait(0.05):
+            now = [p for p in psutil.Process().children(recursive=True) if f"({step})" in " ".join(p.cmdline()[:1])]
+            steady = steady + 1 if now == victims and len(now) == 1 else 0
+            victims[:] = now
+        path.with_suffix(".new").write_bytes(data)
+        path.with_suffix(".new").replace(path)
+        if not over.is_set():
+            victims[0].kill()
+
+    over = threading.Event()
+    hunter = threading.Thread(target=hunt)
+    hunter.start()
+    try:
+        run()
+        assert not over.is_set() and not victims[0].is_running()
+    finally:
+        over.set()
+        hunter.join()
+
+
+def test_killed_workers_lose_and_double_nothing(two_nodes, photographs, tmp_path):
+    late, files = tmp_path / "late.jpg", sorted(str(f) for f in photographs.glob("made_*"))[:40]
+    late.write_bytes(jpeg(300, 400, 99))
+    pq.write_table(pa.table({"path": [*files, str(late)] + files[:2]}), tmp_path / "list.parquet")
+    once, out = tmp_path / "once", tmp_path / "set"
+    prepared(tmp_path / "list.parquet", once)
+    killed("scan", late, lambda: prepared(tmp_path / "list.parquet", out))
+    assert contents(out) == contents(once)
+    for file in [*out.glob("shards/*"), *out.glob("_work/shards/*"), out / "index.parquet"]:
+        file.unlink()
+    killed("write", late, lambda: prepared(tmp_path / "list.parquet", out))
+    assert contents(out) == contents(once) and Index.read(str(out)).rows == 41
+    assert not list(out.glob("_work/notes/*")) and not list(out.rglob("*.writing"))
+
+
+def test_a_task_that_always_kills_its_worker_is_given_up(tmp_path):
+    task = {"about": "shard 7", "note": f"{tmp_path}/notes/0"}
+    fatal = pipeline.told(lambda task: os._exit(3))
+    for _ in range(pipeline.DEATHS):
+        worker = multiprocessing.get_context("fork").Process(target=fatal, args=(task,))
+        worker.start()
+        worker.join()
+        assert worker.exitcode == 3
+    assert fatal(task)["error"].startswith("3 workers died over shard 7; mostly the memory is short")
+
+
+def tar_of(folder: Path, name: str, members: dict[str, bytes]) -> None:
+    with tarfile.open(folder / name, "w") as tar:
+        for member, data in members.items():
+            info = tarfile.TarInfo(member)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def test_tars_with_their_captions_and_one_torn(two_nodes, tmp_path):
+    source = tmp_path / "tars"
+    source.mkdir()
+    tar_of(source, "00000.tar", {"000.jpg": jpeg(256, 256, 1), "000.txt": b"one\n", "000.json": b'{"caption": "no"}',
+                                 "001.jpg": jpeg(256, 300, 2), "001.json": b'{"caption": "two"}', "002.json": b"{}"})
+    tar_of(source, "00001.tar", {"100.jpg": jpeg(256, 256, 3), "101.jpg": jpeg(256, 256, 4), "102.jpg": jpeg(256, 256, 1)})
+    tar_of(source, "00002.tar", {"200.jpg": jpeg(256, 256, 5), "201.jpg": jpeg(256, 256, 6)})
+    data = (source / "00002.tar").read_bytes()
+    (source / "00002.tar").write_bytes(data[:512 + (len(jpeg(256, 256, 5)) + 511) // 512 * 512 + 512 + 700])
+    (source / "00000.parquet").write_bytes(b"img2dataset's notes")
+    index = prepared(source, tmp_path / "set")
+    assert [(row["origin"], row["caption"]) for row in index] == [
+        ("00000.tar/000.jpg", "one"), ("00000.tar/001.jpg", "two"), ("00001.tar/100.jpg", ""), ("00001.tar/101.jpg", ""),
+        ("00002.tar/200.jpg", "")]
+    dropped = {row["origin"]: row["reason"] for row in pq.read_table(tmp_path / "set/report.parquet").to_pylist()}
+    assert dropped == {"00001.tar/102.jpg": "duplicate", "00002.tar": "broken tar", "00002.tar/201.jpg": "not a picture"}
+
+
+def test_a_table_of_paths_and_a_table_of_pictures(two_nodes, photographs, tmp_path):
+    names = ["china.jpg", "deep/er/flower.jpg", "gone.jpg", None]
+    table = pa.table({"image_path": [str(photographs / names[0]), f"file://{photographs / names[1]}", names[2], names[3]],
+                      "text": ["temple", None, "", "x"]})
+    pq.write_table(table, tmp_path / "list.parquet")
+    index = prepared(tmp_path / "list.parquet", tmp_path / "paths")
+    assert sorted((Path(row["origin"]).name, row["caption"]) for row in index) == [("china.jpg", "temple"), ("flower.jpg", "")]
+    dropped = pq.read_table(tmp_path / "paths/report.parquet").to_pylist()
+    assert [row["reason"] for row in dropped] == ["unreadable"] * 2 and "gone.jpg" in str(dropped)
+    pictures = [{"bytes": (photographs / names[0]).read_bytes(), "path": None}, {"bytes": None, "path": "gone.jpg"}]
+    pq.write_table(pa.table({"picture": pictures, "words": ["temple", "x"]}), tmp_path / "own.parquet", row_group_size=1)
+    index = prepared(f"file://{tmp_path}/own.parquet", f"file://{tmp_path}/own", path_column="picture", caption_column="words")
+    assert [row["caption"] for row in index] == ["temple"] and index.read_member(0) == pictures[0]["bytes"]
+    with pytest.raises(ValueError, match="own.parquet in .* has no column path or .*, only picture, words; .* --path-column"):
+        prepared(tmp_path / "own.parquet", tmp_path / "x")
+
+
+def test_a_source_that_grew_or_a_lost_shard_is_made_good(two_nodes, tmp_path):
+    source, out = tmp_path / "in", tmp_path / "set"
+    source.mkdir()
+    for i in range(3):
+        (source / f"{i}.jpg").write_bytes(jpeg(256, 256, i))
+    first = prepared(source, out)
+    (out / "shards/000000.tar").unlink()
+    assert prepared(source, out).read_member(2) == (source / "2.jpg").read_bytes() == first.read_member(2)
+    (source / "0a.jpg").write_bytes(jpeg(256, 256, 9))
+    assert [row["origin"] for row in prepared(source, out)] == ["0.jpg", "0a.jpg", "1.jpg", "2.jpg"]
+    for name in ("0.jpg", "1.jpg", "2.jpg", "0a.jpg"):
+        (source / name).write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"Of 4 samples none is left \(4 not a picture\)"):
+        prepared(source, out)
+
+
+@pytest.mark.parametrize("source, message", [
+    ("nowhere", "There is no .*nowhere; give a folder, a file, or a glob"),
+    ("empty", "holds no pictures"),
+])
+def test_no_source_is_a_sentence(source, message, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=message):
+        prepare.run(prepare.Config(str(tmp_path / source), str(tmp_path / "out")))
+
+
+def test_an_object_store_is_read_and_written_without_a_local_file(tmp_path):
+    source, out = f"memory://{tmp_path}/in", f"memory://{tmp_path}/set"
+    fs = fsspec.filesystem("memory")
+    for i in range(3):
+        fs.pipe_file(f"{tmp_path}/in/{i}.jpg", jpeg(256, 256, i))
+    fs.pipe_file(f"{tmp_path}/in/1.txt", b"second")
+    config = prepare.Config(source, out, (256,))
+    chunks, _ = sources.listing(source)
+    note = {"note": f"{out}/_work/notes/0", "about": ""}
+    scanned = shards.scan(prepare.scan_task(out, chunks[0], 256) | note)
+    assert scanned == {"samples": 3, "error": ""}
+    root = f"{tmp_path}/set"
+    kept, dropped = prepare.choose(prepare.examine_all(fs, out, root, chunks, 256))
+    task, = prepare.layout(kept, chunks, out, "pictures", config)
+    assert shards.write(task | note) == {"samples": 3, "error": ""}
+    prepare.finish(fs, root, out, [task], 3)  # finds it done, and needs no worker
+    table = prepare.merge(fs, root, [task], "pictures", (256,))
+    index = Index(out, table)
+    assert index[1]["caption"] == "second" and [index.read_member(i) for i in range(3)] == [jpeg(256, 256, i) for i in range(3)]
+    fs.pipe_file(f"{tmp_path}/in/2.jpg", jpeg(256, 256, 77))
+    assert "in/2.jpg has changed while it was being prepared" in "in/" + shards.write(task | note)["error"]
+    assert not fs.exists(f"{root}/shards/000000.tar") and not fs.exists(f"{root}/_work/shards/000000.parquet")

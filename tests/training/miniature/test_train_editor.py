@@ -1,0 +1,311 @@
+"""`sda train editor` on a prepared set of the miniature's edits, with the miniature's networks at random weights."""
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import subprocess
+import sys
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("diffusers", reason="diffusers is not installed: pip install -e '.[training]'")
+pytest.importorskip("peft", reason="peft is not installed: pip install -e '.[training]'")
+
+from semantic_diffusion_adapter.kernels import checkpoint  # noqa: E402
+from semantic_diffusion_adapter.kernels.edit_decoder import build_edit_decoder, read_config  # noqa: E402
+from semantic_diffusion_adapter.training import cli  # noqa: E402
+from semantic_diffusion_adapter.training.config import RunConfig, from_toml, write_toml  # noqa: E402
+from semantic_diffusion_adapter.training.data import index as index_module  # noqa: E402
+from semantic_diffusion_adapter.training.data.decode import CorruptSample  # noqa: E402
+from semantic_diffusion_adapter.training.edit_augmentation import Augmentation  # noqa: E402
+from semantic_diffusion_adapter.training.edit_flow import FlowTraining  # noqa: E402
+from semantic_diffusion_adapter.training.encoders import tower_config  # noqa: E402
+from semantic_diffusion_adapter.training.engine import Step, World  # noqa: E402
+from semantic_diffusion_adapter.training.miniature.editor import change_of  # noqa: E402
+from semantic_diffusion_adapter.training.miniature.scenes import render  # noqa: E402
+from semantic_diffusion_adapter.training.stages import editor  # noqa: E402
+from semantic_diffusion_adapter.training.stages.editor_settings import Config, Decoder, Flux, Text, Validation, check  # noqa: E402
+from semantic_diffusion_adapter.training.stages.settings import DataConfig, VisionConfig  # noqa: E402
+
+CPU = torch.device("cpu")
+COUNT = 30
+
+
+def png(scene) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(render(scene)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+@pytest.fixture(scope="session")
+def edits(tmp_path_factory) -> Path:
+    """A prepared set of edits: every scene twice, under two instructions."""
+    folder = tmp_path_factory.mktemp("edits")
+    (folder / "shards").mkdir()
+    rows = {name: [] for name in index_module.schema(index_module.EDITS, (128,)).names}
+    with tarfile.open(folder / "shards" / "000000.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        def put(name: str, data: bytes) -> tuple[int, int]:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            start = tar.offset + 512
+            tar.addfile(info, io.BytesIO(data))
+            return start, len(data)
+
+        for i in range(COUNT):
+            change = change_of("train", i // 2, operation=("remove", "recolour")[i % 2])
+            pictures = {"": png(change.source), "target_": png(change.target)}
+            for prefix, data in pictures.items():
+                offset, length = put(f"{i:09}.{prefix or 'source_'}png", data)
+                for column, value in (("offset", offset), ("length", length), ("sha256", hashlib.sha256(data).digest())):
+                    rows[f"{prefix}{column}"].append(value)
+            for column, value in dict(key=f"{i:09}", origin=f"{i}.png", shard="shards/000000.tar", width=128, height=128,
+                                      caption=change.instruction, mask_offset=0, mask_length=0, source_caption="", target_caption="",
+                                      bucket_128=[128, 128]).items():
+                rows[column].append(value)
+    schema = index_module.schema(index_module.EDITS, (128,))
+    pq.write_table(pa.table([pa.array(rows[f.name], f.type) for f in schema], schema=schema), folder / index_module.NAME)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llm(tmp_path_factory) -> Path:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("llm")
+    Qwen3ForCausalLM(Qwen3Config(vocab_size=20, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+                                 num_key_value_heads=1, head_dim=16)).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def config(toy_assets, edits, tmp_path) -> Config:
+    def file(name: str) -> Path:
+        return toy_assets / f"{name}.safetensors"
+
+    run = RunConfig(tmp_path / "toy", max_steps=2, batch=4, lr=1e-2, warmup=1, precision="fp32", validate_every=2, save_every=2)
+    return Config(run, file("semantic_adapters/miniature_tree128"),
+                  VisionConfig((file("clip_vision/miniature_clip"), file("clip_vision/miniature_dinov2"))),
+                  Text(file("text_encoders/miniature_t5")), DataConfig(str(edits), ((1.0, 128),), held_out=5),
+                  decoder=Decoder(width=32, heads=2, layers=1), validation=Validation(resolution=128, pictures=3, steps=2))
+
+
+@pytest.fixture
+def with_llm(config, llm) -> Config:
+    return replace(config, decoder=Decoder("causal_lm", llm=llm, lora_rank=2, checkpointing=True))
+
+
+@pytest.fixture
+def through_flux(config, toy_assets) -> Config:
+    base = Flux(toy_assets / "diffusion_models" / "miniature_flux.safetensors", toy_assets / "vae" / "miniature_vae.safetensors", "fp32")
+    return replace(config, base=base, flow=FlowTraining(weight=0.5), presets=("global16",))
+
+
+def step(batch: int = 4, number: int = 0) -> Step:
+    return Step(number, 10, 0, "editor", CPU, range(batch), batch)
+
+
+@pytest.mark.parametrize("kind", ["config", "with_llm"])
+def test_a_run_ends_with_a_file_that_the_nodes_load(kind, request, tmp_path, capsys):
+    """And goes on where it was; what is exported is the averaged weights, the LLM's LoRA worked in."""
+    settings = request.getfixturevalue(kind)
+    assert editor.run(settings) is True
+    further = replace(settings, run=replace(settings.run, max_steps=4))
+    write_toml(settings, tmp_path / "toy.toml")
+    assert cli.main(["train", "editor", "--config", str(tmp_path / "toy.toml"), "--max-steps", "4"]) == 0
+    assert "resumed editor at step 2" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (settings.run.out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    assert all(np.isfinite(line["loss"]) for line in lines if "loss" in line)
+
+    path = exported(settings)
+    tensors, record = checkpoint.load(path, "edit_decoder")
+    decoder = build_edit_decoder(read_config(record["config"])).eval()
+    checkpoint.fill(decoder, tensors, path)
+    assert record["step"] == 4 and record["text_encoder_sha256"] and record["base_sha256"]
+    averaged = editor.EditorStage(further, CPU)
+    held = checkpoint_average(settings.run.out)
+    with torch.no_grad():
+        for name, parameter in averaged.trainables.named_parameters():
+            parameter.copy_(held[name])
+    # The statistics of the space are the same in every process: they come from the samples of the first batches.
+    arguments = torch.randn(1, 16, decoder.config.dim), decoder.places.table.boxes()[:16], decoder.places.table.level_ids()[:16]
+    words = averaged.text(["remove the red circle"])
+    with torch.no_grad():
+        written, expected = decoder(*arguments, words), averaged.decoder.eval()(*arguments, words)
+    learnt = (expected - arguments[0]).abs().mean()  # an untrained decoder copies
+    assert (written - expected).abs().mean() < 0.2 * learnt and learnt > 1e-3, "equal but for the rounding of the file to bf16"
+
+    assert cli.main(["export", str(settings.run.out), "--to", str(tmp_path / "models"), "--dtype", "bf16"]) == 0
+    again, said = checkpoint.load(tmp_path / "models" / "edit_decoders" / "toy.safetensors", "edit_decoder")
+    assert said == record and again.keys() == tensors.keys() and all(torch.equal(again[k], v) for k, v in tensors.items())
+
+
+def exported(settings: Config) -> Path:
+    return settings.run.out / "export" / "edit_decoders" / "toy.safetensors"
+
+
+def checkpoint_average(out: Path) -> dict:
+    from safetensors.torch import load_file
+
+    return load_file(sorted(out.glob("checkpoints/step_*"))[-1] / "average.safetensors")
+
+
+def test_only_lora_and_projections_are_trained_and_saved(with_llm):
+    stage = editor.EditorStage(with_llm, CPU)
+    names = {name.replace("/", ".") for name, _ in stage.trainables["decoder"].named_parameters()}
+    assert names == {n for n, _ in stage.decoder.named_parameters() if not n.startswith("llm.") or ".lora_" in n}
+    stage.loss(step())[0].backward()
+    assert all(p.grad is None for n, p in stage.decoder.named_parameters() if n not in names)
+    assert stage.decoder.out.weight.grad.abs().sum() > 0
+    assert "llm" in stage.frozen and "begun_from" in stage.identity
+
+
+@pytest.mark.parametrize("kind", ["config", "with_llm"])
+def test_recomputing_gives_the_gradients_of_keeping(kind, request):
+    settings = request.getfixturevalue(kind)
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        stage = editor.EditorStage(replace(settings, decoder=replace(settings.decoder, checkpointing=checkpointing)), CPU)
+        torch.nn.init.normal_(stage.decoder.out.weight, std=0.1)
+        stage.loss(step())[0].backward()
+        gradients.append({n: p.grad for n, p in stage.decoder.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 10
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_the_flow_loss_reaches_the_decoder_through_a_frozen_flux(through_flux):
+    stage = editor.EditorStage(through_flux, CPU)
+    torch.nn.init.normal_(stage.decoder.out.weight, std=0.1)
+    before = {k: v.clone() for k, v in stage.flow.flux.state_dict().items()}
+    total, parts = stage.loss(step())
+    tokens = parts["parallel"].item() + parts["autoregressive"].item()
+    assert total.item() == pytest.approx(tokens + 0.5 * parts["flow"].item(), rel=1e-5)
+    gradient = torch.autograd.grad(parts["flow"], stage.decoder.out.weight, retain_graph=True)[0]
+    assert gradient.abs().sum() > 0
+    total.backward()
+    assert all(p.grad is None for p in stage.flow.flux.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in stage.flow.flux.state_dict().items())
+    assert stage.pictures()["edits"].shape == (3 * 128, 4 * 128, 3)
+    assert set(stage.validate()) == {"parallel", "autoregressive", "copy", "flow"}
+
+
+@pytest.mark.parametrize("kind", ["config", "with_llm"])
+def test_a_further_run_starts_from_the_file_of_the_first(kind, request, tmp_path):
+    """As fine-tuning through Flux does: with the first run's weights and its statistics of the space, the LLM's LoRA anew."""
+    settings = request.getfixturevalue(kind)
+    first = editor.EditorStage(settings, CPU)
+    torch.nn.init.normal_(first.decoder.out.weight, std=0.2)
+    first.decoder.set_token_statistics(first.decoder.token_mean + 1, first.decoder.token_std * 2)
+    first.export(7)
+    again = replace(settings.decoder, llm=None, start=exported(settings))
+    second = editor.EditorStage(replace(settings, decoder=again), CPU)
+    arguments = torch.randn(1, 128, 48), second.decoder.places.table.boxes(), second.decoder.places.table.level_ids(), torch.randn(1, 5, 48)
+    torch.testing.assert_close(second.decoder(*arguments), first.decoder(*arguments), rtol=0.05, atol=0.05)  # the file is in bf16
+    assert second.decoder.token_mean.mean() > 0.5
+    assert {n for n, p in second.decoder.named_parameters() if p.requires_grad} == {
+        n for n, p in first.decoder.named_parameters() if p.requires_grad}
+    other = replace(again, architecture="t5" if kind == "with_llm" else "causal_lm")
+    with pytest.raises(ValueError, match="decoder.architecture says .*; make them the same"):
+        editor.EditorStage(replace(settings, decoder=other), CPU)
+
+
+def test_another_base_than_the_adapters_is_refused(through_flux, tmp_path):
+    tensors, record = checkpoint.load(through_flux.base.flux, "flux")
+    checkpoint.save(tmp_path / "flux.safetensors", tensors, "flux", record["config"])
+    with pytest.raises(ValueError, match="trained through another base than .*flux.safetensors; give that base"):
+        editor.EditorStage(replace(through_flux, base=replace(through_flux.base, flux=tmp_path / "flux.safetensors")), CPU)
+
+
+def test_a_step_is_the_same_however_it_is_cut(config):
+    """The samples, their augmentation and their loss depend on the position in the batch alone."""
+    stage = editor.EditorStage(replace(config, augmentation=Augmentation(0.3, 0.4)), CPU)
+    whole = stage.loss(step())[1]
+    halves = [stage.loss(replace(step(), positions=range(first, first + 2)))[1] for first in (0, 2)]
+    for name, value in whole.items():
+        assert value.item() == pytest.approx(sum(half[name].item() for half in halves) / 2, rel=1e-5)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="forks processes")
+def test_two_processes_train_as_one(with_llm, tmp_path):
+    """The gradients of what learns are shared although it lies inside a frozen LLM; each process takes its half of a batch."""
+    settings = replace(with_llm, run=replace(with_llm.run, micro=2, device="cpu"), decoder=replace(with_llm.decoder, checkpointing=False))
+    write_toml(settings, tmp_path / "toy.toml")
+    script = Path(__file__).with_name("editor_ranks.py")
+    subprocess.run([sys.executable, str(script), str(tmp_path / "toy.toml"), str(tmp_path)], check=True, timeout=300)
+    curves, weights = [], []
+    for size in ("1", "2"):
+        lines = [json.loads(line) for line in (tmp_path / size / "metrics.jsonl").read_text().splitlines()]
+        curves.append([(line["step"], line["loss"], line["gradient_norm"]) for line in lines if "loss" in line])
+        weights.append(checkpoint_average(tmp_path / size))
+    assert curves[0] == pytest.approx(curves[1], rel=1e-6) and len(curves[0]) == 2
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-5, atol=1e-7)
+
+
+def test_whole_pictures_are_held_out_with_all_their_edits(config):
+    stage = editor.EditorStage(config, CPU)
+    rest, kept = stage.plan.index, stage.held
+    assert len(kept) == 6 and len(rest) == COUNT - 6, "the fifth picture's other edit as well"
+    assert not set(rest.table["sha256"].to_pylist()) & set(kept.table["sha256"].to_pylist())
+    assert sum(len(texts) for _, _, texts in stage.held_batches(6)) == 6
+    assert stage.validate() == stage.validate()
+
+
+def test_a_corrupt_sample_stops_the_run_or_gives_its_place_to_another(config, edits, tmp_path, capsys):
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(edits, broken)
+    stage = editor.EditorStage(replace(config, data=replace(config.data, index=str(broken), ahead=1)), CPU)
+    row = stage.plan.at("0", 1)[2][1]
+    shard = broken / "shards" / "000000.tar"
+    data = bytearray(shard.read_bytes())
+    data[stage.plan.index[row]["target_offset"] + 50] ^= 255
+    shard.write_bytes(data)
+    key = stage.plan.index[row]["key"]
+    with pytest.raises(CorruptSample, match=f"'{key}'.*000000.tar.*have changed"):
+        stage.loss(step(number=1))
+    stage.feed.on_corrupt = "skip"
+    assert torch.isfinite(stage.loss(step(number=1))[0])
+    assert "Another picture takes its place" in capsys.readouterr().out
+    assert key in stage.describe(step(number=1))[1]
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"decoder": Decoder("causal_lm")}, "decoder.llm is missing"),
+    ({"decoder": Decoder(llm=Path("llm"))}, "decoder.llm is given for a T5"),
+    ({"decoder": Decoder("causal_lm", llm=Path("llm"), start=Path("file"))}, "decoder.start has an LLM of its own"),
+    ({"flow": FlowTraining(weight=1.0)}, "give base.flux and base.vae"),
+    ({"presets": ()}, "presets is empty"),
+    ({"data": DataConfig("edits", ((0.5, 128),))}, "data.resolutions is a list of"),
+    ({"data": DataConfig("edits", ((1.0, 128),), held_out=0)}, "held_out must be at least 1"),
+    ({"presets": ("tree99",)}, "Unknown preset 'tree99'"),
+    ({"decoder": Decoder(width=30, heads=4)}, "use a divisor of the width"),
+    ({"decoder": Decoder("causal_lm", llm=Path("absent"))}, "decoder.llm: there is no absent"),
+    ({"text": Text(Path("absent"))}, "text.path: there is no absent"),
+])  # fmt: skip
+def test_what_cannot_work_is_refused_in_one_sentence(config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        editor.EditorStage(replace(config, **changes), CPU)
+
+
+@pytest.mark.parametrize("name", ["flux1_dev_editor_24gb", "flux1_dev_editor_llm_24gb"])
+def test_the_recipes_are_read_and_ask_for_nothing_impossible(name):
+    settings = from_toml(Config, Path(cli.__file__).parent / "configs" / f"{name}.toml")
+    with pytest.raises(ValueError, match="adapter: there is no models/semantic_adapters"):
+        check(settings, World(0, 1, 0, 1, CPU))  # all else that is checked before is in order
+    vision = settings.vision
+    assert len(vision.files) == len([tower_config(Path("absent"), name) for name in vision.ids])
+    assert cli.plan_of(["train", "editor", "--config", "x.toml"])[0][0] == "stages.editor"

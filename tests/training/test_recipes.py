@@ -1,0 +1,94 @@
+"""The recipes: each is read and planned, and trains a step of one full-width block of each kind as far as a CPU can."""
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers", reason="diffusers is not installed: pip install -e '.[training]'")
+pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install -e '.[training]'")
+
+from safetensors.torch import save_file  # noqa: E402
+from semantic_diffusion_adapter.kernels import checkpoint  # noqa: E402
+from semantic_diffusion_adapter.training import plan  # noqa: E402
+from semantic_diffusion_adapter.training.config import from_toml  # noqa: E402
+from semantic_diffusion_adapter.training.costs import FLUX1_DEV  # noqa: E402
+from semantic_diffusion_adapter.training.engine import World  # noqa: E402
+from semantic_diffusion_adapter.training.engine.learner import Learner  # noqa: E402
+from semantic_diffusion_adapter.training.flux import build_flux, to_bfl  # noqa: E402
+from semantic_diffusion_adapter.training.stages import settings  # noqa: E402
+from semantic_diffusion_adapter.training.stages.adapter import AdapterStage  # noqa: E402
+
+CONFIGS = Path(plan.__file__).parent / "configs"
+RECIPES = sorted(p.stem for p in CONFIGS.glob("*.toml"))
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_read_and_holds_together(name):
+    config = from_toml(settings.Config, CONFIGS / f"{name}.toml")
+    settings.check_settings(config)
+    assert config.run.out.name == name and config.run.max_steps % config.run.save_every == 0
+    gpus = {"flux1_dev_8x80gb": 8, "flux1_dev_32xh100": 32}.get(name, 1)
+    assert all(len(World(rank, gpus, rank % 8, 8, CPU).share(config.run.batch, config.run.micro)) > 0 for rank in range(gpus))
+    text = (CONFIGS / f"{name}.toml").read_text()
+    assert "sda " in text and f"configs/{name}.toml" in text, "a recipe says by which lines it is used"
+    if name.endswith("32xh100"):
+        assert "srun torchrun" in text and "#SBATCH" in text
+
+
+@pytest.fixture(scope="module")
+def full_width(tmp_path_factory, toy_parts) -> Path:
+    """FLUX.1-dev's widths with one block of each kind, random, in BFL's layout as flux1-dev.safetensors is."""
+    folder = tmp_path_factory.mktemp("full")
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        shape = build_flux({**FLUX1_DEV, "depth": 1, "depth_single_blocks": 1}).state_dict()
+    row = torch.empty(1 << 20, dtype=torch.bfloat16).normal_(std=0.02)
+    state = {k: torch.ones(v.shape, dtype=torch.bfloat16) if "norm_" in k and v.ndim == 1 else
+             row.repeat(-(-v.numel() // len(row)))[:v.numel()].view(v.shape) for k, v in shape.items()}
+    save_file(to_bfl(state), folder / "flux.safetensors")
+    return toy_parts(folder)
+
+
+@pytest.mark.parametrize("precision", ["nf4", "bf16"])
+def test_a_recipe_trains_a_step_at_full_width(full_width, tmp_path, precision):
+    """What the recipes of this precision ask for, but small pictures, towers and VAE, two adapter layers and no compiler."""
+    names = [n for n in RECIPES if n.startswith("flux1")
+             and from_toml(settings.Config, CONFIGS / f"{n}.toml").base.precision == precision]
+    assert names
+    if precision == "nf4":
+        pytest.importorskip("bitsandbytes")
+    stage = None
+    for name in names:
+        config = from_toml(settings.Config, CONFIGS / f"{name}.toml")
+        parts = full_width
+        config = dataclasses.replace(
+            config, base=dataclasses.replace(config.base, flux=parts / "flux.safetensors", vae=parts / "vae.safetensors",
+                                             text=parts / "text.safetensors"),
+            vision=settings.VisionConfig((parts / "clip.safetensors", parts / "dino.safetensors")),
+            data=dataclasses.replace(config.data, index=str(parts / "photos"), held_out=2, resolutions=((1.0, 64),)),
+            validation=dataclasses.replace(config.validation, resolution=64),
+            adapter=dataclasses.replace(config.adapter, layers=2),
+            run=dataclasses.replace(config.run, out=tmp_path / name, batch=2, micro=2, device="cpu", compile=False))
+        if stage is None:
+            stage = AdapterStage(config, CPU)
+        else:  # the networks are the same; the recipe's own objective goes on with them
+            stage.config, stage.objective.settings = config, config.objective
+        learner = Learner(stage, config.run, World.start("cpu"))
+        last = config.run.max_steps - 1
+        before = {k: v.clone() for k, v in stage.trainables.state_dict().items() if k.startswith("tuned") or "queries" in k}
+        learner.set_rates(last // 2)  # within the plateau and, by the scales, before the unlock
+        _, parts_of_loss, norm = learner.gradients(last // 2)
+        learner.step()
+        learner.clear()
+        assert all(map(torch.isfinite, map(torch.tensor, [*parts_of_loss.values(), norm]))) and norm > 0, name
+        after = stage.trainables.state_dict()
+        assert not torch.equal(after["adapter.queries"], before["adapter.queries"])
+        assert all(torch.equal(after[k], v) for k, v in before.items() if k.startswith("tuned")), "locked until its phase"
+    assert stage.objective.flux.config.joint_attention_dim == 4096 and stage.objective.flux.config.pooled_projection_dim == 768
+    stage.export(1)
+    record = checkpoint.read_header(next((config.run.out / "export").rglob("*.safetensors")), "adapter")
+    assert record["widths"] == {"text": 4096, "pooled": 768} and record["base_precision"] == precision

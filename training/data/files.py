@@ -1,0 +1,74 @@
+"""Files on local disks and object stores, written so that a killed writer leaves nothing that looks whole."""
+from __future__ import annotations
+
+import hashlib
+import json
+import posixpath
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+
+def absolute(url: str) -> str:
+    """The same place for every process: an fsspec URL as it is, a local path from its root."""
+    return str(url).rstrip("/") if "://" in str(url) else str(Path(url).expanduser().resolve())
+
+
+@contextmanager
+def whole_file(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[BinaryIO]:
+    """A file to write that exists under its name only once it is whole: renamed into place on a local disk; a store shows
+    an object when its upload has ended."""
+    local = isinstance(fs, LocalFileSystem)
+    fs.makedirs(posixpath.dirname(path), exist_ok=True)
+    staged = f"{path}.{uuid.uuid4().hex}.writing" if local else path
+    try:
+        with fs.open(staged, "wb") as stream:
+            yield stream
+        if local:
+            Path(staged).replace(path)
+    except BaseException:
+        if fs.exists(staged):  # A store's writer closes, and so commits, what it has.
+            fs.rm(staged)
+        raise
+
+
+def write_table(fs: fsspec.AbstractFileSystem, path: str, table: pa.Table) -> None:
+    with whole_file(fs, path) as stream:
+        pq.write_table(table, stream, compression="zstd")
+
+
+def read_table(fs: fsspec.AbstractFileSystem, path: str) -> pa.Table:
+    with fs.open(path, "rb") as stream:
+        return pq.read_table(stream)
+
+
+def write_json(fs: fsspec.AbstractFileSystem, path: str, data: object) -> None:
+    with whole_file(fs, path) as stream:
+        stream.write((json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def digest(*what: object) -> str:
+    """A name for anything that JSON can say."""
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def listed(fs: fsspec.AbstractFileSystem, folder: str) -> dict[str, int]:
+    """{name: size in bytes} of the files of a folder; empty where there is none."""
+    try:
+        return {posixpath.basename(f["name"]): f["size"] for f in fs.ls(folder, detail=True, refresh=True) if f["type"] == "file"}
+    except FileNotFoundError:
+        return {}
+
+
+def sweep(fs: fsspec.AbstractFileSystem, folder: str) -> None:
+    """Take away what killed writers have left in a folder."""
+    for name in listed(fs, folder):
+        if name.endswith(".writing"):
+            fs.rm(posixpath.join(folder, name))

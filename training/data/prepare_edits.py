@@ -1,0 +1,62 @@
+"""`sda prepare-edits`: (source, target, instruction) sets, as InstructPix2Pix, MagicBrush and UltraEdit publish them, to shards."""
+from __future__ import annotations
+
+import posixpath
+from collections import Counter
+from dataclasses import dataclass
+
+import pyarrow.parquet as pq
+
+from .files import absolute
+from .index import EDITS
+from .prepare import prepare
+from .sources import ending_of, files_of, row_chunks, stamp
+
+# Set -> ({ours: column of pictures}, {ours: column of texts}), by their cards on the Hugging Face Hub: timbrooks/instructpix2pix-*,
+# osunlp/MagicBrush, BleachNick/UltraEdit. The first two members and "caption", the instruction, make the layout; others may be absent.
+LAYOUTS = {
+    "InstructPix2Pix": ({"": "original_image", "target": "edited_image"},
+                        {"caption": "edit_prompt", "source_caption": "original_prompt", "target_caption": "edited_prompt"}),
+    "MagicBrush": ({"": "source_img", "target": "target_img", "mask": "mask_img"}, {"caption": "instruction"}),
+    "UltraEdit": ({"": "source_image", "target": "edited_image", "mask": "mask_image"},
+                  {"caption": "edit_prompt", "source_caption": "source_caption", "target_caption": "target_caption"}),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    source: str
+    """Parquet files: a folder of them, one file, or a glob; also of an object store. Which of the sets they are is told by their
+    columns."""
+    out: str
+    """Folder of the shards and the index, local or of an object store."""
+    resolutions: tuple[int, ...] = (512, 768, 1024)
+    """In pixels. Pairs whose shorter side is below the least are dropped."""
+    shard_mb: int = 256
+    workers: int = 0
+    """Processes on this machine; 0: one for each core."""
+    ray_address: str = ""
+    """A running Ray cluster, as in `auto` or `host:6379`; every node must have this pack and see source and out."""
+
+
+def columns_of(name: str, found: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """({member: column}, {text: column}) of a file with these columns. Raises ValueError where it is none of the sets."""
+    for members, texts in LAYOUTS.values():
+        if {members[""], members["target"], texts["caption"]} <= set(found):
+            return tuple({ours: column for ours, column in part.items() if column in found} for part in (members, texts))
+    layouts = "; ".join(f"{title}: {m['']}, {m['target']}, {t['caption']}" for title, (m, t) in LAYOUTS.items())
+    raise ValueError(f"{name} has the columns {', '.join(found)}, which is no known layout ({layouts}); rename its columns.")
+
+
+def run(config: Config) -> bool:
+    fs, root, infos = files_of(absolute(config.source))
+    place, chunks = {"url": fs.unstrip_protocol(root)}, []
+    for name, info in infos.items():
+        if ending_of(name) == "parquet":
+            with fs.open(posixpath.join(root, name), "rb") as stream:
+                file = pq.ParquetFile(stream)
+                chunks += row_chunks(file, place, name, stamp(info), *columns_of(name, file.schema_arrow.names))
+    if not chunks:
+        raise ValueError(f"{config.source} holds no .parquet files; give the folder into which the set was downloaded.")
+    passed = Counter(ending_of(name) for name in infos if ending_of(name) != "parquet")
+    return prepare(config, chunks, dict(passed), EDITS)

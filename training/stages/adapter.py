@@ -1,0 +1,167 @@
+"""`sda train adapter`: the adapter through a frozen FLUX.1, on prepared pictures."""
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from .. import export
+from ..adapter import AdapterObjective, Batch, named_hierarchy
+from ..base import base_sha256, load_flux
+from ..data.batches import Plan
+from ..data.decode import decode
+from ..data.index import Index
+from ..encoders import load_towers, load_vae
+from ..engine import Step, World, compile_blocks, launch, shard_base
+from ..feed import Feed, split
+from ..region_attention import attend_by_region
+from ..sampling import paint
+from ..text_statistics import text_statistics
+from .settings import Config, check
+
+__all__ = ["AdapterStage", "Config", "run"]
+
+
+class AdapterStage:
+    name = "adapter"
+
+    def __init__(self, config: Config, device: torch.device):
+        self.config, self.device = config, device
+        world = World.start(config.run.device)
+        check(config, world)
+        self.data(world)
+        self.networks(world)
+        self.identity = world.said_by_main(self.fingerprint() if world.main else None)
+
+    def data(self, world: World) -> None:
+        config = self.config
+        train, self.held = split(Index.read(config.data.index), config.data.held_out, config.validation.resolution)
+        phases = {str(i): dict.fromkeys(map(int, phase[1:]), 1.0) for i, phase in enumerate(config.data.resolutions)}
+        self.plan = Plan(train, config.run.batch, config.run.seed, phases)
+        own = [position for positions in world.share(config.run.batch, config.run.micro) for position in positions]
+        self.feed = Feed(self.plan, lambda number: config.data.phase(number / config.run.max_steps), own,
+                         config.data.on_corrupt, config.data.ahead)
+
+    def networks(self, world: World) -> None:
+        config, base, device = self.config, self.config.base, self.device
+        flux = load_flux(base.flux, base.precision, "cpu" if base.sharded else device)
+        attention = attend_by_region(flux)
+        if base.checkpointing:
+            flux.enable_gradient_checkpointing()
+        self.vae = load_vae(base.vae, device)
+        if 4 * self.vae.channels != flux.config.in_channels:
+            raise ValueError(f"{base.vae} has {self.vae.channels} channels and {base.flux} paints latents of "
+                             f"{flux.config.in_channels // 4}; give the VAE that belongs to the base.")
+        # Half precision where autocast would compute in it anyway; a CPU gains nothing from it.
+        half = device.type == "cuda" and config.run.precision == "bf16"
+        towers = load_towers(config.vision.files, config.vision.ids, device, torch.bfloat16 if half else torch.float32)
+        if not any(t.config.kind == "dinov2" for t in towers.values()):
+            raise ValueError("There is no DINOv2 among the vision towers; add one to vision.files.")
+        adapter = export.build_adapter(config, flux.config, [t.config for t in towers.values()]).to(device)
+        captions = [c for c in self.plan.index.table.column("caption").slice(0, 512).to_pylist() if c]
+        adapter.set_text_statistics(*(s.to(device) for s in text_statistics(base.text, captions, device)))
+        self.objective = AdapterObjective(flux, attention, adapter, towers, config.objective)
+        # DINOv2's last blocks are trainables from the start, so that checkpoints never change shape; they learn late, and
+        # in float32, for their steps are small.
+        tuned = nn.ParameterList(self.objective.unlock())
+        for parameter in tuned:
+            parameter.data = parameter.data.float()
+        self.trainables = nn.ModuleDict({"adapter": adapter, "tuned": tuned})
+        if config.run.compile:
+            compile_blocks(adapter.layers, flux.transformer_blocks, flux.single_transformer_blocks)
+        if base.sharded:
+            shard_base(flux, world)
+        self.frozen = {"flux": flux, "vae": self.vae.vae, **towers}
+
+    def fingerprint(self) -> dict:
+        base, flux = self.config.base, self.objective.flux.config
+        vae = base.vae / "vae" if (base.vae / "vae").is_dir() else base.vae
+        files = zip(self.objective.towers, self.config.vision.files)
+        return {"base": base_sha256(base.flux), "guidance_embeds": bool(flux.guidance_embeds), "pooled_width": flux.pooled_projection_dim,
+                "vae": base_sha256(vae), "towers": {name: base_sha256(path) for name, path in files}, "data": self.plan.hash,
+                "held_out": self.held.hash, "adapter": self.adapter.config.to_json()}
+
+    @property
+    def adapter(self):
+        return self.trainables["adapter"]
+
+    def report(self) -> str:
+        return f"{len(self.held)} pictures held out\n{self.plan.report()}"
+
+    def describe(self, step: Step) -> list[str]:
+        return self.feed.describe(step)
+
+    def scales(self, step: int) -> dict[str, float]:
+        settings = self.config.objective
+        return {"tuned": settings.unlock_scale if step >= settings.unlock * self.config.run.max_steps else 0.0}
+
+    def loss(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        images = self.feed.images(step).to(self.device, non_blocking=True)
+        mean, deviation = self.vae.moments(images)
+        return self.objective.loss(Batch(mean + deviation * step.randn(*mean.shape[1:]), images), step)
+
+    def held_batches(self, count: int):
+        """(rows, images [B, 3, H, W]) of the first `count` held-out pictures, bucket by bucket."""
+        sizes = self.held.buckets(self.config.validation.resolution)[:count]
+        most = max(1, self.config.run.micro or 4)
+        for bucket in sorted({tuple(map(int, size)) for size in sizes}):
+            rows = [i for i, size in enumerate(sizes) if tuple(size) == bucket]
+            for start in range(0, len(rows), most):
+                part = rows[start:start + most]
+                yield part, torch.stack([decode(self.held, row, bucket) for row in part]).to(self.device)
+
+    def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bf16"):
+            return self.objective.embed(Batch(images, images), named_hierarchy(self.config.validation.preset))
+
+    def validate(self) -> dict[str, float]:
+        """The flow loss at each of the fixed times, with the same noise for a picture at every validation, and their mean."""
+        settings, hierarchy = self.config.validation, named_hierarchy(self.config.validation.preset)
+        sums = dict.fromkeys(settings.times, 0.0)
+        for rows, images in self.held_batches(len(self.held)):
+            tokens, pooled = self.embed(images)
+            latents = self.vae.moments(images)[0]
+            noise = torch.stack([torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(row)) for row in rows])
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bf16"):
+                for time in sums:
+                    t = torch.full((len(rows),), time, device=self.device)
+                    flow = self.objective.flow(latents, noise.to(self.device), t, tokens, pooled, hierarchy)
+                    sums[time] += float(flow.detach().sum())
+        figures = {f"flow_{time:g}": total / len(self.held) for time, total in sums.items()}
+        return {"flow": sum(figures.values()) / len(figures), **figures}
+
+    def pictures(self) -> dict[str, np.ndarray]:
+        """One grid: the held-out pictures above what Flux paints from their embeddings."""
+        settings = self.config.validation
+        hierarchy = named_hierarchy(settings.preset)
+        columns: dict[int, np.ndarray] = {}
+        for rows, images in self.held_batches(settings.pictures):
+            height, width = images.shape[-2:]
+            grid = (height // (2 * self.vae.downsample), width // (2 * self.vae.downsample))
+            tokens, pooled = self.embed(images)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bf16"):
+                found = paint(self.objective.flux, self.vae, tokens, pooled, self.objective.regions(hierarchy, grid, self.device),
+                              height, width, steps=settings.steps, guidance=settings.guidance)
+            pairs = torch.cat([images, found], 2).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+            columns.update(zip(rows, pairs))
+        return {"reconstructions": grid_of([columns[row] for row in sorted(columns)])} if columns else {}
+
+    def export(self, step: int) -> None:
+        export.write(self.config, self.identity, self.adapter.state_dict(), list(self.trainables["tuned"]), step)
+
+
+def grid_of(columns: list[np.ndarray], height: int = 768) -> np.ndarray:
+    """Columns [H, W, 3] uint8 of different sizes beside one another, on white, each at most `height` pixels high."""
+    made = []
+    for column in columns:
+        if len(column) > height:
+            size = (round(column.shape[1] * height / len(column)), height)
+            column = np.array(Image.fromarray(column).resize(size, Image.Resampling.LANCZOS))
+        made.append(column)
+    tallest = max(map(len, made))
+    return np.concatenate([np.pad(c, ((0, tallest - len(c)), (0, 4), (0, 0)), constant_values=255) for c in made], 1)
+
+
+def run(config: Config) -> bool:
+    return launch(AdapterStage, config)

@@ -1,0 +1,50 @@
+"""Samples of `sda train editor`: the two pictures of an edit, what the towers see in them where that is cached, and the words."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..base import base_sha256
+from ..data.decode import decode_edit
+from ..data.index import Index
+from ..encoders import tower_config
+
+Side = tuple[Tensor, dict[str, Tensor]]
+"""One picture [3, H, W] in [0, 1] (empty where nobody looks at it) and its cached features, tower id -> [N, C]."""
+
+
+class EditReader:
+    """(index, row, bucket) -> (source, target, instruction), both of them a Side.
+
+    cache: the folder that `sda cache` filled, "" for none; with one, nobody needs the pictures but the flow loss. Raises
+    ValueError where the cache lacks a sample, CorruptSample where one cannot be read.
+    """
+
+    def __init__(self, index: Index, cache: str, files: tuple[Path, ...], ids: tuple[str, ...], resolutions: tuple[int, ...],
+                 pictures: bool):
+        self.index, self.resolutions, self.pictures, self.caches = index, resolutions, pictures or not cache, {}
+        if cache:
+            from ..data.cached import Cache, Part
+
+            for path, name in zip(files, ids or [""] * len(files)):
+                tower = tower_config(path, name).id
+                self.caches[tower] = Cache(cache, index, Part(tower, base_sha256(path)), resolutions)
+
+    def __call__(self, index: Index, row: int, bucket: tuple[int, int]) -> tuple[Side, Side, str]:
+        nothing = torch.empty(0)
+        source, target, text = decode_edit(index, row, bucket) if self.pictures else (nothing, nothing, index[row]["caption"])
+        return (source, self.features(row, bucket, "")), (target, self.features(row, bucket, "target")), text
+
+    def features(self, row: int, bucket: tuple[int, int], member: str) -> dict[str, Tensor]:
+        if not self.caches:
+            return {}
+        resolution = next(r for r in self.resolutions if tuple(self.index.buckets(r)[row]) == tuple(bucket))
+        return {tower: cache.read(row, resolution, member)["features"].float() for tower, cache in self.caches.items()}
+
+
+def stacked(sides: list[Side]) -> Side:
+    """Pictures [B, 3, H, W] and features [B, N, C] of samples of one bucket."""
+    images, features = zip(*sides)
+    return torch.stack(images), {tower: torch.stack([each[tower] for each in features]) for tower in features[0]}

@@ -1,0 +1,200 @@
+"""`sda train editor`: the edit decoder on prepared edits, towards a frozen adapter's embedding of the edited picture."""
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...kernels.hierarchy import Hierarchy
+from ..adapter import load_adapter, named_hierarchy, regions_for
+from ..base import base_sha256, load_flux
+from ..data.batches import Plan
+from ..data.index import Index
+from ..edit_augmentation import turned
+from ..edit_flow import EditFlow
+from ..editor import editor_loss
+from ..encoders import load_towers, load_vae, tower_config
+from ..engine import Step, World, compile_blocks, launch, shard_base
+from ..feed import Feed, split
+from ..files import file_hash
+from ..instructions import load_instruction_encoder
+from ..lora import Learned
+from ..sampling import paint
+from .edit_reader import EditReader, Side, stacked
+from .editor_export import write_editor
+from .editor_settings import Config, check, new_decoder
+
+__all__ = ["Config", "EditorStage", "run"]
+
+
+class EditorStage:
+    name = "editor"
+
+    def __init__(self, config: Config, device: torch.device):
+        self.config, self.device = config, device
+        world = World.start(config.run.device)
+        check(config, world)
+        self.data(world)
+        self.networks(world)
+        self.identity = world.said_by_main(self.fingerprint() if world.main else None)
+
+    def data(self, world: World) -> None:
+        run, data = self.config.run, self.config.data
+        index = Index.read(data.index)
+        if index.kind != "edits":
+            raise ValueError(f"{data.index} holds pictures, not edits; prepare the edits with `sda prepare-edits`.")
+        train, self.held = split(index, data.held_out, self.config.validation.resolution)
+        self.plan = Plan(train, run.batch, run.seed, {str(i): dict.fromkeys(map(int, p[1:]), 1.0) for i, p in enumerate(data.resolutions)})
+        pixels = tuple(sorted({int(px) for phase in data.resolutions for px in phase[1:]}))
+        self.read_held = self.reader(self.held, (self.config.validation.resolution,))
+        own = [position for positions in world.share(run.batch, run.micro) for position in positions]
+        self.feed = Feed(self.plan, lambda number: data.phase(number / run.max_steps), own, data.on_corrupt, data.ahead,
+                         self.reader(train, pixels))
+
+    def reader(self, index: Index, resolutions: tuple[int, ...]) -> EditReader:
+        config = self.config
+        return EditReader(index, config.cache, config.vision.files, config.vision.ids, resolutions, bool(config.flow.weight))
+
+    def networks(self, world: World) -> None:
+        config, device = self.config, self.device
+        half = torch.bfloat16 if device.type == "cuda" and config.run.precision == "bf16" else torch.float32
+        self.adapter, self.record = load_adapter(config.adapter, device)
+        self.towers = {} if config.cache else load_towers(config.vision.files, config.vision.ids, device, half)
+        self.text = load_instruction_encoder(config.text.path, device, config.text.tokenizer, config.text.length, config.text.precision)
+        space = self.adapter.config.out_dim, self.text.width, self.adapter.config.hierarchy
+        self.decoder = new_decoder(config.decoder, space, half).to(device).train()
+        if config.decoder.start is None:
+            self.decoder.set_token_statistics(*self.statistics())
+        self.trainables = nn.ModuleDict({"decoder": Learned(self.decoder)})
+        self.frozen = {"adapter": self.adapter, **self.towers, "text": self.text.model}
+        if config.decoder.architecture == "causal_lm" and config.decoder.lora_rank:
+            self.frozen["llm"] = self.decoder.llm
+        if config.run.compile:
+            compile_blocks(self.adapter.layers, self.decoder.blocks)
+        self.flow = self.through_flux(world) if config.flow.weight else None
+
+    def through_flux(self, world: World) -> EditFlow:
+        config, base = self.config, self.config.base
+        if base_sha256(base.flux) != self.record["base_sha256"]:
+            raise ValueError(f"{config.adapter} was trained through another base than {base.flux}; give that base.")
+        flux = load_flux(base.flux, base.precision, "cpu" if base.sharded else self.device)
+        flow = EditFlow(flux, load_vae(base.vae, self.device), config.flow, self.record["masked"])
+        if base.checkpointing:
+            flux.enable_gradient_checkpointing()
+        if config.run.compile and base.precision in ("bf16", "fp32"):  # the compiler refuses quantised weights
+            compile_blocks(flux.transformer_blocks, flux.single_transformer_blocks)
+        if base.sharded:
+            shard_base(flux, world)
+        self.frozen |= {"flux": flux, "vae": flow.vae.vae}
+        return flow
+
+    def fingerprint(self) -> dict:
+        config = self.config
+        begun = config.decoder.llm or config.decoder.start
+        towers = zip(config.vision.files, config.vision.ids or [""] * len(config.vision.files))
+        return {"data": self.plan.hash, "held_out": self.held.hash, "adapter": file_hash(config.adapter), "text": self.text.hash,
+                "towers": {tower_config(path, name).id: base_sha256(path) for path, name in towers},
+                "base": self.record["base_sha256"], "begun_from": base_sha256(begun) if begun else None,
+                "decoder": self.decoder.config.to_json()}
+
+    def report(self) -> str:
+        return f"{len(self.held)} edits held out\n{self.plan.report()}"
+
+    def describe(self, step: Step) -> list[str]:
+        return self.feed.describe(step)
+
+    @torch.no_grad()
+    def statistics(self, pictures: int = 256) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the adapter's tokens over the source pictures of the first batches."""
+        hierarchy, tokens, number = named_hierarchy(self.config.presets[0]), [], 0
+        while sum(map(len, tokens)) < pictures * hierarchy.token_count:
+            count = min(32, self.config.run.batch)
+            step = Step(number, self.config.run.max_steps, 0, self.name, self.device, range(count), count)
+            sources = stacked([source for source, _, _ in self.feed.samples(step)])
+            tokens.append(self.embed([sources], hierarchy)[0].flatten(0, 1))
+            number += 1
+        self.feed.close()
+        tokens = torch.cat(tokens)
+        return tokens.mean(0), tokens.std(0)
+
+    def embed(self, sides: list[Side], hierarchy: Hierarchy) -> tuple[Tensor, Tensor | None]:
+        """(tokens [B, T, D] float32, pooled [B, P] or None) of all pictures of the sides, one side after the other."""
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bf16"):
+            if self.towers:
+                images = torch.cat([images for images, _ in sides]).to(self.device)
+                features = {name: tower(images) for name, tower in self.towers.items()}
+            else:
+                features = {name: torch.cat([known[name] for _, known in sides]).to(self.device) for name in sides[0][1]}
+            return self.adapter(features, hierarchy)
+
+    def losses(self, source: Side, target: Side, texts: list[str], preset: str, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        hierarchy, count = named_hierarchy(preset), len(texts)
+        tokens, pooled = self.embed([source, target], hierarchy)
+        flow = None
+        if self.flow is not None:
+            own = None if pooled is None else pooled[:count]  # an edit keeps the pooled vector of its source
+            pictures = source[0].to(self.device), target[0].to(self.device)
+            flow = lambda written: self.flow.loss(written, own, hierarchy, *pictures, step)  # noqa: E731
+        return editor_loss(self.decoder, *tokens.chunk(2), hierarchy.boxes(), hierarchy.level_ids(), self.text(texts),
+                           self.config.objective, step, flow, self.config.flow.weight)
+
+    def loss(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        samples = [turned(sample, *draws, self.config.augmentation)
+                   for sample, draws in zip(self.feed.samples(step), step.rand(2).tolist())]
+        presets = self.config.presets
+        preset = presets[int(torch.randint(len(presets), (), generator=step.shared()))]
+        source, target, texts = zip(*samples)
+        return self.losses(stacked(source), stacked(target), list(texts), preset, step)
+
+    def scales(self, step: int) -> dict[str, float]:
+        return {}
+
+    def held_batches(self, count: int):
+        """(sources, targets, instructions) of the first `count` held-out edits, bucket by bucket."""
+        sizes = self.held.buckets(self.config.validation.resolution)[:count]
+        most = self.config.run.micro or 16
+        for bucket in sorted({tuple(map(int, size)) for size in sizes}):
+            rows = [i for i, size in enumerate(sizes) if tuple(size) == bucket]
+            for start in range(0, len(rows), most):
+                source, target, texts = zip(*(self.read_held(self.held, row, bucket) for row in rows[start:start + most]))
+                yield stacked(source), stacked(target), list(texts)
+
+    def validate(self) -> dict[str, float]:
+        """The parts of the loss over the held-out edits, with the same noise and times at every validation."""
+        sums: dict[str, float] = {}
+        self.decoder.eval()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bf16"):
+            for number, (source, target, texts) in enumerate(self.held_batches(len(self.held))):
+                count = len(texts)
+                step = Step(number, 1, 0, "validation", self.device, range(count), count)
+                _, parts = self.losses(source, target, texts, self.config.validation.preset, step)
+                sums = {name: sums.get(name, 0.0) + count * float(value.detach()) for name, value in parts.items()}
+        self.decoder.train()
+        return {name: value / len(self.held) for name, value in sums.items()}
+
+    @torch.no_grad()
+    def pictures(self) -> dict[str, np.ndarray]:
+        """Held-out edits of one shape, one a row: source, what the written embedding paints, what the true one paints, target."""
+        settings = self.config.validation
+        if self.flow is None or not settings.pictures:
+            return {}
+        source, target, texts = next(self.held_batches(settings.pictures))
+        hierarchy, (height, width) = named_hierarchy(settings.preset), source[0].shape[-2:]
+        tokens, pooled = self.embed([source, target], hierarchy)
+        tokens, truth = tokens.chunk(2)
+        pooled = None if pooled is None else pooled[:len(texts)]
+        side = 2 * self.flow.vae.downsample
+        regions = regions_for(hierarchy, (height // side, width // side), self.device) if self.flow.masked else None
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bf16"):
+            written = self.decoder.generate(tokens, hierarchy.boxes(), hierarchy.level_ids(), self.text(texts))
+            painted = [paint(self.flow.flux, self.flow.vae, each, pooled, regions, height, width, steps=settings.steps,
+                             guidance=settings.guidance) for each in (written, truth)]
+        rows = torch.cat([source[0].to(self.device), *painted, target[0].to(self.device)], 3).permute(0, 2, 3, 1).flatten(0, 1)
+        return {"edits": rows.mul(255).round().byte().cpu().numpy()}
+
+    def export(self, step: int) -> None:
+        write_editor(self.config, self.identity, self.decoder, step)
+
+
+def run(config: Config) -> bool:
+    return launch(EditorStage, config)

@@ -1,0 +1,170 @@
+"""Settings of `sda train editor`, what is refused before anything is loaded, and the decoder that they ask for."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from ...kernels import checkpoint
+from ...kernels.edit_decoder import (
+    EditDecoder,
+    LLMEditDecoder,
+    LLMEditDecoderConfig,
+    T5EditDecoder,
+    T5EditDecoderConfig,
+    build_edit_decoder,
+    read_config,
+)
+from ...kernels.edit_decoder.llm import llm_record
+from ..adapter import named_hierarchy
+from ..base import Precision, check_precision
+from ..config import RunConfig
+from ..edit_augmentation import Augmentation
+from ..edit_flow import FlowTraining
+from ..editor import EditorTraining
+from ..engine import World, check_sharding
+from ..instructions import LENGTH, TextPrecision
+from ..lora import add_lora, load_llm
+from .settings import DataConfig, VisionConfig, check_phases, free
+
+
+@dataclass(frozen=True)
+class Text:
+    path: Path
+    """Flux's T5: the folder of FLUX.1-dev, its text_encoder_2, or ComfyUI's t5xxl_fp16.safetensors."""
+    tokenizer: Path | None = None
+    """The folder of its tokenizer, where it does not lie beside it."""
+    length: int = LENGTH
+    """Tokens of an instruction with its padding: ComfyUI pads to 256."""
+    precision: TextPrecision = "bf16"
+
+
+@dataclass(frozen=True)
+class Decoder:
+    architecture: Literal["t5", "causal_lm"] = "t5"
+    """A T5 decoder, made anew, which writes in one pass and token by token; or a trained causal LLM, in one pass."""
+    width: int = 1024
+    """Of a T5."""
+    heads: int = 16
+    layers: int = 12
+    llm: Path | None = None
+    """The folder of a causal LLM (config.json and safetensors), such as Qwen3's base models."""
+    start: Path | None = None
+    """An edit decoder's file to go on from, for the same adapter: what an earlier run exported. Its sizes are its own."""
+    lora_rank: int = 64
+    """Of the LoRA on the LLM, which is frozen; 0 trains the whole LLM."""
+    lora_alpha: float = 64.0
+    checkpointing: bool = free(False)
+    """Compute each block again in the backward instead of keeping its activations."""
+
+
+@dataclass(frozen=True)
+class Flux:
+    """The frozen base; only `flow` needs it."""
+
+    flux: Path | None = None
+    """FLUX.1 as a single file or a diffusers folder, the one that the adapter was trained through."""
+    vae: Path | None = None
+    precision: Precision = "bf16"
+    sharded: bool = False
+    """Cut the base over the processes of each machine; it is replicated otherwise."""
+    checkpointing: bool = free(True)
+    """Compute each block of Flux again in the backward instead of keeping its activations."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    preset: str = free("tree128")
+    resolution: int = free(512)
+    pictures: int = free(4)
+    """How many of the held-out edits are painted, where Flux is there."""
+    steps: int = free(20)
+    """Of the sampler."""
+    guidance: float = free(3.5)
+    """What a guidance-distilled base is told when it paints."""
+
+
+@dataclass(frozen=True)
+class Config:
+    run: RunConfig
+    adapter: Path
+    """The adapter's file: what it makes of the edited picture is what the decoder learns to write."""
+    vision: VisionConfig
+    text: Text
+    data: DataConfig
+    """Edits that `sda prepare-edits` made."""
+    cache: str = free("")
+    """The folder where `sda cache` keeps what these towers see in these edits; empty: they look at every picture anew."""
+    presets: tuple[str, ...] = ("tree128", "tree128", "tree64", "global32")
+    """Each batch takes one of them at random."""
+    decoder: Decoder = field(default_factory=Decoder)
+    objective: EditorTraining = field(default_factory=EditorTraining)
+    augmentation: Augmentation = field(default_factory=lambda: Augmentation(identity=0.05, reversed=0.15))
+    flow: FlowTraining = field(default_factory=FlowTraining)
+    base: Flux = field(default_factory=Flux)
+    validation: Validation = field(default_factory=Validation)
+    licence: str = free("not stated")
+    """Of the exported file; the base's and the LLM's own licences have a word to say about it."""
+
+
+def check(config: Config, world: World) -> None:
+    """Refuse in one sentence what cannot be, before anything is loaded. ValueError."""
+    decoder, base = config.decoder, config.base
+    if decoder.llm and (decoder.architecture == "t5" or decoder.start):
+        raise ValueError("decoder.llm is given for a T5; set decoder.architecture to causal_lm, or leave the LLM out."
+                         if decoder.architecture == "t5" else "decoder.start has an LLM of its own; leave decoder.llm out.")
+    if decoder.architecture == "causal_lm" and not (decoder.llm or decoder.start):
+        raise ValueError("decoder.llm is missing: give the folder of a causal LLM such as Qwen3.")
+    if not config.presets:
+        raise ValueError("presets is empty; name at least one, such as tree128.")
+    for preset in (*config.presets, config.validation.preset):
+        named_hierarchy(preset)
+    check_phases(config.data.resolutions, "data.resolutions")
+    if config.data.held_out < 1:
+        raise ValueError("data.held_out must be at least 1: a run without held-out edits cannot be judged.")
+    if config.flow.weight and (base.flux is None or base.vae is None):
+        raise ValueError("flow.weight asks for training through Flux; give base.flux and base.vae, or set it to 0.")
+    if config.flow.weight:
+        check_precision(base.precision)
+        if base.sharded:
+            check_sharding(base.precision, world)
+    world.share(config.run.batch, config.run.micro)
+    for path, key in ((config.adapter, "adapter"), (config.text.path, "text.path"), (decoder.llm, "decoder.llm"),
+                      (decoder.start, "decoder.start"), *((p, "vision.files") for p in config.vision.files)):
+        if path and not path.exists():
+            raise ValueError(f"{key}: there is no {path}; put it there or give its place with --{key}.")
+
+
+def new_decoder(settings: Decoder, space: tuple, dtype: torch.dtype) -> EditDecoder:
+    """The decoder before its training, frozen where it does not learn. space: (dim, text_dim, hierarchy) of the adapter and
+    the text encoder; dtype: of a frozen LLM."""
+    if settings.start:
+        decoder = read_decoder(settings, space)
+    elif settings.architecture == "t5":
+        decoder = T5EditDecoder(T5EditDecoderConfig(*space, settings.width, settings.heads, settings.layers))
+    else:
+        llm = load_llm(settings.llm, torch.float32)
+        decoder = LLMEditDecoder(LLMEditDecoderConfig(*space, llm_record(llm.config)), llm)
+    stack = decoder.stack if settings.architecture == "t5" else decoder.llm
+    if settings.architecture == "causal_lm" and settings.lora_rank:
+        stack.to(dtype)
+        add_lora(decoder, settings.lora_rank, settings.lora_alpha)
+    if settings.checkpointing:
+        stack.gradient_checkpointing_enable({"use_reentrant": False})
+    return decoder
+
+
+def read_decoder(settings: Decoder, space: tuple) -> EditDecoder:
+    """The decoder in `settings.start`. ValueError where it is of another architecture or space (dim, text_dim, hierarchy)."""
+    tensors, record = checkpoint.load(settings.start, "edit_decoder")
+    config = read_config(record["config"])
+    if config.architecture != settings.architecture:
+        raise ValueError(f"{settings.start} is a {config.architecture} and decoder.architecture says {settings.architecture}; "
+                         "make them the same.")
+    if (config.dim, config.text_dim, config.hierarchy) != space:
+        raise ValueError(f"{settings.start} was made for another adapter or text encoder; start from one of this adapter.")
+    decoder = build_edit_decoder(config)
+    checkpoint.fill(decoder, {name: tensor.float() for name, tensor in tensors.items()}, settings.start)
+    return decoder

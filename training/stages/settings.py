@@ -1,0 +1,135 @@
+"""Settings of `sda train adapter`, and what is refused before anything is loaded."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ..adapter import AdapterTraining, named_hierarchy
+from ..base import Precision, check_precision
+from ..config import RunConfig
+from ..engine import World, check_sharding
+
+
+def free(default: Any) -> Any:
+    """A field that a resumed run may change: it decides nothing of what is learnt."""
+    return field(default=default, metadata={"free": True})
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    flux: Path
+    """FLUX.1-dev: flux1-dev.safetensors, or a diffusers folder."""
+    vae: Path
+    """Its VAE: ae.safetensors, or a diffusers folder."""
+    text: Path
+    """What its text encoder's outputs are like: a diffusers folder with text_encoder_2 and tokenizer_2, which reads some of
+    the captions once; or a safetensors file that holds `text_mean` and `text_std` (any exported adapter of the same base)."""
+    precision: Precision = "bf16"
+    """Of the frozen weights. nf4 and int8 are for cards that bf16 (24 GB) does not fit."""
+    sharded: bool = False
+    """Cut the base over the processes of each machine; it is replicated otherwise, which is faster where it fits."""
+    checkpointing: bool = free(True)
+    """Compute the blocks' insides again in the backward: half as fast again, a fraction of the memory."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    index: str = free("")
+    """The folder that `sda prepare` filled, or its fsspec URL."""
+    resolutions: tuple[tuple, ...] = ((1.0, 512),)
+    """Phases as (end, px, px, ...): until this share of the run each batch has one of these resolutions."""
+    held_out: int = 32
+    """Pictures kept from training for the validation, the same ones whatever the order of the set."""
+    on_corrupt: Literal["stop", "skip"] = free("stop")
+    """A picture that can no longer be read: stop and name it, or take another one of its bucket."""
+    ahead: int = free(4)
+    """Batches that are decoded ahead, by a thread each."""
+
+    def phase(self, progress: float) -> str:
+        """The name of the phase that a share of the run falls into."""
+        return str(next(i for i, p in enumerate(self.resolutions) if progress < p[0] or p is self.resolutions[-1]))
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    files: tuple[Path, ...]
+    """The vision towers' safetensors files, or their folders; a DINOv2 among them."""
+    ids: tuple[str, ...] = ()
+    """Which published encoder each file is (kernels/vision/known.py); "" for a file of this pack, which says it itself."""
+
+
+@dataclass(frozen=True)
+class ShapeConfig:
+    table: str = "tree128"
+    """The full query table: a preset or global<n>."""
+    width: int = 1024
+    heads: int = 16
+    layers: int = 12
+    pooled: bool = True
+    """Whether the adapter also makes the pooled vector, which is zero otherwise."""
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    preset: str = free("tree128")
+    """The hierarchy that validation encodes with."""
+    resolution: int = free(512)
+    times: tuple[float, ...] = free((0.2, 0.5, 0.8, 0.95))
+    """Noise levels of the held-out loss."""
+    pictures: int = free(8)
+    """How many of the held-out pictures are painted."""
+    steps: int = free(20)
+    """Of the sampler."""
+    guidance: float = free(3.5)
+    """What a guidance-distilled base is told when it paints."""
+
+
+@dataclass(frozen=True)
+class Config:
+    run: RunConfig
+    base: BaseConfig
+    vision: VisionConfig
+    data: DataConfig
+    adapter: ShapeConfig = field(default_factory=ShapeConfig)
+    objective: AdapterTraining = field(default_factory=lambda: AdapterTraining(mu="resolution"))
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    licence: str = free("not stated")
+    """Of the exported file; FLUX.1-dev's own licence has a word to say about it."""
+
+
+def check(config: Config, world: World) -> None:
+    """Refuse in one sentence what cannot be, before anything is loaded. ValueError."""
+    check_settings(config)
+    base = config.base
+    check_precision(base.precision)
+    if base.sharded:
+        check_sharding(base.precision, world)
+    world.share(config.run.batch, config.run.micro)
+    for path, key in ((base.flux, "base.flux"), (base.vae, "base.vae"), (base.text, "base.text"),
+                      *((p, "vision.files") for p in config.vision.files)):
+        if not Path(path).exists():
+            raise ValueError(f"{key}: there is no {path}; put it there or give its place with --{key}.")
+
+
+def check_settings(config: Config) -> None:
+    """The part of `check` that needs neither files nor libraries nor processes."""
+    base, run, objective = config.base, config.run, config.objective
+    if base.sharded and base.precision in ("int8", "nf4"):
+        raise ValueError(f"A base in {base.precision} cannot be sharded; take precision bf16, or replicate the quantised base.")
+    if run.compile and base.precision in ("int8", "nf4"):
+        raise ValueError(f"torch.compile cannot train through a base in {base.precision} (its compiler refuses the quantised weights); "
+                         "give --run.no-compile, or --base.precision bf16.")
+    check_phases(objective.growth, "objective.growth")
+    check_phases(config.data.resolutions, "data.resolutions")
+    table = named_hierarchy(config.adapter.table)
+    for name in {config.validation.preset, *(name for phase in objective.growth for name in phase[1:])}:
+        named_hierarchy(name).index_in(table)
+    if config.data.held_out < 1:
+        raise ValueError("data.held_out must be at least 1: a run without held-out pictures cannot be judged.")
+
+
+def check_phases(phases: tuple[tuple, ...], key: str) -> None:
+    ends = [phase[0] for phase in phases]
+    if ends != sorted(set(ends)) or not ends or ends[-1] != 1 or any(len(phase) < 2 for phase in phases):
+        raise ValueError(f"{key} is a list of [end, choice, ...] with rising ends up to 1.0, not {[list(p) for p in phases]}.")
