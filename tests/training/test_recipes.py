@@ -81,7 +81,7 @@ def test_a_recipe_trains_a_step_at_full_width(full_width, tmp_path, precision):
         last = config.run.max_steps - 1
         before = {k: v.clone() for k, v in stage.trainables.state_dict().items() if k.startswith("tuned") or "queries" in k}
         learner.set_rates(last // 2)  # within the plateau and, by the scales, before the unlock
-        _, parts_of_loss, norm = learner.gradients(last // 2)
+        parts_of_loss, norm = learner.gradients(learner.steps(last // 2))
         learner.step()
         learner.clear()
         assert all(map(torch.isfinite, map(torch.tensor, [*parts_of_loss.values(), norm]))) and norm > 0, name

@@ -158,7 +158,7 @@ class Checkpoints:
             staged = self.folder / f".writing_{step:08d}"
             try:
                 self.write(staged, step)
-                self.remove_old()
+                self.remove_old(step)
             except (OSError, SafetensorError) as error:
                 shutil.rmtree(staged, ignore_errors=True)
                 problem = (f"Step {step} could not be saved ({getattr(error, 'strerror', None) or error}); make room in "
@@ -178,8 +178,8 @@ class Checkpoints:
         for name, tensors in (("trainables", learner.stage.trainables.state_dict()), ("average", learner.average.values),
                               ("optimizer", slots)):
             path = staged / f"{name}.safetensors"
-            # Copies, because safetensors refuses tied weights (T5's word table has two names).
-            save_file({k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}, path)
+            # Copies, because safetensors refuses tied weights (T5's word table has two names); a GPU has no room for them.
+            save_file({k: v.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for k, v in tensors.items()}, path)
             sync(path)
             files[path.name] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
         record = {"step": step, "stage": learner.stage.name, "average_count": learner.average.count, "files": files,
@@ -192,11 +192,12 @@ class Checkpoints:
         staged.rename(target)
         sync(self.folder)
 
-    def remove_old(self) -> None:
+    def remove_old(self, step: int) -> None:
         run = self.config.run
-        for old in sorted(self.folder.glob("step_*"))[:-run.keep]:
-            if not (run.keep_every and int(old.name[5:]) % run.keep_every == 0):
-                shutil.rmtree(old)
+        steps = sorted(n for n in (int(p.name[5:]) for p in self.folder.glob("step_*")) if n <= step)  # beyond: passed over
+        for old in steps[:-run.keep]:
+            if not (run.keep_every and old % run.keep_every == 0):
+                shutil.rmtree(self.folder / f"step_{old:08d}")
 
 
 def sync(path: Path) -> None:

@@ -126,11 +126,12 @@ def train(stage: Stage, config: Any, world: World) -> bool:
                 ended = False
                 break
         else:
-            validate(run.max_steps)  # also for a run that had ended: what is exported carries its figures
+            last = max(start, run.max_steps)
+            validate(last)  # also for a run that had ended: what is exported carries its figures
             learner.average.swap()
             stage.trainables.eval()
             if world.main:
-                stage.export(run.max_steps)
+                stage.export(last)
     folder.close()
     return ended
 

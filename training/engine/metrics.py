@@ -4,7 +4,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
+import sys
 import time
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,8 @@ def peak_memory(device: torch.device) -> float:
     """Most memory held so far, GiB: the GPU's allocations, or the process's resident set on a CPU (0 where it is not told)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20 if resource else 0.0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30 if resource else 0.0
 
 
 def cut_after(path: Path, step: int) -> int:
@@ -61,7 +65,7 @@ class RunFolder:
 
     def __init__(self, config: Any, name: str, start: int, main: bool, device: torch.device):
         self.run, self.name, self.main, self.device = config.run, name, main, device
-        self.seconds: float | None = None  # of a step, averaged
+        self.seconds: deque[float] = deque(maxlen=64)  # of the latest steps
         self.clock = time.perf_counter()
         self.validated = -1
         if not main:
@@ -83,7 +87,7 @@ class RunFolder:
         """A line about the step that ended: metrics.jsonl always, the console and TensorBoard at every `log_every`-th."""
         now = time.perf_counter()
         took, self.clock = now - self.clock, now
-        self.seconds = took if self.seconds is None else 0.95 * self.seconds + 0.05 * took
+        self.seconds.append(took)
         if not self.main:
             return
         run = self.run
@@ -97,9 +101,10 @@ class RunFolder:
         for key, value in values.items():
             self.board.add_scalar(key, value, done)
         shown = "  ".join(f"{k} {v:.4f}" for k, v in parts.items())
-        left = duration((run.max_steps - done) * self.seconds)
+        usual = statistics.median(self.seconds)  # the first one compiles
+        left = duration((run.max_steps - done) * usual)
         print(f"{self.name} {done}/{run.max_steps} {100 * done // run.max_steps}%  {shown}  "
-              f"{run.batch / self.seconds:.1f} samples/s  {values['memory_gib']:.1f} GiB  {left} left", flush=True)
+              f"{run.batch / usual:.1f} samples/s  {values['memory_gib']:.1f} GiB  {left} left", flush=True)
 
     def validation(self, step: int, figures: Mapping[str, float], pictures: Mapping[str, np.ndarray], seconds: float) -> None:
         """Figures and pictures [H, W, 3] uint8 of a validation; once for each step."""
