@@ -37,6 +37,9 @@ class BaseConfig:
 class DataConfig:
     index: str = free("")
     """The folder that `sda prepare` filled, or its fsspec URL."""
+    cache: str = free("")
+    """The folder that `sda cache` filled, or its URL: what it holds of the VAE and of the towers is not computed again. It
+    keeps the latents' distributions, so that each visit draws anew, in float16."""
     resolutions: tuple[tuple, ...] = ((1.0, 512),)
     """Phases as (end, px, px, ...): until this share of the run each batch has one of these resolutions."""
     held_out: int = 32
