@@ -166,7 +166,7 @@ class AdapterStage:
             tokens, pooled = self.embed(images)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bf16"):
                 found = paint(self.objective.flux, self.vae, tokens, pooled, self.objective.regions(hierarchy, grid, self.device),
-                              height, width, steps=settings.steps, guidance=settings.guidance)
+                              height, width, rows, settings.steps, settings.guidance)
             pairs = torch.cat([images, found], 2).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
             columns.update(zip(rows, pairs))
         return {"reconstructions": grid_of([columns[row] for row in sorted(columns)])} if columns else {}
