@@ -67,10 +67,10 @@ class AdapterTraining:
 @dataclass(frozen=True)
 class Batch:
     """latents [B, C, H, W] as Flux takes them, images [B, 3, h, w] in [0, 1], what the extra loss needs, and the features of
-    the towers that are known already (tower id -> [B, N, C])."""
+    the towers that are known already (tower id -> [B, N, C]); no images where all of them are."""
 
     latents: Tensor
-    images: Tensor
+    images: Tensor | None
     extra: Tensor | None = None
     features: dict[str, Tensor] = field(default_factory=dict)
 
@@ -117,10 +117,10 @@ class AdapterObjective:
             self._regions[key] = regions_for(hierarchy, grid, device)
         return self._regions[key]
 
-    def features(self, images: Tensor, known: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def features(self, images: Tensor | None, known: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Tower id -> patch features of images in [0, 1]; `known` ones are taken as they are."""
         known = known or {}
-        return {name: known[name] if name in known else tower(images) for name, tower in self.towers.items()}
+        return known | {name: tower(images) for name, tower in self.towers.items() if name not in known}
 
     def embed(self, batch: Batch, hierarchy: Hierarchy) -> tuple[Tensor, Tensor]:
         """(tokens [B, T, D], pooled [B, P]) of the pictures; the pooled vector of an adapter without a head for it is zero."""

@@ -5,14 +5,16 @@ import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
 from .data.batches import Plan
+from .data.cached import Cache, Part
 from .data.decode import CorruptSample, decode
-from .data.index import Index
+from .data.index import Index, buckets
 from .data.prefetch import Prefetch
 from .engine import Step
 
@@ -28,6 +30,31 @@ def split(index: Index, held_out: int, resolution: int) -> tuple[Index, Index]:
     chosen = {keys[row] for row in sorted(fitting.tolist(), key=lambda row: keys[row])[:held_out]}
     mask = np.array([key in chosen for key in keys])
     return Index(index.url, index.table.filter(pa.array(~mask))), Index(index.url, index.table.filter(pa.array(mask)))
+
+
+class Reader:
+    """Samples of a set as {"image": [3, H, W]}, and what a cache has of them: "mean" and "std" of the latents, and for a tower
+    "<id>/features" or "<id>/hidden". The picture itself is read only where some encoder still asks for it.
+
+    parts: every encoder of the training as the cache would name it, the VAE first. `caches` has those that were found.
+    """
+
+    def __init__(self, index: Index, parts: Sequence[Part], cache: str, resolutions: tuple[int, ...]):
+        self.caches: dict[str, Cache] = {}
+        self.resolution = {bucket: r for r in resolutions for bucket in buckets(r)}
+        if cache:
+            fs, root = fsspec.url_to_fs(cache.rstrip("/"))
+            there = [part for part in parts if fs.exists(f"{root}/{part.folder}")]
+            # Where nothing is found, the first one's own error says what to do.
+            self.caches = {part.name: Cache(cache, index, part, resolutions) for part in there or parts[:1]}
+        self.whole = len(self.caches) == len(parts)
+
+    def __call__(self, index: Index, row: int, bucket: tuple[int, int]) -> dict[str, Tensor]:
+        found = {} if self.whole else {"image": decode(index, row, bucket)}
+        for name, cache in self.caches.items():
+            read = cache.read(row, self.resolution[bucket])
+            found |= read if name == "vae" else {f"{name}/{kind}": value for kind, value in read.items()}
+        return found
 
 
 class Feed:

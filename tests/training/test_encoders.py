@@ -137,7 +137,7 @@ def test_painting_is_eulers_method(flux, vae):
     middle = schedule(2, mu_of(flux, 24))[1]
     for i in range(2):
         next(iter(flux.attn_processors.values())).regions = regions
-        x = starting_noise(1, 4, 8, 12, 5 + i)
+        x = starting_noise([5 + i], 4, 8, 12)
         for now, later in ((1.0, middle), (middle, 0.0)):
             x = x + (later - now) * velocity(flux, x, torch.tensor([now]), tokens[i:i + 1], pooled[i:i + 1], torch.tensor([2.0]))
         torch.testing.assert_close(found[i:i + 1], latents.decode(x), rtol=1e-4, atol=1e-4)

@@ -10,11 +10,12 @@ from .. import export
 from ..adapter import AdapterObjective, Batch, named_hierarchy
 from ..base import base_sha256, load_flux
 from ..data.batches import Plan
+from ..data.cached import Part
 from ..data.decode import decode
 from ..data.index import Index
 from ..encoders import load_towers, load_vae
 from ..engine import Step, World, compile_blocks, launch, shard_base
-from ..feed import Feed, split
+from ..feed import Feed, Reader, split
 from ..region_attention import attend_by_region
 from ..sampling import paint
 from ..text_statistics import text_statistics
@@ -30,18 +31,39 @@ class AdapterStage:
         self.config, self.device = config, device
         world = World.start(config.run.device)
         check(config, world)
-        self.data(world)
+        base, train = config.base, self.pictures_of()
+        vae = base.vae / "vae" if (base.vae / "vae").is_dir() else base.vae
+        # Hashing a base takes a minute, so one process does it for all.
+        self.identity = world.said_by_main({
+            "base": base_sha256(base.flux), "vae": base_sha256(vae),
+            "towers": [base_sha256(path) for path in config.vision.files]} if world.main else None)
         self.networks(world)
-        self.identity = world.said_by_main(self.fingerprint() if world.main else None)
+        flux, names = self.objective.flux.config, list(self.objective.towers)
+        self.identity |= {"towers": dict(zip(names, self.identity["towers"])), "data": self.plan.hash, "held_out": self.held.hash,
+                          "guidance_embeds": bool(flux.guidance_embeds), "pooled_width": flux.pooled_projection_dim,
+                          "adapter": self.adapter.config.to_json()}
+        self.feed = self.make_feed(train, world)
 
-    def data(self, world: World) -> None:
+    def pictures_of(self) -> Index:
+        """The pictures to train on; sets `held`, those that are not, and the plan of the batches."""
         config = self.config
         train, self.held = split(Index.read(config.data.index), config.data.held_out, config.validation.resolution)
         phases = {str(i): dict.fromkeys(map(int, phase[1:]), 1.0) for i, phase in enumerate(config.data.resolutions)}
         self.plan = Plan(train, config.run.batch, config.run.seed, phases)
+        return train
+
+    def make_feed(self, train: Index, world: World) -> Feed:
+        config, data = self.config, self.config.data
+        parts = [Part("vae", self.identity["vae"])]
+        parts += [Part(name, self.identity["towers"][name], self.kept_out(name)) for name in self.objective.towers]
+        resolutions = tuple(sorted({int(r) for phase in data.resolutions for r in phase[1:]}))
+        self.reader = Reader(train, parts, data.cache, resolutions)
         own = [position for positions in world.share(config.run.batch, config.run.micro) for position in positions]
-        self.feed = Feed(self.plan, lambda number: config.data.phase(number / config.run.max_steps), own,
-                         config.data.on_corrupt, config.data.ahead)
+        return Feed(self.plan, lambda number: data.phase(number / config.run.max_steps), own, data.on_corrupt, data.ahead, self.reader)
+
+    def kept_out(self, name: str) -> int:
+        """How many of a tower's last blocks learn, so that no cache can hold what they make."""
+        return self.config.objective.unlock_blocks if self.objective.towers[name].config.kind == "dinov2" else 0
 
     def networks(self, world: World) -> None:
         config, base, device = self.config, self.config.base, self.device
@@ -74,20 +96,13 @@ class AdapterStage:
             shard_base(flux, world)
         self.frozen = {"flux": flux, "vae": self.vae.vae, **towers}
 
-    def fingerprint(self) -> dict:
-        base, flux = self.config.base, self.objective.flux.config
-        vae = base.vae / "vae" if (base.vae / "vae").is_dir() else base.vae
-        files = zip(self.objective.towers, self.config.vision.files)
-        return {"base": base_sha256(base.flux), "guidance_embeds": bool(flux.guidance_embeds), "pooled_width": flux.pooled_projection_dim,
-                "vae": base_sha256(vae), "towers": {name: base_sha256(path) for name, path in files}, "data": self.plan.hash,
-                "held_out": self.held.hash, "adapter": self.adapter.config.to_json()}
-
     @property
     def adapter(self):
         return self.trainables["adapter"]
 
     def report(self) -> str:
-        return f"{len(self.held)} pictures held out\n{self.plan.report()}"
+        cached = ", ".join(self.reader.caches) or "nothing"
+        return f"{len(self.held)} pictures held out, from the cache: {cached}\n{self.plan.report()}"
 
     def describe(self, step: Step) -> list[str]:
         return self.feed.describe(step)
@@ -97,9 +112,18 @@ class AdapterStage:
         return {"tuned": settings.unlock_scale if step >= settings.unlock * self.config.run.max_steps else 0.0}
 
     def loss(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
-        images = self.feed.images(step).to(self.device, non_blocking=True)
-        mean, deviation = self.vae.moments(images)
-        return self.objective.loss(Batch(mean + deviation * step.randn(*mean.shape[1:]), images), step)
+        samples = self.feed.samples(step)
+        sample = {name: torch.stack([s[name] for s in samples]).to(self.device, non_blocking=True) for name in samples[0]}
+        images = sample.get("image")
+        mean, deviation = (sample["mean"].float(), sample["std"].float()) if "mean" in sample else self.vae.moments(images)
+        known = {}
+        for name, tower in self.objective.towers.items():
+            if f"{name}/hidden" in sample:
+                known[name] = tower.after(sample[f"{name}/hidden"].float(), self.kept_out(name))
+            elif f"{name}/features" in sample:
+                known[name] = sample[f"{name}/features"]
+        latents = mean + deviation * step.randn(*mean.shape[1:])
+        return self.objective.loss(Batch(latents, images, features=known), step)
 
     def held_batches(self, count: int):
         """(rows, images [B, 3, H, W]) of the first `count` held-out pictures, bucket by bucket."""
@@ -142,7 +166,7 @@ class AdapterStage:
             tokens, pooled = self.embed(images)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bf16"):
                 found = paint(self.objective.flux, self.vae, tokens, pooled, self.objective.regions(hierarchy, grid, self.device),
-                              height, width, steps=settings.steps, guidance=settings.guidance)
+                              height, width, rows, settings.steps, settings.guidance)
             pairs = torch.cat([images, found], 2).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
             columns.update(zip(rows, pairs))
         return {"reconstructions": grid_of([columns[row] for row in sorted(columns)])} if columns else {}

@@ -38,6 +38,10 @@ def step(number: int, positions=range(4), total: int = 4) -> Step:
     return Step(number, total, 0, "adapter", CPU, positions, 4)
 
 
+def pictures(made: AdapterStage, at: Step) -> torch.Tensor:
+    return torch.stack([sample["image"] for sample in made.feed.samples(at)])
+
+
 def test_a_run_ends_with_files_that_the_nodes_load(toml, parts, tmp_path, capsys):
     assert train(toml()) == 0
     out = tmp_path / "toy"
@@ -127,10 +131,10 @@ def test_resolutions_and_buckets_go_by_their_phases(stage, parts):
     made = stage(data=dict(resolutions=((0.5, 64), (1.0, 64))))
     assert [made.feed.phase(n) for n in range(4)] == ["0", "0", "1", "1"]
     for number in range(4):
-        images = made.feed.images(step(number))
+        images = pictures(made, step(number))
         _, bucket, _ = made.plan.at(made.feed.phase(number), number)
         assert images.shape == (4, 3, *bucket)
-        assert torch.equal(made.feed.images(step(number, range(2))), images[:2])
+        assert torch.equal(pictures(made, step(number, range(2))), images[:2])
     made.feed.close()
 
 
@@ -147,10 +151,43 @@ def test_a_corrupt_picture_stops_or_is_replaced(stage, parts, tmp_path, capsys):
 
     stopping = stage(data=dict(index=str(tmp_path / "photos")))
     with pytest.raises(CorruptSample, match=f"from {row['origin']}"):
-        stopping.feed.images(step(0))
+        stopping.feed.samples(step(0))
     skipping = stage(data=dict(index=str(tmp_path / "photos"), on_corrupt="skip"))
-    assert skipping.feed.images(step(0)).shape == (4, 3, *bucket)
+    assert pictures(skipping, step(0)).shape == (4, 3, *bucket)
     assert row["origin"] in capsys.readouterr().out
+
+
+def test_the_cache_gives_the_loss_of_the_encoders(stage, parts, tmp_path, monkeypatch):
+    """Latents, the features of one tower and the hidden state that enters DINOv2's unlocked block; no picture is read."""
+    pytest.importorskip("ray", reason="ray is not installed: pip install -e '.[training]'")
+    from semantic_diffusion_adapter.training.data import cache
+    from semantic_diffusion_adapter.training.data.index import Index
+
+    def here(worker, tasks, name, count, notes, gpus, setup):  # what the pipeline does, without its processes
+        made = worker(**setup)
+        for number, task in enumerate(tasks):
+            assert not made({**task, "note": f"{notes}/{number}"})["error"]
+
+    monkeypatch.setattr(cache, "stream", here)
+    online = stage()
+    config = cache.Config(str(parts / "photos"), str(tmp_path / "cache"), parts / "vae.safetensors",
+                          (parts / "clip.safetensors", parts / "dino.safetensors"), unlock_blocks=1)
+    index = Index.read(config.data)
+    for part, load in cache.parts_of(config):
+        cache.fill(config, index, cache.wanted(index, (64,)), part, load, 0)
+    cached = stage(data=dict(cache=str(tmp_path / "cache")))
+    assert list(cached.reader.caches) == ["vae", "clip", "dino"] and cached.reader.whole
+    assert "image" not in cached.feed.samples(step(3))[0]
+    cached.trainables.load_state_dict(online.trainables.state_dict())
+    losses = []
+    for made in (online, cached):
+        loss = made.loss(step(3))[0]
+        loss.backward()
+        losses.append((loss.item(), torch.cat([p.grad.flatten() for p in made.trainables["tuned"]])))
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-3)
+    assert torch.cosine_similarity(losses[0][1], losses[1][1], dim=0) > 0.99 and losses[0][1].norm() > 0
+    with pytest.raises(ValueError, match="holds nothing of vae with these weights"):
+        stage(data=dict(cache=str(tmp_path / "nowhere")))
 
 
 @pytest.mark.parametrize(("changes", "words"), [
