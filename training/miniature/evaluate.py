@@ -63,10 +63,10 @@ def run(system: Miniature, count: int, seed: int) -> tuple[dict, dict, dict]:
 
 
 def run_kit(system: Miniature, count: int, seed: int) -> tuple[dict, dict, dict]:
-    """The kit's figures over the first `count` test scenes; nothing beside them is kept."""
+    """The kit's figures over the first `count` test scenes, and those beside them; no pictures are kept."""
     changes = editing.instructions("test", count, seed)
     sources = np.stack([render(change.source) for change in changes])
-    return kit.run(system, changes, sources, system.noise("test", range(count), seed), seed), {}, {}
+    return *kit.run(system, changes, sources, system.noise("test", range(count), seed), seed), {}
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,7 @@ class Part:
 
 
 PARTS = {"system": Part(256, painted_in_all, run, table.page, table.PAGE),
-         "kit": Part(64, lambda count: kit.PAINTED * count, run_kit,
-                    lambda results, asides, *rest: table.kit_page(results, *rest), table.KIT_PAGE)}
+         "kit": Part(64, lambda count: kit.PAINTED * count, run_kit, table.kit_page, table.KIT_PAGE)}
 
 
 def rounded(value):

@@ -20,14 +20,14 @@ from ...kernels.edit_decoder import (
 from ...kernels.edit_decoder.llm import llm_record
 from ..adapter import named_hierarchy
 from ..base import Precision, check_precision
-from ..config import RunConfig
+from ..config import RunConfig, free
 from ..edit_augmentation import Augmentation
 from ..edit_flow import FlowTraining
 from ..editor import EditorTraining
 from ..engine import World, check_sharding
 from ..instructions import LENGTH, TextPrecision
 from ..lora import add_lora, load_llm
-from .settings import DataConfig, VisionConfig, check_phases, free
+from .settings import DataConfig, VisionConfig, check_phases
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Flux:
     """FLUX.1 as a single file or a diffusers folder, the one that the adapter was trained through."""
     vae: Path | None = None
     precision: Precision = "bf16"
-    sharded: bool = False
+    sharded: bool = free(False)
     """Cut the base over the processes of each machine; it is replicated otherwise."""
     checkpointing: bool = free(True)
     """Compute each block of Flux again in the backward instead of keeping its activations."""

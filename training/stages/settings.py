@@ -3,17 +3,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ..adapter import AdapterTraining, named_hierarchy
 from ..base import Precision, check_precision
-from ..config import RunConfig
+from ..config import RunConfig, free
 from ..engine import World, check_sharding
-
-
-def free(default: Any) -> Any:
-    """A field that a resumed run may change: it decides nothing of what is learnt."""
-    return field(default=default, metadata={"free": True})
 
 
 @dataclass(frozen=True)
@@ -27,7 +22,7 @@ class BaseConfig:
     the captions once; or a safetensors file that holds `text_mean` and `text_std` (any exported adapter of the same base)."""
     precision: Precision = "bf16"
     """Of the frozen weights. nf4 and int8 are for cards that bf16 (24 GB) does not fit."""
-    sharded: bool = False
+    sharded: bool = free(False)
     """Cut the base over the processes of each machine; it is replicated otherwise, which is faster where it fits."""
     checkpointing: bool = free(True)
     """Compute the blocks' insides again in the backward: half as fast again, a fraction of the memory."""

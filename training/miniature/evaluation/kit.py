@@ -3,11 +3,15 @@
 compose             two scenes of one ground by halves: strict F1 of the picture against the left things of the one and the
                     right things of the other. Things across the border, and what is painted about them, do not count.
 regional_prompt     two prompts, one in each half beside "on a ... ground" for all: share whose thing is found in its half
+                    (beside it: the same prompts, seen by the whole picture)
 keep_outside_mask   what Keep Outside Mask, about the places where an edit happens, adds to preservation and to success
-edit_strength       share of edits of which the picture moves steadily away from the source's, at strengths 0 to 1 in
-                    quarters of v(source) + s (v(edited) - v(source))
-place               a scene placed into the middle half of another of its ground: F1 on colour and shape, the centre within
-                    8 px of where the box puts it
+edit_strength       share of the edits that change the picture of which it moves steadily away from the source's, at
+                    strengths 0 to 1 in quarters of v(source) + s (v(edited) - v(source))
+place               a scene placed into the middle half of another of its ground: F1 on colour and shape of that half,
+                    enlarged to a whole picture, the centre within 16 px of it
+
+Beside compose and place stand what the same measure gives the true picture (the ceiling) and the picture that nothing was
+put into (the floor).
 """
 from __future__ import annotations
 
@@ -16,6 +20,7 @@ from itertools import count
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ....kernels.algebra import compose, restrict
@@ -29,10 +34,10 @@ from .editing import REACH, judge, summary
 from .reconstruction import parse_all
 from .system import GUIDANCE, Miniature
 
-LEFT, RIGHT, MIDDLE = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0), (0.25, 0.25, 0.75, 0.75)
+LEFT, RIGHT, MIDDLE, WHOLE = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0), (0.25, 0.25, 0.75, 0.75), (0.0, 0.0, 1.0, 1.0)
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 STILL = 1.0  # grey levels of mean pixel distance below which a picture has not moved
-PAINTED = 1 + 1 + 1 + 2 + len(STRENGTHS)  # pictures for each scene
+PAINTED = 1 + 1 + 1 + 2 + 2 + len(STRENGTHS)  # pictures for each scene
 
 
 def partners(scenes: Sequence[Scene], seed: int) -> list[Scene]:
@@ -57,31 +62,41 @@ def halves(left: Scene, right: Scene, seen: Scene) -> tuple[Scene, Scene]:
     return Scene(left.ground, tuple(truth)), Scene(seen.ground, tuple(counted))
 
 
-def composed(system: Miniature, scenes, others, own: SemanticEmbedding, other: SemanticEmbedding, noise: Tensor) -> float:
-    """F1 of two scenes by halves."""
-    joined = insert(own, other, box_mask(RIGHT))
-    found = parse_all(system.paint_regions(joined, [joined.tokens], [1.0], noise))
-    pairs = [halves(a, b, seen) for a, b, seen in zip(scenes, others, found)]
+def composed(scenes: Sequence[Scene], others: Sequence[Scene], pictures: np.ndarray) -> float:
+    """F1 of pictures as two scenes by halves."""
+    pairs = [halves(a, b, seen) for a, b, seen in zip(scenes, others, parse_all(pictures))]
     return f1([truth for truth, _ in pairs], [seen for _, seen in pairs], strict)
 
 
-def placed(system: Miniature, others, own: SemanticEmbedding, other: SemanticEmbedding, noise: Tensor) -> float:
-    """F1 of scenes placed into the middle of others, over what is found in there."""
-    x0, y0, x1, _ = (side * SIZE for side in MIDDLE)
-    share = (x1 - x0) / SIZE
-    joined = insert(own, move_into(other, MIDDLE), box_mask(MIDDLE))
-    found = parse_all(system.paint_regions(joined, [joined.tokens], [1.0], noise))
-
-    def moved(s: Scene) -> Scene:
-        return Scene(s.ground, tuple(Thing(t.shape, t.colour, t.size, x0 + share * t.x, y0 + share * t.y) for t in s.things))
-
-    inside = [Scene(s.ground, tuple(t for t in s.things if max(abs(t.x - SIZE / 2), abs(t.y - SIZE / 2)) < share * SIZE / 2))
-              for s in found]
-    return f1([moved(s) for s in others], inside, lambda a, b: a.name == b.name and distance(a, b) <= 8)
+def placed(others: Sequence[Scene], pictures: np.ndarray) -> float:
+    """F1 of what the middle half of pictures shows, as a picture of the scenes placed there."""
+    low, high = SIZE // 4, 3 * SIZE // 4
+    enlarged = [np.asarray(Image.fromarray(picture[low:high, low:high]).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+                for picture in pictures]
+    return f1(others, parse_all(enlarged), lambda a, b: a.name == b.name and distance(a, b) <= 16)
 
 
-def prompted(system: Miniature, total: int, noise: Tensor, seed: int) -> float:
-    """Share of regional prompts whose thing is found in its half, at guidance 2.5 against empty prompts in the same boxes."""
+def joined(system: Miniature, scenes: Sequence[Scene], others: Sequence[Scene], own: SemanticEmbedding,
+           other: SemanticEmbedding, noise: Tensor) -> tuple[dict[str, float], dict[str, float]]:
+    """{"f1", "ceiling", "floor"} of composing by halves and of placing into the middle."""
+    def paint(embedding: SemanticEmbedding) -> np.ndarray:
+        return system.paint_regions(embedding, [embedding.tokens], [1.0], noise)
+
+    truth, guests = (np.stack([render(scene) for scene in some]) for some in (scenes, others))
+    alone = paint(own)
+    pasted, small = truth.copy(), truth.copy()
+    pasted[:, :, SIZE // 2:] = guests[:, :, SIZE // 2:]
+    shrunk = [np.asarray(Image.fromarray(guest).resize((SIZE // 2, SIZE // 2), Image.Resampling.BOX)) for guest in guests]
+    small[:, SIZE // 4:3 * SIZE // 4, SIZE // 4:3 * SIZE // 4] = np.stack(shrunk)
+    halved = {"f1": paint(insert(own, other, box_mask(RIGHT))), "ceiling": pasted, "floor": alone}
+    middle = {"f1": paint(insert(own, move_into(other, MIDDLE), box_mask(MIDDLE))), "ceiling": small, "floor": alone}
+    return ({name: composed(scenes, others, pictures) for name, pictures in halved.items()},
+            {name: placed(others, pictures) for name, pictures in middle.items()})
+
+
+def prompted(system: Miniature, total: int, noise: Tensor, seed: int) -> tuple[float, float]:
+    """Share of regional prompts whose thing is found in its half, at guidance 2.5 against empty prompts in the same boxes; and
+    of the same prompts with the whole picture for a box."""
     named, grounds = [], []
     for number in range(total):
         rng = generator("test", number, purpose=54, seed=seed)
@@ -93,18 +108,20 @@ def prompted(system: Miniature, total: int, noise: Tensor, seed: int) -> float:
         with torch.no_grad():
             return encode(system.text, token_ids(prompts, system.device))[0][:, :length].float().cpu()
 
-    def sequence(regions: list[list[str]], overall: list[str]) -> tuple[SemanticEmbedding, Tensor]:
+    def sequence(regions: list[list[str]], overall: list[str], boxes) -> tuple[SemanticEmbedding, Tensor]:
         # Four words and the end mark, as Regional Prompt trims them.
-        parts = [confine(region_tokens(tokens(words, 5), box), box_mask(box)) for words, box in zip(regions, (LEFT, RIGHT))]
+        parts = [confine(region_tokens(tokens(words, 5), box), box_mask(box)) for words, box in zip(regions, boxes)]
         layout = compose(parts)
         return layout, torch.cat([layout.tokens, tokens(overall)], 1)
 
-    layout, positive = sequence(texts, [f"on a {ground} ground" for ground in grounds])
-    _, negative = sequence([[""] * total] * 2, [""] * total)
-    found = parse_all(system.paint_regions(layout, [positive, negative], [GUIDANCE, 1 - GUIDANCE], noise))
-    hits = [any(t.name == pair[side] and (t.x >= SIZE / 2) == bool(side) for t in seen.things)
-            for pair, seen in zip(named, found) for side in (0, 1)]
-    return float(np.mean(hits))
+    def share(boxes) -> float:
+        layout, positive = sequence(texts, [f"on a {ground} ground" for ground in grounds], boxes)
+        _, negative = sequence([[""] * total] * 2, [""] * total, boxes)
+        found = parse_all(system.paint_regions(layout, [positive, negative], [GUIDANCE, 1 - GUIDANCE], noise))
+        return float(np.mean([any(t.name == pair[side] and (t.x >= SIZE / 2) == bool(side) for t in seen.things)
+                              for pair, seen in zip(named, found) for side in (0, 1)]))
+
+    return share((LEFT, RIGHT)), share((WHOLE, WHOLE))
 
 
 def edit_mask(change: Edit) -> Tensor:
@@ -131,25 +148,33 @@ def kept_outside(system: Miniature, changes: Sequence[Edit], own: SemanticEmbedd
     return tuple(figures[1][name] - figures[0][name] for name in ("preservation", "success"))
 
 
-def steady(system: Miniature, own: SemanticEmbedding, edited: SemanticEmbedding, noise: Tensor) -> float:
-    """Share of edits whose picture moves away from the source's at every step of the strength (or stays where it is)."""
+def steady(system: Miniature, own: SemanticEmbedding, edited: SemanticEmbedding, noise: Tensor) -> tuple[float | None, float]:
+    """(share of the edits that change the picture of which it moves away from the source's at every step of the strength;
+    share of the edits that change the picture at all)."""
     pictures = [system.paint_regions(own, [edited.tokens, own.tokens], [s, 1 - s], noise).astype(np.float32) for s in STRENGTHS]
     moved = np.stack([abs(p - pictures[0]).mean((1, 2, 3)) for p in pictures])
-    return float((np.diff(moved, axis=0) > -STILL).all(0).mean())
+    changed = moved[-1] > STILL
+    away = (np.diff(moved[:, changed], axis=0) > -STILL).all(0)
+    return float(away.mean()) if changed.any() else None, float(changed.mean())
 
 
-def run(system: Miniature, changes: Sequence[Edit], sources: np.ndarray, noise: Tensor, seed: int) -> dict:
-    """Every figure, as `--json` prints them."""
+def run(system: Miniature, changes: Sequence[Edit], sources: np.ndarray, noise: Tensor, seed: int) -> tuple[dict, dict]:
+    """(every figure, as `--json` prints them; figures beside them, for the page)."""
     scenes = [change.source for change in changes]
     others = partners(scenes, seed)
     own = system.embed(sources, "tree128")
     other = system.embed(np.stack([render(s) for s in others]), "tree128")
     edited = system.edit(own, [change.instruction for change in changes], "parallel")
     gain, success = kept_outside(system, changes, own, edited, noise)
-    return {
-        "compose": {"f1": composed(system, scenes, others, own, other, noise)},
-        "regional_prompt": {"in_box": prompted(system, len(scenes), noise, seed)},
+    halved, middle = joined(system, scenes, others, own, other, noise)
+    in_box, anywhere = prompted(system, len(scenes), noise, seed)
+    monotonic, changed = steady(system, own, edited, noise)
+    figures = {
+        "compose": {"f1": halved.pop("f1")},
+        "regional_prompt": {"in_box": in_box},
         "keep_outside_mask": {"preservation_gain": gain, "success_change": success},
-        "edit_strength": {"monotonic": steady(system, own, edited, noise)},
-        "place": {"f1": placed(system, others, own, other, noise)},
+        "edit_strength": {"monotonic": monotonic},
+        "place": {"f1": middle.pop("f1")},
     }
+    return figures, {"compose": halved, "regional_prompt": {"without boxes": anywhere},
+                     "edit_strength": {"share of edits that change the picture": changed}, "place": middle}

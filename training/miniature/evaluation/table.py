@@ -86,8 +86,9 @@ def page(results: dict, asides: dict, scenes: int, seed: int, command: str) -> s
     ])
 
 
-def kit_page(results: dict, scenes: int, seed: int, command: str) -> str:
-    """results: what `eval kit --json` prints."""
+def kit_page(results: dict, asides: dict, scenes: int, seed: int, command: str) -> str:
+    """results: what `eval kit --json` prints. asides: figures beside them, by part and name."""
+    beside = {part: ", ".join(f"{name} {number(value)}" for name, value in values.items()) for part, values in asides.items()}
     return "\n".join([
         "# The artist's kit, on the miniature",
         "",
@@ -96,6 +97,7 @@ def kit_page(results: dict, scenes: int, seed: int, command: str) -> str:
         f"{scenes} scenes of the test split (seed {seed}), never trained on; 20 Euler steps. What each figure means stands in the "
         "docstring of `training/miniature/evaluation/kit.py`.",
         "",
-        *rows(["", "figure", ""], [[part, name, number(value)] for part, values in results.items() for name, value in values.items()]),
+        *rows(["", "figure", "", "beside it"], [[part, name, number(value), beside.get(part, "")]
+                                                for part, values in results.items() for name, value in values.items()]),
         "",
     ])
