@@ -38,6 +38,9 @@ class AdapterTraining:
     """Patches see only the tokens whose boxes they overlap. False is the ablation."""
     level_dropout: float = 0.0
     """Share of batches that leave out the finer levels of their preset, from a random one on."""
+    coarse_dropout: float = 0.0
+    """Share of batches that leave out the coarser levels of their preset, up to a random one. Where the whole picture's own
+    tokens are always there they learn to say everything, and the regions' tokens nothing."""
     mu: float | Literal["resolution"] = 0.5
     """Time shift of training; "resolution": the one that the base itself samples with, which in FLUX.1 grows with the number
     of patches. Above the base's it spends the steps where tokens, not the noisy picture, tell what to paint."""
@@ -58,9 +61,14 @@ class AdapterTraining:
         """The hierarchy of a step, one for the whole batch."""
         presets = self.presets(step.progress)
         chosen = named_hierarchy(presets[int(torch.randint(len(presets), (), generator=step.shared()))])
-        if self.level_dropout and float(torch.rand((), generator=step.shared())) < self.level_dropout:
-            kept = 1 + int(torch.randint(max(1, len(chosen.levels) - 1), (), generator=step.shared()))
-            return Hierarchy(chosen.levels[:kept])
+        if not (self.level_dropout or self.coarse_dropout):
+            return chosen
+        draw = float(torch.rand((), generator=step.shared()))
+        cut = 1 + int(torch.randint(max(1, len(chosen.levels) - 1), (), generator=step.shared()))
+        if draw < self.level_dropout:
+            return Hierarchy(chosen.levels[:cut])
+        if draw < self.level_dropout + self.coarse_dropout:
+            return Hierarchy(chosen.levels[cut:] or chosen.levels)
         return chosen
 
 

@@ -106,6 +106,17 @@ def test_growth_goes_through_its_phases():
         ("global16",), ("global32",), ("global32",), ("tree64", "tree128"), ("tree64", "tree128")]
 
 
+def test_levels_are_left_out_from_either_end():
+    whole = PRESETS["tree128"].levels
+    settings = AdapterTraining(growth=((1.0, "tree128"),), level_dropout=0.3, coarse_dropout=0.4)
+    drawn = [settings.draw(Step(n, 400, 0, "adapter", torch.device("cpu"), range(2), 2)).levels for n in range(400)]
+    shares = {kept: drawn.count(kept) / 400 for kept in set(drawn)}
+    assert shares.keys() == {whole, whole[:1], whole[:2], whole[1:], whole[2:]}
+    assert shares[whole] == pytest.approx(0.3, abs=0.08) and shares[whole[1:]] + shares[whole[2:]] == pytest.approx(0.4, abs=0.08)
+    alone = AdapterTraining(growth=((1.0, "global16"),), coarse_dropout=1.0)
+    assert alone.draw(step(5)).levels == PRESETS["global16"].levels, "a single level is never left out"
+
+
 def test_unlocking_frees_the_last_block_of_dinov2_only():
     toy = objective(unlock_blocks=1)
     freed = toy.unlock()

@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
         print("eval: stopped", file=sys.stderr)
         return 130
     results = rounded(results)
-    command = " ".join(["python3 run.py eval", *argv])
+    command = f"python3 run.py eval {options.part} --scenes {options.scenes} --seed {options.seed}"
     page = part.page(results, asides, options.scenes, options.seed, command)
     print(page)
     if (options.scenes, options.seed, options.assets) == (part.scenes, 0, ASSETS):
