@@ -178,7 +178,7 @@ def test_painting_counts_and_does_not_depend_on_the_batch(toy, monkeypatch):
     assert whole.shape == sources.shape and whole.dtype == np.uint8 and painted == [3]
     monkeypatch.setattr(system, "BATCH", 2)
     parts = miniature.paint(embedding, "tree64", noise)
-    assert painted == [3, 2, 1] and abs(parts.astype(int) - whole).max() <= 12  # bf16 sums in another order
+    assert sorted(painted) == [1, 2, 3] and abs(parts.astype(int) - whole).max() <= 12  # bf16 sums in another order
     other = miniature.paint(embedding, "tree64", miniature.noise("test", range(3), 1))
     assert abs(other.astype(int) - whole).mean() > 5
 
