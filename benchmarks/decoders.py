@@ -28,11 +28,12 @@ from tqdm import tqdm
 from ..kernels import checkpoint
 from ..kernels.edit_decoder import EditDecoder
 from ..training import cli
+from ..training.editor import load_editor
 from ..training.engine import pick_device
 from ..training.miniature.captions import OPERATIONS
 from ..training.miniature.evaluation import editing, table
 from ..training.miniature.evaluation.reconstruction import parse_all
-from ..training.miniature.evaluation.system import ASSETS, Miniature, load_editor
+from ..training.miniature.evaluation.system import ASSETS, Miniature
 from ..training.miniature.scenes import render
 
 PAGE = Path(__file__).with_suffix(".md")
@@ -72,7 +73,7 @@ def train(steps: int) -> dict[str, Path]:
 
 
 def read(path: Path, device: torch.device) -> Trained:
-    decoder = load_editor(path).to(device)
+    decoder = load_editor(path)[0].to(device).eval().requires_grad_(False)
     return Trained(decoder, checkpoint.read_header(path, "edit_decoder")["step"])
 
 
@@ -162,7 +163,6 @@ def page(results: dict, scenes: int, seed: int, command: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="run.py bench decoders", description=__doc__.split("\n\n")[0])
     parser.add_argument("--train", type=int, metavar="STEPS", help="train both decoders for so many steps first")
     parser.add_argument("--t5", type=Path, help="a trained T5 edit decoder of the miniature")
@@ -192,7 +192,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("bench decoders: stopped", file=sys.stderr)
         return 130
-    text = page(results, options.scenes, options.seed, " ".join(["python3 run.py bench decoders", *argv]))
+    source = f"--train {options.train}" if options.train else f"--t5 {options.t5.name} --llm {options.llm.name}"
+    command = f"python3 run.py bench decoders {source} --scenes {options.scenes} --seed {options.seed}"
+    text = page(results, options.scenes, options.seed, command)
     print(text)
     if (options.scenes, options.seed, options.assets) == (SCENES, 0, ASSETS):
         PAGE.write_text(text, encoding="utf-8")

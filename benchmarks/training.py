@@ -27,9 +27,9 @@ from ..training import costs, plan
 from ..training.adapter import AdapterObjective, AdapterTraining, Batch, named_hierarchy
 from ..training.config import from_toml
 from ..training.engine import Step, compile_blocks
-from ..training.export import build_adapter
 from ..training.random_base import random_flux
 from ..training.region_attention import attend_by_region
+from ..training.stages.adapter_export import build_adapter
 from .attention import machine
 
 CONFIGS = Path(plan.__file__).parent / "configs"

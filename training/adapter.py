@@ -6,7 +6,6 @@ Flux and the towers are frozen; in the last phase the last blocks of the DINOv2 
 """
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -74,12 +73,11 @@ class AdapterTraining:
 
 @dataclass(frozen=True)
 class Batch:
-    """latents [B, C, H, W] as Flux takes them, images [B, 3, h, w] in [0, 1], what the extra loss needs, and the features of
-    the towers that are known already (tower id -> [B, N, C]); no images where all of them are."""
+    """latents [B, C, H, W] as Flux takes them, images [B, 3, h, w] in [0, 1], and the features of the towers that are known
+    already (tower id -> [B, N, C]); no images where all of them are."""
 
     latents: Tensor
     images: Tensor | None
-    extra: Tensor | None = None
     features: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -110,9 +108,8 @@ class AdapterObjective:
     """loss(batch, step) of the adapter under a frozen Flux with a RegionAttention in its blocks."""
 
     def __init__(self, flux: nn.Module, attention: RegionAttention, adapter: Adapter, towers: dict[str, VisionTower],
-                 settings: AdapterTraining, extra: Callable[[Tensor], Tensor] | None = None):
-        self.flux, self.attention, self.adapter, self.towers = flux, attention, adapter, towers
-        self.settings, self.extra = settings, extra
+                 settings: AdapterTraining):
+        self.flux, self.attention, self.adapter, self.towers, self.settings = flux, attention, adapter, towers, settings
         self._regions: dict[tuple, Regions] = {}
 
     def regions(self, hierarchy: Hierarchy, grid: tuple[int, int], device: torch.device) -> Regions | None:
@@ -152,11 +149,7 @@ class AdapterObjective:
         t = sample_times(step, mu, settings.uniform)
         flow = self.flow(x0, step.randn(*x0.shape[1:]), t, tokens, pooled, hierarchy).mean()
         similarity = token_similarity(tokens)
-        total, parts = flow + settings.similarity * similarity, {"flow": flow, "similarity": similarity}
-        if self.extra is not None:
-            parts["extra"] = self.extra(batch.extra)
-            total = total + parts["extra"]
-        return total, parts
+        return flow + settings.similarity * similarity, {"flow": flow, "similarity": similarity}
 
     def unlock(self) -> list[nn.Parameter]:
         """Let the last blocks of the DINOv2 towers learn; returns their parameters."""

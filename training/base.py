@@ -165,11 +165,12 @@ def quantise(flux: nn.Module, name: str, layer: nn.Linear, precision: Precision)
         setattr(flux.get_submodule(parent), leaf, made.to(device))
 
 
-def base_sha256(path: Path) -> str:
-    """sha256 of a single file, or of the names and hashes of a model folder's configuration and weights."""
+def base_sha256(path: Path, part: str = "transformer") -> str:
+    """sha256 of a single file, or of the names and hashes of a model folder's configuration and weights; of its `part` where the
+    folder is a whole pipeline's."""
     path = Path(path)
     if path.is_file():
         return file_hash(path)
-    folder = path / "transformer" if (path / "transformer").is_dir() else path
+    folder = path / part if (path / part).is_dir() else path
     files = sorted(p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name == "config.json")
     return hashlib.sha256("".join(f"{p.name} {file_hash(p)}\n" for p in files).encode()).hexdigest()

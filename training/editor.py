@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..kernels.edit_decoder import EditDecoder
+from ..kernels import checkpoint
+from ..kernels.edit_decoder import EditDecoder, build_edit_decoder, read_config
 from .engine.stage import Step
 
 
@@ -23,6 +25,14 @@ class EditorTraining:
     """Share of the history replaced by source tokens."""
     changed: float = 4.0
     """How much more a fully changed token weighs than an unchanged one."""
+
+
+def load_editor(path: Path) -> tuple[EditDecoder, dict]:
+    """An edit decoder of either architecture in float32, and its record."""
+    state, record = checkpoint.load(path, "edit_decoder")
+    editor = build_edit_decoder(read_config(record["config"]))
+    checkpoint.fill(editor, {name: tensor.float() for name, tensor in state.items()}, path)
+    return editor, record
 
 
 def corrupt(target: Tensor, source: Tensor, std: Tensor, settings: EditorTraining, step: Step) -> Tensor:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -94,13 +95,18 @@ def load_towers(files: tuple[Path, ...], ids: tuple[str, ...], device: torch.dev
     ids: for each file the id of a published encoder (kernels/vision/known.py), "" where the file says it itself; may be
     left out for files that all do. A file may also be a folder with the published safetensors weights.
     """
-    if ids and len(ids) != len(files):
-        raise ValueError(f"There are {len(files)} files of vision towers and {len(ids)} ids; give one for each, \"\" for our own files.")
-    towers = [load_one(Path(path), name) for path, name in zip(files, ids or [""] * len(files))]
+    towers = [load_one(path, name) for path, name in with_ids(files, ids)]
     found = {tower.config.id: tower.to(device, dtype).requires_grad_(False) for tower in towers}
     if len(found) < len(towers):
         raise ValueError("The same vision tower is listed twice; list every tower once.")
     return found
+
+
+def with_ids(files: Sequence[Path], ids: Sequence[str]) -> list[tuple[Path, str]]:
+    """Every file of a vision tower with its id, which is "" for all of them where no ids are given."""
+    if ids and len(ids) != len(files):
+        raise ValueError(f"There are {len(files)} files of vision towers and {len(ids)} ids; give one for each, \"\" for our own files.")
+    return list(zip(map(Path, files), ids or [""] * len(files)))
 
 
 def tower_config(path: Path, name: str) -> TowerConfig:

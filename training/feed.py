@@ -8,7 +8,6 @@ from typing import Any
 import fsspec
 import numpy as np
 import pyarrow as pa
-import torch
 from torch import Tensor
 
 from .data.batches import Plan
@@ -58,7 +57,7 @@ class Reader:
 
 
 class Feed:
-    """images(step) -> [len(positions), 3, H, W] float32 in [0, 1], on the CPU; samples(step) -> a list of what `read` gives.
+    """samples(step) -> a list of what `read` gives, one for each of the step's positions, on the CPU.
 
     phase: step number -> name of the plan's stage. own: the positions of the global batch that this process takes; others
     are decoded when they are asked for. on_corrupt: "skip" takes another picture of the bucket for one that cannot be read.
@@ -71,9 +70,6 @@ class Feed:
         self.on_corrupt, self.ahead, self.read = on_corrupt, ahead, read
         self.queue: Prefetch[dict[int, Any]] | None = None
         self.following, self.now, self.held = -1, -1, {}
-
-    def images(self, step: Step) -> Tensor:
-        return torch.stack(self.samples(step))
 
     def samples(self, step: Step) -> list:
         if step.number != self.now:

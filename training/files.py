@@ -2,11 +2,16 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ..kernels import checkpoint
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
 
 
 def file_hash(path: Path) -> str:
@@ -25,3 +30,17 @@ def folder_tensors(folder: Path) -> dict[str, Tensor]:
         raise ValueError(f"{folder} holds no safetensors file; download the model's safetensors weights into it.")
     parts = [p for p in files if "-of-" in p.name] or files[:1]  # beside the whole file there may be variants, named longer
     return {name: tensor for part in parts for name, tensor in checkpoint.load_tensors(part).items()}
+
+
+def code_version() -> str:
+    """The git commit of this code, or its release where it is no clone."""
+    root = Path(__file__).resolve().parents[1]
+    if (root / ".git").exists():
+        try:
+            return subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            pass
+    try:
+        return version("semantic-diffusion-adapter")
+    except PackageNotFoundError:
+        return "unknown"

@@ -49,7 +49,7 @@ def load_instruction_encoder(path: Path, device: torch.device, tokenizer: Path |
     if path.is_dir():
         folder = path / "text_encoder_2" if (path / "text_encoder_2").is_dir() else path
         beside = folder.parent / "tokenizer_2"
-        model, digest = _from_folder(folder, dtype), base_sha256(folder)
+        model, digest = t5_from_folder(folder, dtype), base_sha256(folder)
         tokenizer = tokenizer or next((f for f in (beside, folder) if _is_tokenizer(f)), None)
     elif path.is_file() and checkpoint.has_record(path):
         from .miniature.text import load_text_encoder, token_ids
@@ -83,7 +83,8 @@ def _tokenize(folder: Path | None, path: Path, length: int, vocabulary: int) -> 
     return lambda texts: words(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
 
 
-def _from_folder(folder: Path, dtype: torch.dtype) -> nn.Module:
+def t5_from_folder(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The encoder of a T5 in transformers' layout. ValueError where the folder holds none."""
     from transformers import T5EncoderModel
 
     if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):

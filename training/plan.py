@@ -13,9 +13,9 @@ from . import costs
 from .adapter import named_hierarchy
 from .base import skeleton
 from .encoders import tower_config
-from .export import build_adapter
 from .flux import build_flux
 from .stages import settings
+from .stages.adapter_export import build_adapter
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,7 @@ class Estimate:
         self.assumed: list[str] = []
         with torch.device("meta"):
             self.flux = skeleton(config.base.flux)[0] if config.base.flux.exists() else self.assume("the base", build_flux(costs.FLUX1_DEV))
-        names = config.vision.ids or [""] * len(config.vision.files)
-        self.towers = [self.tower(path, name) for path, name in zip(config.vision.files, names)]
+        self.towers = [self.tower(path, name) for path, name in config.vision.named()]
         self.seeing = sum(map(costs.tower_parameters, self.towers))
         with torch.device("meta"):
             self.adapter = build_adapter(config, self.flux.config, self.towers)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import checkpoint
+from .instructions import t5_from_folder
 
 # For sets without captions: things, people, places, light and style, as prompts name them.
 PROMPTS = (
@@ -38,12 +39,11 @@ def text_statistics(path: Path, captions: list[str], device: torch.device) -> tu
         return tensors["text_mean"].float(), tensors["text_std"].float()
     if not (path / "text_encoder_2").is_dir() or not (path / "tokenizer_2").is_dir():
         raise ValueError(f"{path} has no text_encoder_2 and tokenizer_2; give the diffusers folder of FLUX.1-dev, or an exported adapter.")
-    from transformers import AutoTokenizer, T5EncoderModel
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer_2", local_files_only=True)
-    half = torch.bfloat16 if device.type == "cuda" else None
-    encoder = T5EncoderModel.from_pretrained(path / "text_encoder_2", local_files_only=True, use_safetensors=True, dtype=half)
-    encoder = encoder.to(device).eval()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    encoder = t5_from_folder(path / "text_encoder_2", dtype).to(device).eval()
     words = captions if len(captions) >= 64 else list(PROMPTS)
     found = []
     with torch.no_grad():

@@ -55,22 +55,18 @@ class Config:
 def parts_of(config: Config) -> list[tuple[Part, dict]]:
     """(what is kept, how a worker loads its encoder), the VAE first."""
     from ..base import base_sha256
-    from ..encoders import tower_config
+    from ..encoders import tower_config, with_ids
 
     for path in (*([config.vae] if config.vae else []), *config.towers):
         if not Path(path).exists():
             raise ValueError(f"There is no {path}; give the encoders' files with --vae and --towers.")
     found = []
     if config.vae:
-        vae = config.vae / "vae" if (config.vae / "vae").is_dir() else config.vae
-        found.append((Part("vae", base_sha256(vae)), {"file": str(config.vae.resolve()), "tower": None}))
-    if config.tower_ids and len(config.tower_ids) != len(config.towers):
-        raise ValueError(f"There are {len(config.towers)} towers and {len(config.tower_ids)} ids; give one for each, \"\" for our own "
-                         f"files.")
-    for path, name in zip(config.towers, config.tower_ids or [""] * len(config.towers)):
-        tower = tower_config(Path(path), name)
+        found.append((Part("vae", base_sha256(config.vae, "vae")), {"file": str(config.vae.resolve()), "tower": None}))
+    for path, name in with_ids(config.towers, config.tower_ids):
+        tower = tower_config(path, name)
         before = config.unlock_blocks if tower.kind == "dinov2" else 0
-        found.append((Part(tower.id, base_sha256(path), before), {"file": str(Path(path).resolve()), "tower": name}))
+        found.append((Part(tower.id, base_sha256(path), before), {"file": str(path.resolve()), "tower": name}))
     if not found:
         raise ValueError("There is no encoder to cache; give --vae, --towers, or both.")
     return found
@@ -184,7 +180,7 @@ def fill(config: Config, index: Index, entries: dict[bytes, tuple[int, str]], pa
 
 def check_room(config: Config, entries: dict[bytes, tuple[int, str]], parts: list[tuple[Part, dict]]) -> None:
     """Say what the cache will take, and refuse a local disk that lacks it. ValueError."""
-    from ..encoders import tower_config
+    from ..encoders import tower_config, with_ids
 
     pixels = sum(int(np.prod(np.frombuffer(key[32:], "<i2").astype(int))) for key in entries)
     bytes_ = 0.0

@@ -3,7 +3,7 @@ from .compiling import compile_blocks
 from .learner import learning_rate
 from .loop import launch, train
 from .stage import Stage, Step, seeded
-from .world import World, check_sharding, pick_device, shard_base
+from .world import World, check_shardable, check_sharding, pick_device, shard_base
 
-__all__ = ["Stage", "Step", "World", "check_sharding", "compile_blocks", "launch", "learning_rate", "pick_device", "seeded",
-           "shard_base", "train"]
+__all__ = ["Stage", "Step", "World", "check_shardable", "check_sharding", "compile_blocks", "launch", "learning_rate", "pick_device",
+           "seeded", "shard_base", "train"]

@@ -119,14 +119,19 @@ class World:
             dist.destroy_process_group()
 
 
+def check_shardable(precision: str) -> None:
+    """Refuse to shard a quantised base: FSDP2 splits plain tensors only; torchao's int8 raises on the split, bitsandbytes' NF4
+    loses its state (pytorch/ao issues 1929 and 4837)."""
+    if precision in ("int8", "nf4"):
+        raise ValueError(f"A base in {precision} cannot be sharded; take precision bf16, or replicate the quantised base.")
+
+
 def check_sharding(precision: str, world: World) -> None:
     """Refuse to shard what cannot be: a quantised base, or a base on one process or on machines of unequal size.
 
-    precision: bf16, fp32, int8 or nf4. FSDP2 splits plain tensors only: torchao's int8 raises on the split, bitsandbytes' NF4
-    loses its state (pytorch/ao issues 1929 and 4837).
+    precision: bf16, fp32, int8 or nf4.
     """
-    if precision in ("int8", "nf4"):
-        raise ValueError(f"A base in {precision} cannot be sharded; take precision bf16, or replicate the quantised base.")
+    check_shardable(precision)
     if world.local_size < 2:
         raise ValueError("There is one process on this machine, so there is nothing to shard over; start more with torchrun, "
                          "or do not shard the base.")

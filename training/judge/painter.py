@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from ...kernels import checkpoint
-from ...kernels.adapter import Adapter, AdapterConfig
+from ...kernels.adapter import Adapter
 from ...kernels.attention import Regions
-from ...kernels.edit_decoder import EditDecoder, build_edit_decoder, read_config
+from ...kernels.edit_decoder import EditDecoder
 from ...kernels.embedding import SemanticEmbedding, from_hierarchy
 from ...kernels.hierarchy import hierarchy
 from ...kernels.visibility import region_bias
+from ..adapter import load_adapter
 from ..base import Precision, base_sha256, load_flux
+from ..editor import load_editor
 from ..encoders import load_towers, load_vae
 from ..files import file_hash
 from ..instructions import load_instruction_encoder
@@ -53,8 +55,7 @@ class Painter:
 
     def __init__(self, files: Files, device: torch.device, precision: Precision):
         self.files, self.device = files, device
-        vae = files.vae / "vae" if (files.vae / "vae").is_dir() else files.vae
-        self.hashes = {"flux": base_sha256(files.flux), "adapter": file_hash(files.adapter), "vae": base_sha256(vae)}
+        self.hashes = {"flux": base_sha256(files.flux), "adapter": file_hash(files.adapter), "vae": base_sha256(files.vae, "vae")}
         self.hashes |= {f"tower {path.name}": base_sha256(path) for path in files.towers}
         self.adapter, self.record = self._adapter()
         self.towers = self._towers()
@@ -69,14 +70,12 @@ class Painter:
 
     def _adapter(self) -> tuple[Adapter, dict]:
         path = self.files.adapter
-        state, record = checkpoint.load(path, "adapter")
+        adapter, record = load_adapter(path, self.device)
         trained, given = record.get("base_sha256"), self.hashes["flux"]
         if trained is not None and trained != given:
             raise ValueError(f"{path} was trained through another base (sha256 {trained[:12]}) than {self.files.flux} "
                              f"({given[:12]}): give the base of the adapter.")
-        adapter = Adapter(AdapterConfig.from_json(record["config"]))
-        checkpoint.fill(adapter, {name: tensor.float() for name, tensor in state.items()}, path)
-        return adapter.to(self.device).eval().requires_grad_(False), record
+        return adapter, record
 
     def _towers(self) -> dict:
         files, record = self.files, self.record
@@ -94,12 +93,10 @@ class Painter:
 
     def _editor(self) -> EditDecoder:
         path = self.files.editor
-        state, record = checkpoint.load(path, "edit_decoder")
+        editor, record = load_editor(path)
         trained = record.get("adapter_sha256")
         if trained is not None and trained != self.hashes["adapter"]:
             raise ValueError(f"{path} was trained on another adapter than {self.files.adapter}: give the edit decoder's own.")
-        editor = build_edit_decoder(read_config(record["config"]))
-        checkpoint.fill(editor, {name: tensor.float() for name, tensor in state.items()}, path)
         return editor.to(self.device).eval().requires_grad_(False)
 
     def describe(self) -> dict[str, str]:

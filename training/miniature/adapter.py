@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ...kernels import checkpoint
@@ -14,8 +13,7 @@ from ...kernels.adapter import Adapter, AdapterConfig
 from ..adapter import AdapterObjective, AdapterTraining, Batch, named_hierarchy
 from ..config import RunConfig
 from ..engine import Step, compile_blocks, launch
-from ..flux import Tap
-from .base import TAPPED, labels_of, load_base, name_loss, sample, training_text
+from .base import load_base, sample, training_text
 from .latents import cached_latents, file_hash, take
 from .parser import parse
 from .scenes import scene
@@ -45,9 +43,6 @@ class Config:
     heads: int = 4
     layers: int = 12
     scenes: int = 40_000
-    align: float = 0.3
-    """Weight of naming what each patch shows, by the base's own frozen head in the middle of the frozen Flux."""
-    align_head: Path = Path("assets/miniature/training/align.safetensors")
     objective: AdapterTraining = field(default_factory=AdapterTraining)
 
 
@@ -68,12 +63,8 @@ class AdapterStage:
             words = [training_text(i, 0, 0.0) for i in range(512)]
             context = torch.cat([encode(text, token_ids(words[i:i + 64], device))[0] for i in range(0, 512, 64)])
             adapter.set_text_statistics(context.mean((0, 1)), context.std((0, 1)))
-        head = nn.Linear(flux.inner_dim, 15).to(device).requires_grad_(False)
-        head.load_state_dict(load_file(config.align_head))
-        tap = Tap(flux.single_transformer_blocks[TAPPED])
         attention = next(iter(flux.attn_processors.values()))
-        self.objective = AdapterObjective(flux, attention, adapter, self.towers, config.objective,
-                                          lambda labels: config.align * name_loss(head(tap.value), labels))
+        self.objective = AdapterObjective(flux, attention, adapter, self.towers, config.objective)
         if config.run.compile:
             compile_blocks(adapter.layers, flux.transformer_blocks, flux.single_transformer_blocks)
         # The tower's last blocks are trainables from the start, so that checkpoints never change shape; they learn late.
@@ -81,7 +72,7 @@ class AdapterStage:
         self.trainables = nn.ModuleDict({"adapter": adapter, "tuned": self.tuned})
         self.frozen = {"flux": flux, "vae": self.vae, **self.towers}
         self.identity = {"flux": file_hash(config.flux), "text": file_hash(config.text), "vae": file_hash(config.vae),
-                         "towers": [file_hash(p) for p in config.towers], "align_head": file_hash(config.align_head)}
+                         "towers": [file_hash(p) for p in config.towers]}
 
     @property
     def adapter(self) -> Adapter:
@@ -94,9 +85,7 @@ class AdapterStage:
 
     def loss(self, step: Step):
         index = np.random.default_rng([step.seed, 7, step.number]).integers(self.config.scenes, size=step.batch)[step.positions]
-        batch = Batch(take(self.latents, index, self.device), unit_images("train", index, self.device),
-                      labels_of(index).to(self.device))
-        return self.objective.loss(batch, step)
+        return self.objective.loss(Batch(take(self.latents, index, self.device), unit_images("train", index, self.device)), step)
 
     def validate(self) -> dict[str, float]:
         truth = [scene("validation", i) for i in range(48)]

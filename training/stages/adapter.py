@@ -6,10 +6,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .. import export
 from ..adapter import AdapterObjective, Batch, named_hierarchy
 from ..base import base_sha256, load_flux
-from ..data.batches import Plan
 from ..data.cached import Part
 from ..data.decode import decode
 from ..data.index import Index
@@ -19,6 +17,8 @@ from ..feed import Feed, Reader, split
 from ..region_attention import attend_by_region
 from ..sampling import paint
 from ..text_statistics import text_statistics
+from .adapter_export import build_adapter, write_adapter
+from .sets import feed_of, held_rows, plan_of
 from .settings import Config, check
 
 __all__ = ["AdapterStage", "Config", "run"]
@@ -32,10 +32,9 @@ class AdapterStage:
         world = World.start(config.run.device)
         check(config, world)
         base, train = config.base, self.pictures_of()
-        vae = base.vae / "vae" if (base.vae / "vae").is_dir() else base.vae
         # Hashing a base takes a minute, so one process does it for all.
         self.identity = world.said_by_main({
-            "base": base_sha256(base.flux), "vae": base_sha256(vae),
+            "base": base_sha256(base.flux), "vae": base_sha256(base.vae, "vae"),
             "towers": [base_sha256(path) for path in config.vision.files]} if world.main else None)
         self.networks(world)
         flux, names = self.objective.flux.config, list(self.objective.towers)
@@ -48,18 +47,15 @@ class AdapterStage:
         """The pictures to train on; sets `held`, those that are not, and the plan of the batches."""
         config = self.config
         train, self.held = split(Index.read(config.data.index), config.data.held_out, config.validation.resolution)
-        phases = {str(i): dict.fromkeys(map(int, phase[1:]), 1.0) for i, phase in enumerate(config.data.resolutions)}
-        self.plan = Plan(train, config.run.batch, config.run.seed, phases)
+        self.plan = plan_of(train, config.run, config.data)
         return train
 
     def make_feed(self, train: Index, world: World) -> Feed:
         config, data = self.config, self.config.data
         parts = [Part("vae", self.identity["vae"])]
         parts += [Part(name, self.identity["towers"][name], self.kept_out(name)) for name in self.objective.towers]
-        resolutions = tuple(sorted({int(r) for phase in data.resolutions for r in phase[1:]}))
-        self.reader = Reader(train, parts, data.cache, resolutions)
-        own = [position for positions in world.share(config.run.batch, config.run.micro) for position in positions]
-        return Feed(self.plan, lambda number: data.phase(number / config.run.max_steps), own, data.on_corrupt, data.ahead, self.reader)
+        self.reader = Reader(train, parts, data.cache, data.pixels())
+        return feed_of(self.plan, config.run, data, world, self.reader)
 
     def kept_out(self, name: str) -> int:
         """How many of a tower's last blocks learn, so that no cache can hold what they make."""
@@ -80,7 +76,7 @@ class AdapterStage:
         towers = load_towers(config.vision.files, config.vision.ids, device, torch.bfloat16 if half else torch.float32)
         if not any(t.config.kind == "dinov2" for t in towers.values()):
             raise ValueError("There is no DINOv2 among the vision towers; add one to vision.files.")
-        adapter = export.build_adapter(config, flux.config, [t.config for t in towers.values()]).to(device)
+        adapter = build_adapter(config, flux.config, [t.config for t in towers.values()]).to(device)
         captions = [c for c in self.plan.index.table.column("caption").slice(0, 512).to_pylist() if c]
         adapter.set_text_statistics(*(s.to(device) for s in text_statistics(base.text, captions, device)))
         self.objective = AdapterObjective(flux, attention, adapter, towers, config.objective)
@@ -127,13 +123,8 @@ class AdapterStage:
 
     def held_batches(self, count: int):
         """(rows, images [B, 3, H, W]) of the first `count` held-out pictures, bucket by bucket."""
-        sizes = self.held.buckets(self.config.validation.resolution)[:count]
-        most = max(1, self.config.run.micro or 4)
-        for bucket in sorted({tuple(map(int, size)) for size in sizes}):
-            rows = [i for i, size in enumerate(sizes) if tuple(size) == bucket]
-            for start in range(0, len(rows), most):
-                part = rows[start:start + most]
-                yield part, torch.stack([decode(self.held, row, bucket) for row in part]).to(self.device)
+        for bucket, rows in held_rows(self.held, self.config.validation.resolution, count, self.config.run.micro or 4):
+            yield rows, torch.stack([decode(self.held, row, bucket) for row in rows]).to(self.device)
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bf16"):
@@ -172,7 +163,7 @@ class AdapterStage:
         return {"reconstructions": grid_of([columns[row] for row in sorted(columns)])} if columns else {}
 
     def export(self, step: int) -> None:
-        export.write(self.config, self.identity, self.adapter.state_dict(), list(self.trainables["tuned"]), step)
+        write_adapter(self.config, self.identity, self.adapter.state_dict(), list(self.trainables["tuned"]), step)
 
 
 def grid_of(columns: list[np.ndarray], height: int = 768) -> np.ndarray:

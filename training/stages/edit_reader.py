@@ -1,8 +1,6 @@
 """Samples of `sda train editor`: the two pictures of an edit, what the towers see in them where that is cached, and the words."""
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
@@ -11,6 +9,7 @@ from ..data.cached import Cache, Part
 from ..data.decode import decode_edit
 from ..data.index import Index, buckets
 from ..encoders import tower_config
+from .settings import VisionConfig
 
 Side = tuple[Tensor, dict[str, Tensor]]
 """One picture [3, H, W] in [0, 1] (empty where nobody looks at it) and its cached features, tower id -> [N, C]."""
@@ -23,12 +22,11 @@ class EditReader:
     ValueError where the cache lacks a sample, CorruptSample where one cannot be read.
     """
 
-    def __init__(self, index: Index, cache: str, files: tuple[Path, ...], ids: tuple[str, ...], resolutions: tuple[int, ...],
-                 pictures: bool):
+    def __init__(self, index: Index, cache: str, vision: VisionConfig, resolutions: tuple[int, ...], pictures: bool):
         self.pictures, self.caches = pictures or not cache, {}
         self.resolution = {bucket: r for r in resolutions for bucket in buckets(r)}
         if cache:
-            for path, name in zip(files, ids or [""] * len(files)):
+            for path, name in vision.named():
                 tower = tower_config(path, name).id
                 self.caches[tower] = Cache(cache, index, Part(tower, base_sha256(path)), resolutions)
 

@@ -8,14 +8,13 @@ from torch import Tensor, nn
 from ...kernels.hierarchy import Hierarchy
 from ..adapter import load_adapter, named_hierarchy, regions_for
 from ..base import base_sha256, load_flux
-from ..data.batches import Plan
 from ..data.index import Index
 from ..edit_augmentation import turned
 from ..edit_flow import EditFlow
 from ..editor import editor_loss
 from ..encoders import load_towers, load_vae, tower_config
 from ..engine import Step, World, compile_blocks, launch, shard_base
-from ..feed import Feed, split
+from ..feed import split
 from ..files import file_hash
 from ..instructions import load_instruction_encoder
 from ..lora import Learned
@@ -23,6 +22,7 @@ from ..sampling import paint
 from .edit_reader import EditReader, Side, stacked
 from .editor_export import write_editor
 from .editor_settings import Config, check, new_decoder
+from .sets import feed_of, held_rows, plan_of
 
 __all__ = ["Config", "EditorStage", "run"]
 
@@ -44,16 +44,13 @@ class EditorStage:
         if index.kind != "edits":
             raise ValueError(f"{data.index} holds pictures, not edits; prepare the edits with `sda prepare-edits`.")
         train, self.held = split(index, data.held_out, self.config.validation.resolution)
-        self.plan = Plan(train, run.batch, run.seed, {str(i): dict.fromkeys(map(int, p[1:]), 1.0) for i, p in enumerate(data.resolutions)})
-        pixels = tuple(sorted({int(px) for phase in data.resolutions for px in phase[1:]}))
+        self.plan = plan_of(train, run, data)
         self.read_held = self.reader(self.held, (self.config.validation.resolution,))
-        own = [position for positions in world.share(run.batch, run.micro) for position in positions]
-        self.feed = Feed(self.plan, lambda number: data.phase(number / run.max_steps), own, data.on_corrupt, data.ahead,
-                         self.reader(train, pixels))
+        self.feed = feed_of(self.plan, run, data, world, self.reader(train, data.pixels()))
 
     def reader(self, index: Index, resolutions: tuple[int, ...]) -> EditReader:
         config = self.config
-        return EditReader(index, config.data.cache, config.vision.files, config.vision.ids, resolutions, bool(config.flow.weight))
+        return EditReader(index, config.data.cache, config.vision, resolutions, bool(config.flow.weight))
 
     def networks(self, world: World) -> None:
         config, device = self.config, self.device
@@ -91,9 +88,8 @@ class EditorStage:
     def fingerprint(self) -> dict:
         config = self.config
         begun = config.decoder.llm or config.decoder.start
-        towers = zip(config.vision.files, config.vision.ids or [""] * len(config.vision.files))
         return {"data": self.plan.hash, "held_out": self.held.hash, "adapter": file_hash(config.adapter), "text": self.text.hash,
-                "towers": {tower_config(path, name).id: base_sha256(path) for path, name in towers},
+                "towers": {tower_config(path, name).id: base_sha256(path) for path, name in config.vision.named()},
                 "base": self.record["base_sha256"], "begun_from": base_sha256(begun) if begun else None,
                 "decoder": self.decoder.config.to_json()}
 
@@ -151,13 +147,9 @@ class EditorStage:
 
     def held_batches(self, count: int):
         """(sources, targets, instructions) of the first `count` held-out edits, bucket by bucket."""
-        sizes = self.held.buckets(self.config.validation.resolution)[:count]
-        most = self.config.run.micro or 16
-        for bucket in sorted({tuple(map(int, size)) for size in sizes}):
-            rows = [i for i, size in enumerate(sizes) if tuple(size) == bucket]
-            for start in range(0, len(rows), most):
-                source, target, texts = zip(*(self.read_held(self.held, row, bucket) for row in rows[start:start + most]))
-                yield stacked(source), stacked(target), list(texts)
+        for bucket, rows in held_rows(self.held, self.config.validation.resolution, count, self.config.run.micro or 16):
+            source, target, texts = zip(*(self.read_held(self.held, row, bucket) for row in rows))
+            yield stacked(source), stacked(target), list(texts)
 
     def validate(self) -> dict[str, float]:
         """The parts of the loss over the held-out edits, with the same noise and times at every validation."""

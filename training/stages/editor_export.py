@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from ...kernels import checkpoint
 from ...kernels.edit_decoder import EditDecoder, read_config
 from ..config import build
-from ..export import DTYPES, code_version
+from ..files import DTYPES, code_version
 from ..lora import Learned, merged_state
 from .editor_settings import Config, new_decoder
 

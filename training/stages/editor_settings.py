@@ -7,27 +7,24 @@ from typing import Literal
 
 import torch
 
-from ...kernels import checkpoint
 from ...kernels.edit_decoder import (
     EditDecoder,
     LLMEditDecoder,
     LLMEditDecoderConfig,
     T5EditDecoder,
     T5EditDecoderConfig,
-    build_edit_decoder,
-    read_config,
 )
 from ...kernels.edit_decoder.llm import llm_record
 from ..adapter import named_hierarchy
-from ..base import Precision, check_precision
+from ..base import Precision
 from ..config import RunConfig, free
 from ..edit_augmentation import Augmentation
 from ..edit_flow import FlowTraining
-from ..editor import EditorTraining
-from ..engine import World, check_sharding
+from ..editor import EditorTraining, load_editor
+from ..engine import World
 from ..instructions import LENGTH, TextPrecision
 from ..lora import add_lora, load_llm
-from .settings import DataConfig, VisionConfig, check_phases
+from .settings import DataConfig, VisionConfig, check_base, check_data, check_files
 
 
 @dataclass(frozen=True)
@@ -119,20 +116,14 @@ def check(config: Config, world: World) -> None:
         raise ValueError("presets is empty; name at least one, such as tree128.")
     for preset in (*config.presets, config.validation.preset):
         named_hierarchy(preset)
-    check_phases(config.data.resolutions, "data.resolutions")
-    if config.data.held_out < 1:
-        raise ValueError("data.held_out must be at least 1: a run without held-out edits cannot be judged.")
+    check_data(config.data)
     if config.flow.weight and (base.flux is None or base.vae is None):
         raise ValueError("flow.weight asks for training through Flux; give base.flux and base.vae, or set it to 0.")
     if config.flow.weight:
-        check_precision(base.precision)
-        if base.sharded:
-            check_sharding(base.precision, world)
+        check_base(base, world)
     world.share(config.run.batch, config.run.micro)
-    for path, key in ((config.adapter, "adapter"), (config.text.path, "text.path"), (decoder.llm, "decoder.llm"),
-                      (decoder.start, "decoder.start"), *((p, "vision.files") for p in config.vision.files)):
-        if path and not path.exists():
-            raise ValueError(f"{key}: there is no {path}; put it there or give its place with --{key}.")
+    check_files((config.adapter, "adapter"), (config.text.path, "text.path"), (decoder.llm, "decoder.llm"),
+                (decoder.start, "decoder.start"), *((path, "vision.files") for path in config.vision.files))
 
 
 def new_decoder(settings: Decoder, space: tuple, dtype: torch.dtype) -> EditDecoder:
@@ -156,13 +147,11 @@ def new_decoder(settings: Decoder, space: tuple, dtype: torch.dtype) -> EditDeco
 
 def read_decoder(settings: Decoder, space: tuple) -> EditDecoder:
     """The decoder in `settings.start`. ValueError where it is of another architecture or space (dim, text_dim, hierarchy)."""
-    tensors, record = checkpoint.load(settings.start, "edit_decoder")
-    config = read_config(record["config"])
+    decoder, _ = load_editor(settings.start)
+    config = decoder.config
     if config.architecture != settings.architecture:
         raise ValueError(f"{settings.start} is a {config.architecture} and decoder.architecture says {settings.architecture}; "
                          "make them the same.")
     if (config.dim, config.text_dim, config.hierarchy) != space:
         raise ValueError(f"{settings.start} was made for another adapter or text encoder; start from one of this adapter.")
-    decoder = build_edit_decoder(config)
-    checkpoint.fill(decoder, {name: tensor.float() for name, tensor in tensors.items()}, settings.start)
     return decoder

@@ -8,7 +8,8 @@ from typing import Literal
 from ..adapter import AdapterTraining, named_hierarchy
 from ..base import Precision, check_precision
 from ..config import RunConfig, free
-from ..engine import World, check_sharding
+from ..encoders import with_ids
+from ..engine import World, check_shardable, check_sharding
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ class DataConfig:
         """The name of the phase that a share of the run falls into."""
         return str(next(i for i, p in enumerate(self.resolutions) if progress < p[0] or p is self.resolutions[-1]))
 
+    def pixels(self) -> tuple[int, ...]:
+        """Every resolution of the run."""
+        return tuple(sorted({int(px) for phase in self.resolutions for px in phase[1:]}))
+
 
 @dataclass(frozen=True)
 class VisionConfig:
@@ -55,6 +60,10 @@ class VisionConfig:
     """The vision towers' safetensors files, or their folders; a DINOv2 among them."""
     ids: tuple[str, ...] = ()
     """Which published encoder each file is (kernels/vision/known.py); "" for a file of this pack, which says it itself."""
+
+    def named(self) -> list[tuple[Path, str]]:
+        """Every file with its id."""
+        return with_ids(self.files, self.ids)
 
 
 @dataclass(frozen=True)
@@ -100,31 +109,45 @@ def check(config: Config, world: World) -> None:
     """Refuse in one sentence what cannot be, before anything is loaded. ValueError."""
     check_settings(config)
     base = config.base
-    check_precision(base.precision)
-    if base.sharded:
-        check_sharding(base.precision, world)
+    check_base(base, world)
     world.share(config.run.batch, config.run.micro)
-    for path, key in ((base.flux, "base.flux"), (base.vae, "base.vae"), (base.text, "base.text"),
-                      *((p, "vision.files") for p in config.vision.files)):
-        if not Path(path).exists():
-            raise ValueError(f"{key}: there is no {path}; put it there or give its place with --{key}.")
+    check_files((base.flux, "base.flux"), (base.vae, "base.vae"), (base.text, "base.text"),
+                *((path, "vision.files") for path in config.vision.files))
 
 
 def check_settings(config: Config) -> None:
     """The part of `check` that needs neither files nor libraries nor processes."""
-    base, run, objective = config.base, config.run, config.objective
-    if base.sharded and base.precision in ("int8", "nf4"):
-        raise ValueError(f"A base in {base.precision} cannot be sharded; take precision bf16, or replicate the quantised base.")
-    if run.compile and base.precision in ("int8", "nf4"):
+    base, objective = config.base, config.objective
+    if base.sharded:
+        check_shardable(base.precision)
+    if config.run.compile and base.precision in ("int8", "nf4"):
         raise ValueError(f"torch.compile cannot train through a base in {base.precision} (its compiler refuses the quantised weights); "
                          "give --run.no-compile, or --base.precision bf16.")
     check_phases(objective.growth, "objective.growth")
-    check_phases(config.data.resolutions, "data.resolutions")
+    check_data(config.data)
     table = named_hierarchy(config.adapter.table)
     for name in {config.validation.preset, *(name for phase in objective.growth for name in phase[1:])}:
         named_hierarchy(name).index_in(table)
-    if config.data.held_out < 1:
-        raise ValueError("data.held_out must be at least 1: a run without held-out pictures cannot be judged.")
+
+
+def check_base(base, world: World) -> None:
+    """base: with a precision and whether it is sharded. ValueError where the library is missing or the processes do not fit."""
+    check_precision(base.precision)
+    if base.sharded:
+        check_sharding(base.precision, world)
+
+
+def check_files(*files: tuple[Path | None, str]) -> None:
+    """(path, the key that names it); None is not asked for."""
+    for path, key in files:
+        if path and not Path(path).exists():
+            raise ValueError(f"{key}: there is no {path}; put it there or give its place with --{key}.")
+
+
+def check_data(data: DataConfig) -> None:
+    check_phases(data.resolutions, "data.resolutions")
+    if data.held_out < 1:
+        raise ValueError("data.held_out must be at least 1: a run without held-out samples cannot be judged.")
 
 
 def check_phases(phases: tuple[tuple, ...], key: str) -> None:

@@ -15,15 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ....kernels import checkpoint
 from ....kernels.adapter import Adapter
 from ....kernels.attention import Regions, masked_attention
-from ....kernels.edit_decoder import EditDecoder, build_edit_decoder, read_config
 from ....kernels.embedding import SemanticEmbedding, from_hierarchy
 from ....kernels.hierarchy import Hierarchy
 from ....kernels.visibility import region_bias
 from ....kernels.vision.towers import VisionTower
 from ...adapter import load_adapter, named_hierarchy
+from ...editor import load_editor
 from ...region_attention import RegionAttention
 from ..base import load_base, sample
 from ..scenes import SIZE, generator
@@ -109,14 +108,6 @@ def _read(assets: Path, file: tuple[str, str], load: Callable):
         raise ValueError(f"{path} does not fit this version of the pack: {remedy}") from error
 
 
-def load_editor(path: Path) -> EditDecoder:
-    """A frozen edit decoder of either architecture, in float32."""
-    state, record = checkpoint.load(path, "edit_decoder")
-    editor = build_edit_decoder(read_config(record["config"]))
-    checkpoint.fill(editor, {k: v.float() for k, v in state.items()}, path)
-    return editor.eval().requires_grad_(False)
-
-
 class Miniature:
     """Every network of the miniature, frozen, with those `adapters` that are named. `progress(pictures)` is called as
     pictures are painted."""
@@ -139,7 +130,7 @@ class Miniature:
             adapter, kept = _read(assets, (f"semantic_adapters/{file}", command), lambda path: load_adapter(path, device))
             dinov2 = _read(assets, (f"clip_vision/{tower}", command), lambda path: read_tower(path, device))
             self.encoders[name] = Encoder(adapter, {t.config.id: t for t in (clip, dinov2)}, kept["masked"])
-        self.editor = _read(assets, _EDITOR, load_editor).to(device)
+        self.editor = _read(assets, _EDITOR, load_editor)[0].to(device).eval().requires_grad_(False)
 
     def noise(self, split: str, indices: Sequence[int], seed: int) -> Tensor:
         return noise_of(split, indices, seed, self.latent_shape)
