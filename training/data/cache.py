@@ -180,7 +180,7 @@ def fill(config: Config, index: Index, entries: dict[bytes, tuple[int, str]], pa
 
 def check_room(config: Config, entries: dict[bytes, tuple[int, str]], parts: list[tuple[Part, dict]]) -> None:
     """Say what the cache will take, and refuse a local disk that lacks it. ValueError."""
-    from ..encoders import tower_config, with_ids
+    from ..encoders import tower_config
 
     pixels = sum(int(np.prod(np.frombuffer(key[32:], "<i2").astype(int))) for key in entries)
     bytes_ = 0.0

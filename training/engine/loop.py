@@ -15,6 +15,7 @@ from .checkpoints import Checkpoints
 from .compiling import check_compiler
 from .dry import dry_run
 from .learner import Learner
+from .lock import alone
 from .metrics import RunFolder
 from .stage import Stage, Step
 from .world import World
@@ -147,6 +148,10 @@ def launch(stage: Callable[[Any, torch.device], Stage], config: Any) -> bool:
     world.share(run.batch, run.micro)
     torch.manual_seed(run.seed)
     made = stage(config, world.device)
-    ended = dry_run(made, config, world) if run.dry_run else train(made, config, world)
+    if run.dry_run:
+        ended = dry_run(made, config, world)
+    else:
+        with alone(run.out, world):
+            ended = train(made, config, world)
     world.leave()
     return ended

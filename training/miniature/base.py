@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...kernels import checkpoint
@@ -44,8 +43,6 @@ class Config:
     """The text encoder to start from (stage `text`)."""
     export_flux: Path
     export_text: Path
-    export_align: Path
-    """The head that names what each patch shows: the adapter's stages need it, the nodes do not."""
     cache: Path
     scenes: int = 80_000
     """Distinct training scenes, visited again and again."""
@@ -198,8 +195,6 @@ class BaseStage:
         return self.figures
 
     def export(self, step: int) -> None:
-        self.config.export_align.parent.mkdir(parents=True, exist_ok=True)
-        save_file(self.trainables["align"].state_dict(), self.config.export_align)
         save_text_encoder(self.config.export_text, self.trainables["text"], step)
         config = {**FLUX, "sampling_shift_mu": self.config.mu}
         # Eight bits are enough for Flux: the difference in velocity is far below the noise of training.

@@ -14,6 +14,7 @@ pytest.importorskip("tensorboard", reason="tensorboard is not installed: pip ins
 
 from semantic_diffusion_adapter.training.engine import Step, World, check_sharding, launch, learning_rate  # noqa: E402
 from semantic_diffusion_adapter.training.engine.dry import dry_run  # noqa: E402
+from semantic_diffusion_adapter.training.engine.lock import alone  # noqa: E402
 from toys import Config, Toy, go, read, same, settings  # noqa: E402
 
 
@@ -189,3 +190,12 @@ def test_the_learning_rate_warms_up_stays_and_falls_to_zero(tmp_path):
     rates = [learning_rate(run, step) for step in range(101)]
     assert rates[0] == pytest.approx(0.1) and rates[9:80] == pytest.approx([1.0] * 71)
     assert rates[90] == pytest.approx(0.5) and rates[100] == 0 and rates[99] > 0
+
+
+def test_a_run_folder_takes_one_run_at_a_time(tmp_path):
+    world = World.start("cpu")
+    with alone(tmp_path / "run", world):
+        with pytest.raises(ValueError, match="Another run is writing"), alone(tmp_path / "run", world):
+            pass
+    with alone(tmp_path / "run", world):  # let go of at the end
+        pass

@@ -38,7 +38,7 @@ def toy_assets(tmp_path_factory) -> Path:
         vae.VaeStage(vae.Config(run, vae_file), device).export(0)
         words = run.out / "text.safetensors"
         reader.ReaderStage(reader.Config(run, words), device).export(0)
-        stage = base.BaseStage(base.Config(run, vae_file, words, flux, t5, run.out / "align.safetensors", cache, scenes=32), device)
+        stage = base.BaseStage(base.Config(run, vae_file, words, flux, t5, cache, scenes=32), device)
         for parameter in stage.flux.parameters():  # an untrained one is silenced by zeros on purpose
             if not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.1)
@@ -50,7 +50,7 @@ def toy_assets(tmp_path_factory) -> Path:
             adapter.AdapterStage(adapter.Config(
                 run, flux, t5, vae_file, (clip_file, dino), cache, file(f"semantic_adapters/miniature_{name}"),
                 file(f"clip_vision/miniature_dinov2{suffix}"), table, table, width=32, heads=2, layers=1, scenes=32,
-                align_head=run.out / "align.safetensors", objective=AdapterTraining(masked=masked)), device).export(0)
+                objective=AdapterTraining(masked=masked)), device).export(0)
         stage = editor.EditorStage(editor.Config(
             run, t5, file("semantic_adapters/miniature_tree128"), (clip_file, file("clip_vision/miniature_dinov2")),
             file("edit_decoders/miniature_editor"), width=32, heads=2, layers=1), device)

@@ -18,7 +18,6 @@ CPU = torch.device("cpu")
 
 def make(name: str, assets: Path, tmp: Path, patch: pytest.MonkeyPatch):
     run = RunConfig(tmp, max_steps=10, batch=4, precision="fp32")
-    run_of_toys = assets.parent / "run"
     flux, text = assets / "diffusion_models/miniature_flux.safetensors", assets / "text_encoders/miniature_t5.safetensors"
     vae_file, out, cache = assets / "vae/miniature_vae.safetensors", tmp / "out.safetensors", assets.parent / "cache"
     towers = (assets / "clip_vision/miniature_clip.safetensors", assets / "clip_vision/miniature_dinov2.safetensors")
@@ -31,13 +30,12 @@ def make(name: str, assets: Path, tmp: Path, patch: pytest.MonkeyPatch):
         for key, value in dict(hidden_size=48, num_heads=2, axes_dim=[8, 8, 8], depth=1, depth_single_blocks=2,
                                context_in_dim=48, vec_in_dim=48).items():
             patch.setitem(base.FLUX, key, value)
-        return base.BaseStage(base.Config(run, vae_file, text, out, out, out, cache, scenes=32), CPU)
+        return base.BaseStage(base.Config(run, vae_file, text, out, out, cache, scenes=32), CPU)
     if name == "dinov2":
         return dinov2.Dinov2Stage(dinov2.Config(run, out), CPU)
     if name == "adapter":
         return adapter.AdapterStage(adapter.Config(
-            run, flux, text, vae_file, towers, cache, out, out, width=32, heads=2, layers=1, scenes=32,
-            align_head=run_of_toys / "align.safetensors"), CPU)
+            run, flux, text, vae_file, towers, cache, out, out, width=32, heads=2, layers=1, scenes=32), CPU)
     return editor.EditorStage(editor.Config(run, text, assets / "semantic_adapters/miniature_tree128.safetensors", towers, out,
                                             width=32, heads=2, layers=1), CPU)
 
