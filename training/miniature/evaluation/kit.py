@@ -2,13 +2,16 @@
 
 compose             two scenes of one ground by halves: strict F1 of the picture against the left things of the one and the
                     right things of the other. Things across the border, and what is painted about them, do not count.
-regional_prompt     two prompts, one in each half beside "on a ... ground" for all: share whose thing is found in its half
-                    (beside it: the same prompts, seen by the whole picture)
+regional_prompt     two prompts, one in each half beside "on a ... ground" for all: share whose thing is found in its half.
+                    The miniature's language knows no thing without a place, so they say "at the left" and "at the right"
+                    (beside it: the same prompts, read by the whole picture, and with their boxes exchanged, so that no patch
+                    where the words would put a thing can read them)
 keep_outside_mask   what Keep Outside Mask, about the places where an edit happens, adds to preservation and to success
 edit_strength       share of the edits that change the picture of which it moves steadily away from the source's, at
                     strengths 0 to 1 in quarters of v(source) + s (v(edited) - v(source))
-place               a scene placed into the middle half of another of its ground: F1 on colour and shape of that half,
-                    enlarged to a whole picture, the centre within 16 px of it
+place               a scene of large things placed into the middle of another of its ground, where they become as small as the
+                    small ones (the base has never painted smaller ones): F1 on colour and shape of the middle, enlarged to a
+                    whole picture, the centre within 16 px of it
 
 Beside compose and place stand what the same measure gives the true picture (the ceiling) and the picture that nothing was
 put into (the floor).
@@ -27,26 +30,28 @@ from ....kernels.algebra import compose, restrict
 from ....kernels.embedding import SemanticEmbedding
 from ....kernels.regions import box_mask, confine, feather, insert, move_into, region_tokens
 from ..captions import Edit
-from ..scenes import COLOURS, GROUNDS, SHAPES, SIZE, Scene, Thing, choice, generator, render, scene
+from ..scenes import COLOURS, GROUNDS, RADII, SHAPES, SIZE, Scene, Thing, choice, generator, render, scene
 from ..score import distance, f1, strict
 from ..text import encode, token_ids
 from .editing import REACH, judge, summary
 from .reconstruction import parse_all
 from .system import GUIDANCE, Miniature
 
-LEFT, RIGHT, MIDDLE, WHOLE = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0), (0.25, 0.25, 0.75, 0.75), (0.0, 0.0, 1.0, 1.0)
+LEFT, RIGHT, WHOLE = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0), (0.0, 0.0, 1.0, 1.0)
+LOW, HIGH = 20, 108  # px: the middle, in which a large thing is as large as a small one elsewhere
+MIDDLE = (LOW / SIZE, LOW / SIZE, HIGH / SIZE, HIGH / SIZE)
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 STILL = 1.0  # grey levels of mean pixel distance below which a picture has not moved
-PAINTED = 1 + 1 + 1 + 2 + 2 + len(STRENGTHS)  # pictures for each scene
+PAINTED = 1 + 1 + 1 + 2 + 3 + len(STRENGTHS)  # pictures for each scene
 
 
-def partners(scenes: Sequence[Scene], seed: int) -> list[Scene]:
-    """For every scene another test scene of the same ground, so that the join shows in the things alone."""
+def partners(scenes: Sequence[Scene], seed: int, sizes: Sequence[str] = tuple(RADII)) -> list[Scene]:
+    """For every scene another test scene of the same ground, so that the join shows in the things alone; all of them of `sizes`."""
     found = []
     for number, each in enumerate(scenes):
         rng = generator("test", number, purpose=53, seed=seed)
         drawn = (scene("test", int(rng.integers(10_000, 20_000)), seed) for _ in count())
-        found.append(next(other for other in drawn if other.ground == each.ground))
+        found.append(next(s for s in drawn if s.ground == each.ground and all(t.size in sizes for t in s.things)))
     return found
 
 
@@ -69,48 +74,54 @@ def composed(scenes: Sequence[Scene], others: Sequence[Scene], pictures: np.ndar
 
 
 def placed(others: Sequence[Scene], pictures: np.ndarray) -> float:
-    """F1 of what the middle half of pictures shows, as a picture of the scenes placed there."""
-    low, high = SIZE // 4, 3 * SIZE // 4
-    enlarged = [np.asarray(Image.fromarray(picture[low:high, low:high]).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+    """F1 of what the middle of pictures shows, as a picture of the scenes placed there."""
+    enlarged = [np.asarray(Image.fromarray(picture[LOW:HIGH, LOW:HIGH]).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
                 for picture in pictures]
     return f1(others, parse_all(enlarged), lambda a, b: a.name == b.name and distance(a, b) <= 16)
 
 
-def joined(system: Miniature, scenes: Sequence[Scene], others: Sequence[Scene], own: SemanticEmbedding,
-           other: SemanticEmbedding, noise: Tensor) -> tuple[dict[str, float], dict[str, float]]:
+def joined(system: Miniature, scenes: Sequence[Scene], own: SemanticEmbedding, noise: Tensor, seed: int
+           ) -> tuple[dict[str, float], dict[str, float]]:
     """{"f1", "ceiling", "floor"} of composing by halves and of placing into the middle."""
     def paint(embedding: SemanticEmbedding) -> np.ndarray:
         return system.paint_regions(embedding, [embedding.tokens], [1.0], noise)
 
-    truth, guests = (np.stack([render(scene) for scene in some]) for some in (scenes, others))
-    alone = paint(own)
-    pasted, small = truth.copy(), truth.copy()
-    pasted[:, :, SIZE // 2:] = guests[:, :, SIZE // 2:]
-    shrunk = [np.asarray(Image.fromarray(guest).resize((SIZE // 2, SIZE // 2), Image.Resampling.BOX)) for guest in guests]
-    small[:, SIZE // 4:3 * SIZE // 4, SIZE // 4:3 * SIZE // 4] = np.stack(shrunk)
+    def guests(sizes: Sequence[str]) -> tuple[list[Scene], np.ndarray, SemanticEmbedding]:
+        others = partners(scenes, seed, sizes)
+        pictures = np.stack([render(scene) for scene in others])
+        return others, pictures, system.embed(pictures, "tree128")
+
+    truth, alone = np.stack([render(scene) for scene in scenes]), paint(own)
+    others, pictures, other = guests(tuple(RADII))
+    pasted = truth.copy()
+    pasted[:, :, SIZE // 2:] = pictures[:, :, SIZE // 2:]
     halved = {"f1": paint(insert(own, other, box_mask(RIGHT))), "ceiling": pasted, "floor": alone}
+    large, pictures, other = guests(("large",))
+    small = truth.copy()
+    shrunk = [np.asarray(Image.fromarray(p).resize((HIGH - LOW, HIGH - LOW), Image.Resampling.BOX)) for p in pictures]
+    small[:, LOW:HIGH, LOW:HIGH] = np.stack(shrunk)
     middle = {"f1": paint(insert(own, move_into(other, MIDDLE), box_mask(MIDDLE))), "ceiling": small, "floor": alone}
     return ({name: composed(scenes, others, pictures) for name, pictures in halved.items()},
-            {name: placed(others, pictures) for name, pictures in middle.items()})
+            {name: placed(large, pictures) for name, pictures in middle.items()})
 
 
-def prompted(system: Miniature, total: int, noise: Tensor, seed: int) -> tuple[float, float]:
-    """Share of regional prompts whose thing is found in its half, at guidance 2.5 against empty prompts in the same boxes; and
-    of the same prompts with the whole picture for a box."""
+def prompted(system: Miniature, total: int, noise: Tensor, seed: int) -> dict[str, float]:
+    """Share of regional prompts whose thing is found in the half that their words name, at guidance 2.5 against empty prompts in
+    the same boxes, by the boxes: "in_box" (each its half), "without boxes" (the whole picture), "exchanged"."""
     named, grounds = [], []
     for number in range(total):
         rng = generator("test", number, purpose=54, seed=seed)
         named.append([f"{colour} {choice(rng, SHAPES)}" for colour in rng.permutation(list(COLOURS))[:2]])
         grounds.append(choice(rng, tuple(GROUNDS)))
-    texts = [[f"a large {pair[side]}" for pair in named] for side in (0, 1)]
+    texts = [[f"a large {pair[side]} at the {place}" for pair in named] for side, place in enumerate(("left", "right"))]
 
     def tokens(prompts: list[str], length: int | None = None) -> Tensor:
         with torch.no_grad():
             return encode(system.text, token_ids(prompts, system.device))[0][:, :length].float().cpu()
 
     def sequence(regions: list[list[str]], overall: list[str], boxes) -> tuple[SemanticEmbedding, Tensor]:
-        # Four words and the end mark, as Regional Prompt trims them.
-        parts = [confine(region_tokens(tokens(words, 5), box), box_mask(box)) for words, box in zip(regions, boxes)]
+        # Seven words and the end mark, as Regional Prompt trims them.
+        parts = [confine(region_tokens(tokens(words, 8), box), box_mask(box)) for words, box in zip(regions, boxes)]
         layout = compose(parts)
         return layout, torch.cat([layout.tokens, tokens(overall)], 1)
 
@@ -121,7 +132,8 @@ def prompted(system: Miniature, total: int, noise: Tensor, seed: int) -> tuple[f
         return float(np.mean([any(t.name == pair[side] and (t.x >= SIZE / 2) == bool(side) for t in seen.things)
                               for pair, seen in zip(named, found) for side in (0, 1)]))
 
-    return share((LEFT, RIGHT)), share((WHOLE, WHOLE))
+    return {name: share(boxes) for name, boxes in (("in_box", (LEFT, RIGHT)), ("without boxes", (WHOLE, WHOLE)),
+                                                   ("exchanged", (RIGHT, LEFT)))}
 
 
 def edit_mask(change: Edit) -> Tensor:
@@ -161,20 +173,18 @@ def steady(system: Miniature, own: SemanticEmbedding, edited: SemanticEmbedding,
 def run(system: Miniature, changes: Sequence[Edit], sources: np.ndarray, noise: Tensor, seed: int) -> tuple[dict, dict]:
     """(every figure, as `--json` prints them; figures beside them, for the page)."""
     scenes = [change.source for change in changes]
-    others = partners(scenes, seed)
     own = system.embed(sources, "tree128")
-    other = system.embed(np.stack([render(s) for s in others]), "tree128")
     edited = system.edit(own, [change.instruction for change in changes], "parallel")
     gain, success = kept_outside(system, changes, own, edited, noise)
-    halved, middle = joined(system, scenes, others, own, other, noise)
-    in_box, anywhere = prompted(system, len(scenes), noise, seed)
+    halved, middle = joined(system, scenes, own, noise, seed)
+    regional = prompted(system, len(scenes), noise, seed)
     monotonic, changed = steady(system, own, edited, noise)
     figures = {
         "compose": {"f1": halved.pop("f1")},
-        "regional_prompt": {"in_box": in_box},
+        "regional_prompt": {"in_box": regional.pop("in_box")},
         "keep_outside_mask": {"preservation_gain": gain, "success_change": success},
         "edit_strength": {"monotonic": monotonic},
         "place": {"f1": middle.pop("f1")},
     }
-    return figures, {"compose": halved, "regional_prompt": {"without boxes": anywhere},
+    return figures, {"compose": halved, "regional_prompt": regional,
                      "edit_strength": {"share of edits that change the picture": changed}, "place": middle}
