@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,13 +22,15 @@ from tqdm import tqdm
 from ..engine import pick_device
 from .captions import OPERATIONS
 from .evaluation import blend, editing, kit, locality, reconstruction, table
-from .evaluation.system import ASSETS, Miniature
+from .evaluation.system import ADAPTERS, ASSETS, VARIANTS, Miniature, left_out
 from .scenes import render
 
 
-def painted_in_all(count: int) -> int:
-    """Pictures that Flux paints for `count` scenes; `copy` costs none."""
-    return (count * (reconstruction.PAINTED + len(editing.DECODERS) - 1) + len(locality.VARIANTS) * locality.pairs(count)
+def painted_in_all(count: int, absent: Sequence[str] = ()) -> int:
+    """Pictures that Flux paints for `count` scenes where some adapters are absent; `copy` costs none."""
+    variants = [name for name, variant in VARIANTS.items() if variant.adapter not in absent]
+    swapped = [name for name in locality.VARIANTS.values() if name in variants]
+    return (count * (len(variants) + reconstruction.PAINTED + len(editing.DECODERS) - 1) + len(swapped) * locality.pairs(count)
             + len(editing.STARTS) * editing.trials(count) + len(blend.AMOUNTS) * blend.pairs(count))
 
 
@@ -71,17 +73,19 @@ def run_kit(system: Miniature, count: int, seed: int) -> tuple[dict, dict, dict]
 
 @dataclass(frozen=True)
 class Part:
-    """What can be measured: on how many scenes by default, how many pictures that paints, and where its page goes."""
+    """What can be measured: on how many scenes by default, with which adapters, how many pictures that paints (of a number of
+    scenes, without some adapters), and where its page goes."""
 
     scenes: int
-    pictures: Callable[[int], int]
+    adapters: Sequence[str]
+    pictures: Callable[[int, Sequence[str]], int]
     measure: Callable[[Miniature, int, int], tuple[dict, dict, dict]]
     page: Callable[[dict, dict, int, int, str], str]
     file: Path
 
 
-PARTS = {"system": Part(256, painted_in_all, run, table.page, table.PAGE),
-         "kit": Part(64, lambda count: kit.PAINTED * count, run_kit, table.kit_page, table.KIT_PAGE)}
+PARTS = {"system": Part(256, ADAPTERS, painted_in_all, run, table.page, table.PAGE),
+         "kit": Part(64, ("tree128",), lambda count, absent: kit.PAINTED * count, run_kit, table.kit_page, table.KIT_PAGE)}
 
 
 def rounded(value):
@@ -126,9 +130,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if options.dump:
             options.dump.mkdir(parents=True, exist_ok=True)  # before the work, not after it
-        with tqdm(total=part.pictures(options.scenes), desc="painting", unit="picture", mininterval=1) as bar:
-            system = Miniature(options.assets, pick_device("auto"), bar.update)
+        absent = {name: command for name, command in left_out(options.assets).items() if name in part.adapters}
+        for name, command in absent.items():
+            print(f"left out, since it is not there: {name} (`{command}` trains it)", file=sys.stderr)
+        with tqdm(total=part.pictures(options.scenes, tuple(absent)), desc="painting", unit="picture", mininterval=1) as bar:
+            adapters = [name for name in part.adapters if name not in absent]
+            system = Miniature(options.assets, pick_device("auto"), bar.update, adapters)
             results, asides, painted = part.measure(system, options.scenes, options.seed)
+        if absent:
+            asides["left_out"] = absent
         if options.dump:
             dump(options.dump, painted)
     except (ValueError, OSError) as error:

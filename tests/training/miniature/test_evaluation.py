@@ -262,6 +262,22 @@ def test_painted_in_all_is_what_is_painted(toy, monkeypatch):
     assert sum(painted) == evaluate.painted_in_all(3)
 
 
+def test_ablations_that_are_not_there_are_left_out_and_named(toy_assets, tmp_path, capsys, monkeypatch):
+    own = tmp_path / "assets"
+    shutil.copytree(toy_assets, own)
+    (own / "semantic_adapters/miniature_global64.safetensors").unlink()
+    (own / "semantic_adapters/miniature_tree64_unmasked.safetensors").unlink()
+    monkeypatch.setattr(editing, "STARTS", (0.9,))
+    assert evaluate.main(["--scenes", "2", "--json", "--assets", str(own)]) == 0
+    printed = capsys.readouterr()
+    assert "left out, since it is not there: global64 (`sda miniature adapter-global64` trains it)" in printed.err
+    assert "`tree64_unmasked` is left out" in printed.out and "| global64 |" not in printed.out
+    results = json.loads(printed.out.splitlines()[-1])
+    assert set(results["reconstruction"]) == {"vae", "caption", "global16", "global32", "tree64", "tree112", "tree128", "shuffled"}
+    assert set(results["locality"]) == {"masked"}
+    assert f"{evaluate.painted_in_all(2, ('global64', 'tree64_unmasked'))}/" in printed.err, "the bar's end"
+
+
 def test_the_kit(toy_assets, capsys):
     assert evaluate.main(["kit", "--scenes", "2", "--seed", "5", "--json", "--assets", str(toy_assets)]) == 0
     printed = capsys.readouterr().out

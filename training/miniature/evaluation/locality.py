@@ -59,7 +59,7 @@ def share(counts: Sequence[tuple[int, int]]) -> float | None:
 
 def locality(system: Miniature, scenes: Sequence[Scene], sources: np.ndarray, noise: Tensor,
              painted: dict[str, np.ndarray]) -> tuple[dict[str, float | None], dict[str, float | None]]:
-    """The shares by name of VARIANTS: over all pairs, and over those whose two scenes have the same ground.
+    """The shares by name of VARIANTS, as far as they are loaded: over all pairs, and over those whose two scenes have the same ground.
 
     painted: the reconstructions before the swap, by variant.
     """
@@ -67,6 +67,8 @@ def locality(system: Miniature, scenes: Sequence[Scene], sources: np.ndarray, no
     alike = [a.ground == b.ground for a, b in zip(scenes, others(scenes))][:count]
     everything, same_ground = {}, {}
     for name, variant in VARIANTS.items():
+        if variant not in system.variants:
+            continue
         own = system.embed(sources[:count], variant)
         other = system.embed(others(sources)[:count], variant)
         tokens = own.tokens.clone()

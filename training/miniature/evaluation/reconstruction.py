@@ -10,10 +10,9 @@ from ..captions import caption
 from ..parser import parse
 from ..scenes import Scene, Thing
 from ..score import colour_place, colour_position, distance, f1, matches, shape_place, strict
-from .system import VARIANTS, Miniature
+from .system import Miniature
 
-NAMES = ("vae", "caption", *VARIANTS, "shuffled")
-PAINTED = len(VARIANTS) + 2  # pictures for each scene: the variants, `caption`, and that of text_to_image
+PAINTED = 2  # pictures for each scene beside those of the variants: `caption`, and that of text_to_image
 
 
 def parse_all(pictures: Sequence[np.ndarray]) -> list[Scene]:
@@ -36,7 +35,7 @@ def reconstruct(system: Miniature, scenes: Sequence[Scene], sources: np.ndarray,
     """
     made = {"vae": system.decode(system.latents(sources)),
             "caption": system.paint_text([caption(scene, fine=True) for scene in scenes], noise)}
-    for name in VARIANTS:
+    for name in system.variants:
         made[name] = system.paint(system.embed(sources, name), name, noise)
     return made | {"shuffled": np.stack(others(made["tree128"]))}
 

@@ -42,7 +42,7 @@ _TEXT = ("text_encoders/miniature_t5", "base")
 _CLIP = ("clip_vision/miniature_clip", "clip")
 _EDITOR = ("edit_decoders/miniature_editor", "editor")
 # adapter -> (its file, its own DINOv2 tower, the command that makes both).
-_ADAPTERS = {
+ADAPTERS = {
     "tree128": ("miniature_tree128", "miniature_dinov2", "adapter"),
     "tree64_unmasked": ("miniature_tree64_unmasked", "miniature_dinov2_tree64_unmasked", "adapter-unmasked"),
     "global64": ("miniature_global64", "miniature_dinov2_global64", "adapter-global64"),
@@ -87,6 +87,12 @@ class Attention(RegionAttention):
         return masked_attention(q, k, v, self.regions, "dense")
 
 
+def left_out(assets: Path) -> dict[str, str]:
+    """The ablations whose files are not there, with the command that makes each."""
+    return {name: f"sda miniature {command}" for name, (file, _, command) in ADAPTERS.items()
+            if name != "tree128" and not (assets / f"semantic_adapters/{file}.safetensors").is_file()}
+
+
 def noise_of(split: str, indices: Sequence[int], seed: int, shape: tuple[int, int, int]) -> Tensor:
     """[N, *shape] float32: standard normal noise, a pure function of the split, the seed and each scene's number."""
     draws = [generator(split, int(i), _NOISE, seed).standard_normal(shape, dtype=np.float32) for i in indices]
@@ -113,7 +119,7 @@ class Miniature:
     pictures are painted."""
 
     def __init__(self, assets: Path, device: torch.device, progress: Callable[[int], object] = lambda pictures: None,
-                 adapters: Sequence[str] = tuple(_ADAPTERS)):
+                 adapters: Sequence[str] = tuple(ADAPTERS)):
         self.device, self.progress = device, progress
         self.vae = _read(assets, _VAE, lambda path: load_vae(path, device))
         self.text = _read(assets, _TEXT, lambda path: load_text_encoder(path, device))
@@ -126,7 +132,7 @@ class Miniature:
         clip = _read(assets, _CLIP, lambda path: read_tower(path, device))
         self.encoders = {}
         for name in adapters:
-            file, tower, command = _ADAPTERS[name]
+            file, tower, command = ADAPTERS[name]
             adapter, kept = _read(assets, (f"semantic_adapters/{file}", command), lambda path: load_adapter(path, device))
             dinov2 = _read(assets, (f"clip_vision/{tower}", command), lambda path: read_tower(path, device))
             self.encoders[name] = Encoder(adapter, {t.config.id: t for t in (clip, dinov2)}, kept["masked"])
@@ -134,6 +140,11 @@ class Miniature:
 
     def noise(self, split: str, indices: Sequence[int], seed: int) -> Tensor:
         return noise_of(split, indices, seed, self.latent_shape)
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """The names in VARIANTS whose adapters are loaded."""
+        return tuple(name for name, variant in VARIANTS.items() if variant.adapter in self.encoders)
 
     @torch.no_grad()
     def embed(self, pictures: Sequence[np.ndarray], variant: str) -> SemanticEmbedding:

@@ -37,7 +37,7 @@ def rows(head: list[str], lines: list[list[str]]) -> list[str]:
 
 def page(results: dict, asides: dict, scenes: int, seed: int, command: str) -> str:
     """results: what `--json` prints. asides: figures beside them, {"chance", "same_ground", "sdedit_start", "edits",
-    "locality_pairs", "blend_pairs"} (see evaluate.run)."""
+    "locality_pairs", "blend_pairs"} (see evaluate.run), and "left_out" where ablations are absent."""
     reconstruction = [[name, *(number(values[key]) for key in COLUMNS)]
                       for name, values in (results["reconstruction"] | {"(chance)": asides["chance"]}).items()]
     editing = [[name, *(f"{number(values[op]['success'])} / {number(values[op]['preservation'])}" for op in (*OPERATIONS, "all"))]
@@ -64,6 +64,8 @@ def page(results: dict, asides: dict, scenes: int, seed: int, command: str) -> s
         "",
         *rows(["", *COLUMNS.values()], reconstruction),
         "",
+        *(f"`{name}` is left out, since its weights are not there: `{command}` trains them.\n"
+          for name, command in asides.get("left_out", {}).items()),
         "## Locality",
         "",
         f"Share of changed pixels that lie in the swapped quadrant, {asides['locality_pairs']} pairs of scenes; chance is 0.25. In "
