@@ -150,7 +150,7 @@ def test_a_corrupt_sample_ends_it_in_a_sentence(two_nodes, encoders, written, tm
 @pytest.mark.parametrize("settings, message", [
     ({}, "no encoder to cache; give --vae, --towers"),
     ({"vae": Path("nowhere.safetensors")}, "There is no nowhere.safetensors"),
-    ({"towers": ("clip",), "tower_ids": ("a", "b")}, "There are 1 towers and 2 ids"),
+    ({"towers": ("clip",), "tower_ids": ("a", "b")}, r"do not pair up \(1 and 2\)"),
 ])
 def test_a_cache_that_cannot_be_says_why(settings, message, filled, encoders, tmp_path):
     if "towers" in settings:
