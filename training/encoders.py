@@ -105,7 +105,7 @@ def load_towers(files: tuple[Path, ...], ids: tuple[str, ...], device: torch.dev
 def with_ids(files: Sequence[Path], ids: Sequence[str]) -> list[tuple[Path, str]]:
     """Every file of a vision tower with its id, which is "" for all of them where no ids are given."""
     if ids and len(ids) != len(files):
-        raise ValueError(f"Vision towers and ids do not pair up ({len(files)} and {len(ids)}); give one id for each, \"\" for our own files.")
+        raise ValueError(f"Vision towers and ids do not pair up ({len(files)} and {len(ids)}); give one id for each, \"\" for our own.")
     return list(zip(map(Path, files), ids or [""] * len(files)))
 
 

@@ -169,7 +169,7 @@ class Checkpoints:
 
     def write(self, staged: Path, step: int) -> None:
         learner = self.learner
-        for half in self.folder.glob(".writing_*"):
+        for half in (*self.folder.glob(".writing_*"), *self.folder.glob(".removing_*")):
             shutil.rmtree(half)
         staged.mkdir(parents=True)
         slots = {f"{i}.{k}": v if isinstance(v, Tensor) else torch.tensor(v)
@@ -197,7 +197,9 @@ class Checkpoints:
         steps = sorted(n for n in (int(p.name[5:]) for p in self.folder.glob("step_*")) if n <= step)  # beyond: passed over
         for old in steps[:-run.keep]:
             if not (run.keep_every and old % run.keep_every == 0):
-                shutil.rmtree(self.folder / f"step_{old:08d}")
+                # Under another name first: a kill in between must not leave half of one under a checkpoint's name.
+                gone = (self.folder / f"step_{old:08d}").rename(self.folder / f".removing_{old:08d}")
+                shutil.rmtree(gone)
 
 
 def sync(path: Path) -> None:

@@ -72,7 +72,7 @@ def until(condition, process: subprocess.Popen, seconds: float = 90) -> None:
 def test_torchrun_restarts_what_was_killed_and_a_signal_ends_it_cleanly(killed, tmp_path):
     """Two processes under torchrun: one of them killed, then SIGTERM to torchrun; one process alone goes on from there."""
     program = [str(HERE / "tiny.py"), str(tmp_path)]
-    process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3",
+    process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=10",
                                 *program], env={**os.environ, "OMP_NUM_THREADS": "1"})
     until(lambda: newest(tmp_path) >= 6, process)
     victim = int((tmp_path / "pid.1").read_text())
