@@ -73,7 +73,7 @@ def train(steps: int) -> dict[str, Path]:
 
 
 def read(path: Path, device: torch.device) -> Trained:
-    decoder = load_editor(path)[0].to(device).eval().requires_grad_(False)
+    decoder = load_editor(path, device)[0]
     return Trained(decoder, checkpoint.read_header(path, "edit_decoder")["step"])
 
 

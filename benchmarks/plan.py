@@ -16,10 +16,8 @@ from pathlib import Path
 
 import torch
 
-from ..kernels import checkpoint
-from ..kernels.adapter import Adapter, AdapterConfig
 from ..training import costs
-from ..training.adapter import AdapterObjective, AdapterTraining, Batch, named_hierarchy
+from ..training.adapter import AdapterObjective, AdapterTraining, Batch, load_adapter, named_hierarchy
 from ..training.base import load_flux
 from ..training.engine import Step
 from ..training.region_attention import attend_by_region
@@ -34,9 +32,7 @@ class Miniature:
         self.flux = load_flux(ASSETS / "diffusion_models" / "miniature_flux.safetensors", "fp32")
         self.attention = attend_by_region(self.flux)
         path = ASSETS / "semantic_adapters" / "miniature_tree128.safetensors"
-        state, record = checkpoint.load(path, "adapter")
-        self.adapter = Adapter(AdapterConfig.from_json(record["config"]))
-        checkpoint.fill(self.adapter, state, path)
+        self.adapter = load_adapter(path, torch.device("cpu"))[0].train().requires_grad_(True)
 
     def seconds(self, preset: str, side: int, micro: int, checkpointing: bool, steps: int) -> float:
         """The median time of a step: forward and backward."""

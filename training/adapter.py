@@ -1,7 +1,8 @@
 """Training the adapter through a frozen Flux: flow matching under the visibility, with growing hierarchies.
 
-Every batch uses one hierarchy, drawn from those that its phase of the run allows: the run grows from few global tokens
-to the whole query table, and whole fine levels are dropped at random, so that one checkpoint serves every preset.
+Every batch uses one hierarchy, drawn from those that its phase of the run allows: the run grows from few tokens to the whole
+query table. Whole fine levels are dropped at random, so that one checkpoint serves every preset, and coarse ones, so that the
+regions' tokens speak for themselves.
 Flux and the towers are frozen; in the last phase the last blocks of the DINOv2 tower may learn too.
 """
 from __future__ import annotations
@@ -52,6 +53,11 @@ class AdapterTraining:
     unlock_blocks: int = 1
     unlock_scale: float = 0.1
     """Their learning rate as a share of the adapter's."""
+
+    def __post_init__(self):
+        if not (0 <= self.level_dropout and 0 <= self.coarse_dropout and self.level_dropout + self.coarse_dropout <= 1):
+            raise ValueError(f"level_dropout {self.level_dropout} and coarse_dropout {self.coarse_dropout} are shares of the batches; "
+                             "they add up to at most 1.")
 
     def presets(self, progress: float) -> tuple[str, ...]:
         return next(tuple(phase[1:]) for phase in self.growth if progress < phase[0] or phase is self.growth[-1])

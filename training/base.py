@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -126,11 +127,16 @@ def load_flux(path: Path, precision: Precision = "bf16", device: torch.device | 
     if wrong:
         more = f", and {len(wrong) - 1} more" if wrong[1:] else ""
         raise ValueError(f"{path} is no whole FLUX.1: it {wrong[0]}{more}; download it again.")
+    return filled(flux, precision, lambda name, leaf, module, dtype: state.pop(f"{name}.{leaf}").to(device, dtype))
+
+
+def filled(flux: FluxTransformer2DModel, precision: Precision, tensor: Callable[..., Tensor]) -> FluxTransformer2DModel:
+    """A Flux from the meta device with its weights, frozen: `tensor(name, leaf, module, dtype)` for every parameter, layer by
+    layer, each of which is quantised before the next one comes."""
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     for name, module in list(flux.named_modules()):
         for leaf, _ in list(module.named_parameters(recurse=False)):
-            value = state.pop(f"{name}.{leaf}").to(device, dtype)
-            module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+            module.register_parameter(leaf, nn.Parameter(tensor(name, leaf, module, dtype), requires_grad=False))
         if isinstance(module, nn.Linear) and is_quantised(name):
             quantise(flux, name, module, precision)
     return flux.eval().requires_grad_(False)

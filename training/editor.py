@@ -27,12 +27,12 @@ class EditorTraining:
     """How much more a fully changed token weighs than an unchanged one."""
 
 
-def load_editor(path: Path) -> tuple[EditDecoder, dict]:
-    """An edit decoder of either architecture in float32, and its record."""
+def load_editor(path: Path, device: torch.device) -> tuple[EditDecoder, dict]:
+    """A frozen edit decoder of either architecture in float32, and its record."""
     state, record = checkpoint.load(path, "edit_decoder")
     editor = build_edit_decoder(read_config(record["config"]))
     checkpoint.fill(editor, {name: tensor.float() for name, tensor in state.items()}, path)
-    return editor, record
+    return editor.to(device).eval().requires_grad_(False), record
 
 
 def corrupt(target: Tensor, source: Tensor, std: Tensor, settings: EditorTraining, step: Step) -> Tensor:

@@ -1,4 +1,4 @@
-"""Small helpers about files."""
+"""Small helpers about files, and which code wrote them."""
 from __future__ import annotations
 
 import hashlib

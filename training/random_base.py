@@ -3,9 +3,9 @@ from __future__ import annotations
 
 import torch
 from diffusers import FluxTransformer2DModel
-from torch import nn
+from torch import Tensor, nn
 
-from .base import Precision, check_precision, is_quantised, quantise
+from .base import Precision, check_precision, filled
 from .flux import build_flux
 
 
@@ -16,13 +16,11 @@ def random_flux(config: dict, precision: Precision, device: torch.device, seed: 
     with torch.device("meta"):
         flux = build_flux(config)
     generator = torch.Generator(device).manual_seed(seed)
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    for name, module in list(flux.named_modules()):
-        for leaf, old in list(module.named_parameters(recurse=False)):
-            value = torch.ones(old.shape, device=device, dtype=dtype)
-            if isinstance(module, nn.Linear):  # of unit variance out for unit variance in, as a trained one about is
-                value.normal_(std=old.shape[-1] ** -0.5, generator=generator) if leaf == "weight" else value.zero_()
-            module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
-        if isinstance(module, nn.Linear) and is_quantised(name):
-            quantise(flux, name, module, precision)
-    return flux.eval().requires_grad_(False)
+
+    def drawn(name: str, leaf: str, module: nn.Module, dtype: torch.dtype) -> Tensor:
+        value = torch.ones(getattr(module, leaf).shape, device=device, dtype=dtype)
+        if isinstance(module, nn.Linear):  # of unit variance out for unit variance in, as a trained one about is
+            value.normal_(std=value.shape[-1] ** -0.5, generator=generator) if leaf == "weight" else value.zero_()
+        return value
+
+    return filled(flux, precision, drawn)

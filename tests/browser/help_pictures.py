@@ -1,8 +1,9 @@
-"""Makes the pictures of the help pages: nodes of the templates as the page shows them after a run on the miniature.
+"""Makes the pictures of the help pages: nodes of the templates as the page shows them after a run on the miniature; and the
+whole template in the README.
 
     python tests/browser/help_pictures.py
 
-Writes web/docs/<node id>.png, each at most 12 KB.
+Writes web/docs/<node id>.png, each at most 12 KB, and assets/template.jpg.
 """
 
 from __future__ import annotations
@@ -49,6 +50,20 @@ SHOW = """id => {
 }"""
 
 
+# What a workflow takes up of the page once all of it is in view.
+EXTENT = """() => {
+    const { canvas, graph } = app;
+    const boxes = graph.groups.map(group => [...group.pos, ...group.size]);
+    const [x, y] = [0, 1].map(axis => Math.min(...boxes.map(box => box[axis])));
+    const [right, bottom] = [0, 1].map(axis => Math.max(...boxes.map(box => box[axis] + box[axis + 2])));
+    const { left, top } = canvas.canvas.getBoundingClientRect();
+    const { scale, offset } = canvas.ds;
+    return { x: left + (x + offset[0]) * scale, y: top + (y + offset[1]) * scale, width: (right - x) * scale,
+             height: (bottom - y) * scale };
+}"""
+README = "Reconstruct and edit (miniature)"
+
+
 def photograph(desk: Desk, node: int) -> Image.Image:
     area = desk.page.evaluate(SHOW, node)
     desk.page.mouse.move(5, 500)  # nothing is pointed at
@@ -79,11 +94,18 @@ def main() -> None:
     with serve(prepare()) as server, sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium(), headless=True, args=list(FLAGS))
         desk = Desk(browser.new_page(viewport=VIEW), server.url, modern=False)
+        desk.settings(**{"Minimap.Visible": False})
         desk.open()
         for template in dict.fromkeys(template for template, *_ in PICTURES.values()):
             desk.load(json.loads((ROOT / "example_workflows" / f"{template}.json").read_text(encoding="utf-8")))
             desk.run()
             desk.page.wait_for_timeout(1_000)  # for the pictures to come
+            if template == README:
+                desk.fit()
+                desk.page.wait_for_timeout(9_000)  # until the page's word of the finished job is gone
+                shot = Image.open(io.BytesIO(desk.page.screenshot(clip=desk.page.evaluate(EXTENT)))).convert("RGB")
+                shot.thumbnail((1400, 1400), Image.Resampling.LANCZOS)
+                shot.save(ROOT / "assets" / "template.jpg", quality=80)
             for name, (source, *ids) in PICTURES.items():
                 if source == template:
                     data = small(beside([photograph(desk, id) for id in ids]))

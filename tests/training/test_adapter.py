@@ -133,3 +133,9 @@ def test_names_of_hierarchies():
     assert named_hierarchy("tree128") is PRESETS["tree128"] and named_hierarchy("global64").to_json() == [[1, 1, 64]]
     with pytest.raises(ValueError, match="Unknown preset 'tree65'"):
         named_hierarchy("tree65")
+
+
+@pytest.mark.parametrize("shares", [dict(level_dropout=0.6, coarse_dropout=0.5), dict(coarse_dropout=-0.1)])
+def test_shares_of_the_batches_add_up(shares):
+    with pytest.raises(ValueError, match="add up to at most 1"):
+        AdapterTraining(**shares)

@@ -93,11 +93,11 @@ class Painter:
 
     def _editor(self) -> EditDecoder:
         path = self.files.editor
-        editor, record = load_editor(path)
+        editor, record = load_editor(path, self.device)
         trained = record.get("adapter_sha256")
         if trained is not None and trained != self.hashes["adapter"]:
             raise ValueError(f"{path} was trained on another adapter than {self.files.adapter}: give the edit decoder's own.")
-        return editor.to(self.device).eval().requires_grad_(False)
+        return editor
 
     def describe(self) -> dict[str, str]:
         """{what: "file name, sha256"} of all files, for the protocol."""

@@ -25,7 +25,7 @@ def build_adapter(config: Config, flux, towers: list[TowerConfig]) -> Adapter:
 
 
 def write_adapter(config: Config, identity: dict, state: dict[str, Tensor], tuned: list[Tensor], step: int,
-          to: Path | None = None, dtype: str = "fp16") -> list[Path]:
+                  to: Path | None = None, dtype: str = "fp16") -> list[Path]:
     """Write semantic_adapters/<run>.safetensors and, where DINOv2 was tuned, clip_vision/<run>_<tower>.safetensors.
 
     identity: of the stage. state: the adapter's averaged weights and its buffers. tuned: DINOv2's averaged last blocks, in the

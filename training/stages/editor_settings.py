@@ -147,11 +147,11 @@ def new_decoder(settings: Decoder, space: tuple, dtype: torch.dtype) -> EditDeco
 
 def read_decoder(settings: Decoder, space: tuple) -> EditDecoder:
     """The decoder in `settings.start`. ValueError where it is of another architecture or space (dim, text_dim, hierarchy)."""
-    decoder, _ = load_editor(settings.start)
+    decoder, _ = load_editor(settings.start, torch.device("cpu"))
     config = decoder.config
     if config.architecture != settings.architecture:
         raise ValueError(f"{settings.start} is a {config.architecture} and decoder.architecture says {settings.architecture}; "
                          "make them the same.")
     if (config.dim, config.text_dim, config.hierarchy) != space:
         raise ValueError(f"{settings.start} was made for another adapter or text encoder; start from one of this adapter.")
-    return decoder
+    return decoder.train().requires_grad_(True)

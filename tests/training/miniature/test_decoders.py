@@ -15,12 +15,14 @@ from semantic_diffusion_adapter.kernels import checkpoint  # noqa: E402
 from semantic_diffusion_adapter.kernels.edit_decoder import LLMEditDecoder, LLMEditDecoderConfig, T5EditDecoder  # noqa: E402
 from semantic_diffusion_adapter.training.editor import load_editor  # noqa: E402
 
+CPU = torch.device("cpu")
+
 
 @pytest.fixture
 def files(toy_assets, tmp_path) -> dict[str, Path]:
     """A T5 that answers at random, and an LLM that copies its source."""
     t5 = toy_assets / "edit_decoders" / "miniature_editor.safetensors"
-    config = load_editor(t5)[0].config
+    config = load_editor(t5, CPU)[0].config
     llm = LLMEditDecoder(LLMEditDecoderConfig(config.dim, config.text_dim, config.hierarchy, {
         "model_type": "qwen3", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
         "num_key_value_heads": 1, "head_dim": 8}))
@@ -41,8 +43,8 @@ def test_the_page_says_what_each_decoder_does_and_costs(toy_assets, files, capsy
     assert list(results["quality"]) == [*ways, "oracle", "copy"] and list(results["time_of_one"]) == ways
     assert results["quality"]["causal LLM, parallel"] == results["quality"]["copy"], "it copies"
     assert results["steps"] == {"t5": 0, "llm": 7} and results["time_of_many"]["T5, parallel"] == 1.0
-    assert results["parameters"]["llm"] == sum(p.numel() for p in load_editor(files["llm"])[0].parameters())
-    assert isinstance(load_editor(files["t5"])[0], T5EditDecoder) and isinstance(load_editor(files["llm"])[0], LLMEditDecoder)
+    assert results["parameters"]["llm"] == sum(p.numel() for p in load_editor(files["llm"], CPU)[0].parameters())
+    assert isinstance(load_editor(files["t5"], CPU)[0], T5EditDecoder) and isinstance(load_editor(files["llm"], CPU)[0], LLMEditDecoder)
     rows = [line for line in lines if line.startswith(("| T5", "| causal", "| oracle", "| copy"))]
     assert len(rows) == 8 and f"| {results['parameters']['llm']:,} | 7 |" in rows[-1]
     assert (decoders.PAGE.read_bytes() if decoders.PAGE.exists() else None) == before, "only the default run is kept"

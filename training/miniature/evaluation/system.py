@@ -136,7 +136,7 @@ class Miniature:
             adapter, kept = _read(assets, (f"semantic_adapters/{file}", command), lambda path: load_adapter(path, device))
             dinov2 = _read(assets, (f"clip_vision/{tower}", command), lambda path: read_tower(path, device))
             self.encoders[name] = Encoder(adapter, {t.config.id: t for t in (clip, dinov2)}, kept["masked"])
-        self.editor = _read(assets, _EDITOR, load_editor)[0].to(device).eval().requires_grad_(False)
+        self.editor = _read(assets, _EDITOR, lambda path: load_editor(path, device))[0]
 
     def noise(self, split: str, indices: Sequence[int], seed: int) -> Tensor:
         return noise_of(split, indices, seed, self.latent_shape)
