@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "web" / "docs"
 LIMIT = 12 * 1024
 GAP = 8
+PLACE = "Compose two images (miniature), with Place for Compose"  # no template has Place: it does nothing good on the miniature
 # The page's picture: the template, and the ids of its nodes from left to right.
 PICTURES = {
     "SDABlendEmbeddings": ("Blend two images (miniature)", 7, 21, 11),
@@ -31,7 +32,7 @@ PICTURES = {
     "SDAEditGuider": ("Edit strength (miniature)", 20, 24, 28),
     "SDAKeepOutsideMask": ("Edit inside a mask (miniature)", 21, 12, 25),
     "SDALoadEmbedding": ("Save and reuse an embedding (miniature)", 11),
-    "SDAPlace": ("Compose two images (miniature)", 18),
+    "SDAPlace": (PLACE, 17),
     "SDAPreviewEmbedding": ("Miniature tour", 11, 16),
     "SDARegionalPrompt": ("Miniature tour", 18, 32),
     "SDAStrength": ("Miniature tour", 15, 28),
@@ -62,6 +63,15 @@ EXTENT = """() => {
              height: (bottom - y) * scale };
 }"""
 README = "Reconstruct and edit (miniature)"
+
+
+def workflow(name: str) -> dict:
+    """A template, or the one with Place, which takes the very inputs and widgets of Compose."""
+    loaded = json.loads((ROOT / "example_workflows" / f"{name.split(',')[0]}.json").read_text(encoding="utf-8"))
+    if name == PLACE:
+        node = next(node for node in loaded["nodes"] if node["type"] == "SDACompose")
+        node |= {"type": "SDAPlace", "title": "Place Embedding", "widgets_values": [0.0, 0.55, 0.45, 0.45, "replace"]}
+    return loaded
 
 
 def photograph(desk: Desk, node: int) -> Image.Image:
@@ -97,7 +107,7 @@ def main() -> None:
         desk.settings(**{"Minimap.Visible": False})
         desk.open()
         for template in dict.fromkeys(template for template, *_ in PICTURES.values()):
-            desk.load(json.loads((ROOT / "example_workflows" / f"{template}.json").read_text(encoding="utf-8")))
+            desk.load(workflow(template))
             desk.run()
             desk.page.wait_for_timeout(1_000)  # for the pictures to come
             if template == README:

@@ -166,25 +166,27 @@ def test_restrict_to_a_quadrant_swaps_exactly_its_tokens():
     mask = torch.zeros(7, 10)
     mask[:, :5] = 1  # the left half, on a grid that the cells do not know
     mask[4:] = 0
-    mask[3, :5] = 0.5  # row 3 spans the middle: half of it is the upper half
+    mask[3, :5] = 0.5  # row 3 spans the middle: cells on either side of it are reached by half
     out = algebra.restrict(edited, source, mask, levels={1, 2})
     assert torch.equal(out.tokens[:, :16], source.tokens[:, :16])
     lower_or_right = (source.boxes[:, 1] >= 0.5) & (source.boxes[:, 0] >= 0.5) & (source.levels > 0)
     assert torch.equal(out.tokens[:, lower_or_right], source.tokens[:, lower_or_right])
     inside = (source.boxes[:, 3] <= 0.25) & (source.boxes[:, 2] <= 0.5)
     assert inside.sum() == 4 and torch.equal(out.tokens[:, inside], edited.tokens[:, inside])
+    below = (source.boxes[:, 1] == 0.5) & (source.boxes[:, 2] <= 0.5) & (source.levels == 2)
+    assert below.any() and torch.allclose(out.tokens[:, below], torch.lerp(source.tokens, edited.tokens, 0.5)[:, below])
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**31))
 @settings(deadline=None, max_examples=30)
-def test_restrict_weight_is_the_mean_of_the_mask_over_the_box(height, width, seed):
+def test_restrict_weight_is_the_greatest_value_of_the_mask_in_the_box(height, width, seed):
     mask = torch.rand(height, width, generator=torch.Generator().manual_seed(seed))
     source, edited = embedding(1), embedding(2)
     fine = mask.repeat_interleave(4, 0).repeat_interleave(4, 1)  # 4 divides every cell edge of the finest grid
     out = algebra.restrict(edited, source, mask).tokens
     for token in (0, 17, 40, 63):
         x0, y0, x1, y1 = source.boxes[token].tolist()
-        share = fine[round(y0 * 4 * height) : round(y1 * 4 * height), round(x0 * 4 * width) : round(x1 * 4 * width)].mean()
+        share = fine[round(y0 * 4 * height) : round(y1 * 4 * height), round(x0 * 4 * width) : round(x1 * 4 * width)].max()
         assert torch.allclose(out[:, token], torch.lerp(source.tokens, edited.tokens, share)[:, token], atol=1e-4)
 
 
