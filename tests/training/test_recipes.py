@@ -35,6 +35,8 @@ def test_a_recipe_is_read_and_holds_together(name):
     assert all(len(World(rank, gpus, rank % 8, 8, CPU).share(config.run.batch, config.run.micro)) > 0 for rank in range(gpus))
     text = (CONFIGS / f"{name}.toml").read_text()
     assert "sda " in text and f"configs/{name}.toml" in text, "a recipe says by which lines it is used"
+    if "--max-restarts" in text:
+        assert "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in text and ("--standalone" in text or "--rdzv-backend c10d" in text)
     if name.endswith("32xh100"):
         assert "srun torchrun" in text and "#SBATCH" in text
 

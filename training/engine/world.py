@@ -29,6 +29,14 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def unsure_restarts() -> bool:
+    """Whether torchrun started this process, would start it anew, and shares its own store with all of its lives.
+
+    Since PyTorch 2.4 the store's keys, among them the address of every process, outlive the processes.
+    """
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+
+
 @dataclass(frozen=True)
 class World:
     """Who this process is among the processes of a run."""
@@ -57,6 +65,10 @@ class World:
         if picked.type == "cuda":
             torch.cuda.set_device(picked)
         if place["WORLD_SIZE"] > 1 and not dist.is_initialized():
+            if place["RANK"] == 0 and unsure_restarts():
+                print("torchrun lets restarted processes find the addresses of dead ones (pytorch issue 135712), and a restart may "
+                      "fail or hang: start it with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment, and with --standalone or "
+                      "--rdzv-backend c10d.", flush=True)
             # Words among the processes (a signal, a checkpoint's name) go over gloo beside NCCL's stream.
             dist.init_process_group("cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo", timeout=TIMEOUT)
             _joined.append(dist.group.WORLD)

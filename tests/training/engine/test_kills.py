@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ pytest.importorskip("tensorboard", reason="tensorboard is not installed: pip ins
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks processes")
 
 from semantic_diffusion_adapter.training.engine.checkpoints import damage  # noqa: E402
+from semantic_diffusion_adapter.training.engine.world import unsure_restarts  # noqa: E402
 
 HERE = Path(__file__).parent
 
@@ -69,20 +71,45 @@ def until(condition, process: subprocess.Popen, seconds: float = 90) -> None:
         time.sleep(0.01)
 
 
-def test_torchrun_restarts_what_was_killed_and_a_signal_ends_it_cleanly(killed, tmp_path):
-    """Two processes under torchrun: one of them killed, then SIGTERM to torchrun; one process alone goes on from there."""
-    program = [str(HERE / "tiny.py"), str(tmp_path)]
-    process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=10",
-                                *program], env={**os.environ, "OMP_NUM_THREADS": "1"})
-    until(lambda: newest(tmp_path) >= 6, process)
-    victim = int((tmp_path / "pid.1").read_text())
-    os.kill(victim, signal.SIGKILL)
-    at = newest(tmp_path)
-    until(lambda: newest(tmp_path) > at + 6, process)
-    assert int((tmp_path / "pid.1").read_text()) != victim
-    process.send_signal(signal.SIGTERM)
-    process.wait(60)
-    stopped = newest(tmp_path)
-    assert stopped < 80 and curve(tmp_path)[-1]["step"] == stopped, "the step in work was ended, written down and saved"
-    subprocess.run([sys.executable, *program], check=True, timeout=120)
+def test_torchrun_restarts_what_is_killed_again_and_again(killed, tmp_path):
+    """Twenty kills at random moments, saving included: ten of one process, SIGTERM to torchrun, ten of one of two."""
+    chance, written = random.Random(0), tmp_path / "checkpoints"
+    settings = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+    def begin(size: int) -> tuple[subprocess.Popen, list[Path]]:
+        own = [tmp_path / f"pid.{rank}" for rank in range(size)]
+        for pid in own:
+            pid.unlink(missing_ok=True)
+        return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}",
+                                 "--max-restarts=10", str(HERE / "tiny.py"), str(tmp_path)], env=settings), own
+
+    for size in (1, 2):
+        process, pids = begin(size)
+        killed_before = [""] * size
+        for _ in range(10):
+            until(lambda: all(p.exists() and p.read_text() not in ("", old)
+                              for p, old in zip(pids, killed_before)), process)  # noqa: B023  (asked at once)
+            killed_before, at = [pid.read_text() for pid in pids], newest(tmp_path)
+            moment = chance.choice(("beginning", "writing", "saved"))
+            if moment == "writing":
+                until(lambda: newest(tmp_path) > at or any(written.glob(".writing_*")), process)  # noqa: B023
+            elif moment == "saved":
+                until(lambda: newest(tmp_path) > at, process)  # noqa: B023
+            time.sleep(chance.random() * 0.03)
+            os.kill(int(chance.choice(killed_before)), signal.SIGKILL)
+        if size == 1:
+            at = newest(tmp_path)
+            until(lambda: newest(tmp_path) > at, process)  # noqa: B023
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+            stopped = newest(tmp_path)
+            assert stopped < 80 and curve(tmp_path)[-1]["step"] == stopped, "the step in work was ended, written down and saved"
+    assert process.wait(120) == 0
     assert curve(tmp_path) == curve(killed / "straight")
+
+
+def test_restarts_that_share_a_store_are_known(monkeypatch):
+    for shared, restarts, unsure in (("True", "3", True), ("True", "0", False), ("False", "3", False)):
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", shared)
+        monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+        assert unsure_restarts() == unsure
