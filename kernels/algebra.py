@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .embedding import SemanticEmbedding, tidy_masks
@@ -46,7 +47,7 @@ def blend(
         tokens=tokens,
         strengths=_blend_strengths(a.strengths, b.strengths.to(a.strengths.device), weight.float()),
         pooled=_match_batch(pooled, tokens.shape[0]),
-        source={"blend": [a.source, b.source], "amount": t, "mode": mode, **_origin(a)},
+        source={"blend": _sources(a, b), "amount": t, "mode": mode, **_origin(a)},
     )
 
 
@@ -98,7 +99,7 @@ def compose(parts: list[SemanticEmbedding]) -> SemanticEmbedding:
         levels=join("levels"),
         strengths=join("strengths"),
         pooled=_match_batch(pooled, batch),
-        source={"compose": [part.source for part in parts], **_origin(*parts)},
+        source={"compose": _sources(*parts), **_origin(*parts)},
         masks=masks,
         masked_by=masked_by,
     )
@@ -121,14 +122,14 @@ def restrict(
     _check_alike(source, edited)
     if mask.ndim != 2 or not mask.is_floating_point() or not ((mask >= 0) & (mask <= 1)).all():
         raise ValueError(f"The mask must be floating [H, W] in 0..1, not {mask.dtype} {list(mask.shape)}.")
-    weight = _reached(source.boxes, mask.to(source.boxes)) * of_levels(source, levels)
+    weight = _reached(source, mask.to(source.boxes)) * of_levels(source, levels)
     tokens = _lerp(source.tokens, edited.tokens, weight.to(source.tokens.dtype)[:, None])
     return replace(
         source,
         tokens=tokens,
         strengths=_blend_strengths(source.strengths, edited.strengths.to(source.strengths.device), weight),
         pooled=_match_batch(source.pooled, tokens.shape[0]),
-        source={"restrict": [edited.source, source.source], **_origin(source)},
+        source={"restrict": _sources(edited, source), **_origin(source)},
     )
 
 
@@ -178,14 +179,21 @@ def _blend_strengths(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
     return torch.where((a == b) | (weight == 0), a, torch.where(weight == 1, b, mixed))
 
 
-def _reached(boxes: Tensor, mask: Tensor) -> Tensor:
-    """[T] greatest value of the mask [H, W] in each box. A pixel that a box touches by less than 1e-4 of a pixel, which is
-    rounding, does not count; a box smaller than that has the pixel under its first corner."""
+def _reached(e: SemanticEmbedding, mask: Tensor) -> Tensor:
+    """[T] greatest value of the mask [H, W] in each token's box, and where the token's own mask is not black.
+
+    A pixel that a box touches by less than 1e-4 of a pixel, which is rounding, does not count; a box smaller than that has
+    the pixel under its first corner.
+    """
     height, width = mask.shape
-    edges = boxes.cpu().double() * torch.tensor([width, height, width, height], dtype=torch.float64)
+    seen = [mask]  # by nobody in particular, then by the tokens of each mask
+    if e.masks is not None:
+        seen += list(mask * F.interpolate((e.masks > 0).to(mask)[None], mask.shape, mode="nearest")[0])
+    rows = [0] * e.token_count if e.masked_by is None else (e.masked_by + 1).tolist()
+    edges = e.boxes.cpu().double() * torch.tensor([width, height, width, height], dtype=torch.float64)
     first, end = (edges[:, :2] + 1e-4).floor().long().tolist(), (edges[:, 2:] - 1e-4).ceil().long().tolist()
-    areas = (mask[min(y, height - 1) : max(y + 1, low), min(x, width - 1) : max(x + 1, right)]
-             for (x, y), (right, low) in zip(first, end))  # fmt: skip
+    areas = (seen[row][min(y, height - 1) : max(y + 1, low), min(x, width - 1) : max(x + 1, right)]
+             for row, (x, y), (right, low) in zip(rows, first, end))  # fmt: skip
     return torch.stack([area.max() for area in areas])
 
 
@@ -204,6 +212,23 @@ def _join_masks(parts: list[SemanticEmbedding], device: torch.device) -> tuple[T
 
 def _match_batch(pooled: Tensor | None, batch: int) -> Tensor | None:
     return None if pooled is None else pooled.expand(batch, -1)
+
+
+def _sources(*parts: SemanticEmbedding) -> list[dict[str, Any]]:
+    """What the parts say of their source, without what another part says too: an edit of an embedding knows all that this one
+    does, and twice as much at every turn of edit and blend would fill a file's header."""
+    told: list[dict[str, Any]] = []
+    for part in parts:
+        if not _knows(told, part.source):
+            told = [other for other in told if not _knows(part.source, other)] + [part.source]
+    return told
+
+
+def _knows(told: Any, source: dict[str, Any]) -> bool:
+    """Whether what is told holds all of `source`, at whatever depth."""
+    if isinstance(told, dict):
+        return source.items() <= told.items() or any(_knows(each, source) for each in told.values())
+    return isinstance(told, list) and any(_knows(each, source) for each in told)
 
 
 def _origin(*parts: SemanticEmbedding) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,20 @@ def load_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"{path} is a damaged safetensors file: download or export it again.") from error
+
+
+def load_parts(path: str | os.PathLike) -> dict[str, Tensor]:
+    """`load_tensors` of a file or, where it is one of several (`...-00001-of-00003.safetensors`), of all of them."""
+    path = Path(path)
+    part = re.fullmatch(r"(.*-)(\d+)-of-(\d+)\.safetensors", path.name)
+    if part is None:
+        return load_tensors(path)
+    name, digits, count = part[1], len(part[2]), part[3]
+    files = [path.with_name(f"{name}{i:0{digits}}-of-{count}.safetensors") for i in range(1, int(count) + 1)]
+    lacking = [file.name for file in files if not file.is_file()]
+    if lacking:
+        raise ValueError(f"{path.name} is one of {len(files)} parts and {lacking[0]} is not beside it: put all of them there.")
+    return {key: tensor for file in files for key, tensor in load_tensors(file).items()}
 
 
 def fill(module: nn.Module, state_dict: dict[str, Tensor], what: str | os.PathLike) -> None:

@@ -57,16 +57,17 @@ def box_mask(box: Sequence[float]) -> Tensor:
 
 
 def feather(mask: Tensor, width: float) -> Tensor:
-    """A MASK of any size as [256, 256] with a soft border of about `width` (a share of the image's side).
+    """A MASK of any size as [256, 256] with a soft border of about half of `width` (a share of the image's side).
 
-    Its mean over a square of that width, but never more than the mask: the border softens inwards, and what the mask
-    leaves out stays out.
+    The border softens inwards: it rises from 0 at the mask's edge, and what the mask leaves out stays out. The mean of what
+    is white at all over a square of that width is a half on a straight edge, so what is above the half counts, twice.
     """
     fitted = fit_mask(mask)
+    white = (fitted > 0).to(fitted)
     centres = precise(torch.arange(MASK_SIDE, device=fitted.device) + 0.5) / MASK_SIDE
     reach = max(width, 1 / MASK_SIDE) / 2
     window = shares((centres - reach).clamp_min(0), (centres + reach).clamp_max(1), MASK_SIDE)
-    return torch.minimum(fitted, settled(window @ precise(fitted) @ window.mT).float())
+    return fitted * settled((2 * (window @ precise(white) @ window.mT) - 1).clamp_min(0)).float()
 
 
 def confine(e: SemanticEmbedding, mask: Tensor) -> SemanticEmbedding:

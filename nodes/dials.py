@@ -70,4 +70,8 @@ class KeepOutsideMask(io.ComfyNode):
 
     @classmethod
     def execute(cls, edited, source, mask, feather) -> io.NodeOutput:
-        return io.NodeOutput(algebra.restrict(edited, source, regions.feather(mask, feather)))
+        soft = regions.feather(mask, feather)
+        if not soft.any():
+            raise ValueError("Nothing of the mask is left inside its soft border, so there would be no edit: paint it white where "
+                             "the edit may happen, or lower feather.")
+        return io.NodeOutput(algebra.restrict(edited, source, soft))

@@ -28,8 +28,7 @@ def folder_tensors(folder: Path) -> dict[str, Tensor]:
     files = sorted(folder.glob("*.safetensors"), key=lambda p: (len(p.name), p.name))
     if not files:
         raise ValueError(f"{folder} holds no safetensors file; download the model's safetensors weights into it.")
-    parts = [p for p in files if "-of-" in p.name] or files[:1]  # beside the whole file there may be variants, named longer
-    return {name: tensor for part in parts for name, tensor in checkpoint.load_tensors(part).items()}
+    return checkpoint.load_parts(files[0])  # variants lie beside it, named longer
 
 
 def code_version() -> str:

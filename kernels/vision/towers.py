@@ -106,7 +106,10 @@ class VisionTower(nn.Module):
         size = self.grid[0] * self.config.patch
         images = images.float()
         if images.shape[-2:] != (size, size):
-            images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+            device = images.device
+            if device.type == "mps":  # antialiasing came to MPS late
+                images = images.cpu()
+            images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1).to(device)
         mean, std = (torch.tensor(value, device=images.device).view(3, 1, 1) for value in (self.config.mean, self.config.std))
         return (images - mean) / std
 
@@ -163,7 +166,10 @@ def _open_clip(config: TowerConfig) -> nn.Module:
 
     # open_clip has no public constructor for the image half alone: build a CLIP with the smallest text half, keep `visual`.
     text = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
-    return open_clip.CLIP(text_cfg=text, **config.architecture).visual
+    visual = open_clip.CLIP(text_cfg=text, **config.architecture).visual
+    if not hasattr(visual, "forward_intermediates"):
+        raise ValueError(f"open_clip {open_clip.__version__} is too old for this pack: update open_clip_torch.")
+    return visual
 
 
 def _dinov2(config: TowerConfig) -> nn.Module:
@@ -177,6 +183,8 @@ def _dinov2(config: TowerConfig) -> nn.Module:
 def _internvit(config: TowerConfig) -> nn.Module:
     import transformers
 
+    if not hasattr(transformers, "InternVLVisionModel"):
+        raise ValueError(f"transformers {transformers.__version__} has no InternViT: update transformers, or use another encoder.")
     # Mean pooling only drops a final norm that InternViT's published files do not have.
     return transformers.InternVLVisionModel(transformers.InternVLVisionConfig(use_mean_pooling=True, **config.architecture))
 

@@ -60,7 +60,7 @@ def load_vision_tower(path: str, model: str | None) -> Network:
         tensors, record = checkpoint.load(path, "vision_tower")
         config = TowerConfig.from_json(record["config"])
     else:
-        tensors, record, config = checkpoint.load_tensors(path), {}, KNOWN_TOWERS[model]
+        tensors, record, config = checkpoint.load_parts(path), {}, KNOWN_TOWERS[model]
     return hold(load_tower(config, tensors), path, record)
 
 
@@ -126,6 +126,11 @@ def edit_embedding(
         raise ValueError(
             f"{decoder.name} edits embeddings of width {config.dim} and this one has {embedding.width}: "
             "use the edit decoder that belongs to the adapter."
+        )
+    if "adapter" not in embedding.source:
+        raise ValueError(
+            f"{decoder.name} edits what one adapter makes, and this embedding does not come from one adapter alone: "
+            "encode an image with Build Hierarchical Embedding and edit that."
         )
     text = clip.encode_from_tokens(clip.tokenize(instruction))
     if text.shape[-1] != config.text_dim:

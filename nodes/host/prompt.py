@@ -13,7 +13,7 @@ def words(clip: Any, text: str) -> tuple[Tensor, Tensor]:
     """(tokens [1, N, D] of the words and the end mark, pooled [1, P]) of a prompt, by the model's own CLIP.
 
     Flux reads a prompt with its padding; a region does without, so that ten regions do not cost ten times 256 tokens.
-    ValueError for an empty prompt and for a CLIP that has no T5.
+    ValueError for an empty prompt and for a CLIP that has no T5 or nothing else.
     """
     check(text)
     tokens = clip.tokenize(text)
@@ -21,6 +21,8 @@ def words(clip: Any, text: str) -> tuple[Tensor, Tensor]:
     if name is None:
         raise ValueError("This CLIP has no T5, so it is not a Flux model's: load it with DualCLIPLoader, type flux.")
     encoded, pooled = clip.encode_from_tokens(tokens, return_pooled=True)
+    if pooled is None:
+        raise ValueError("This CLIP is a T5 alone, and Flux reads CLIP-L beside it: load both with DualCLIPLoader, type flux.")
     # An id that is no number is an embedding that the prompt named: a word like any other.
     ids = [entry[0] for section in tokens[name] for entry in section]
     last = max(index for index, id in enumerate(ids) if not isinstance(id, int) or id != PAD)

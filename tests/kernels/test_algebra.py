@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 
 import pytest
@@ -188,6 +189,26 @@ def test_restrict_weight_is_the_greatest_value_of_the_mask_in_the_box(height, wi
         x0, y0, x1, y1 = source.boxes[token].tolist()
         share = fine[round(y0 * 4 * height) : round(y1 * 4 * height), round(x0 * 4 * width) : round(x1 * 4 * width)].max()
         assert torch.allclose(out[:, token], torch.lerp(source.tokens, edited.tokens, share)[:, token], atol=1e-4)
+
+
+def test_restrict_reaches_what_a_token_is_seen_through():
+    left, right = torch.zeros(256, 256), torch.zeros(256, 256)
+    left[:, :128], right[:, 128:] = 1, 1
+    source, edited = confined(embedding(1), left, right), confined(embedding(2), left, right)
+    out = algebra.restrict(edited, source, left).tokens
+    assert torch.equal(out[:, :16], edited.tokens[:, :16]), "tokens of the whole image, seen at the left"
+    seen_right = source.masked_by == 1
+    assert torch.equal(out[:, seen_right], source.tokens[:, seen_right])
+
+
+def test_what_is_said_of_the_source_grows_by_no_more_than_the_edits():
+    e, lengths = embedding(), []
+    for turn in range(6):
+        edited = dataclasses.replace(e, source={**e.source, "edits": [f"edit {turn}"]})
+        e = algebra.blend(e, algebra.restrict(edited, e, torch.ones(2, 2)), 0.5)
+        lengths.append(len(json.dumps(e.source)))
+    assert len({after - before for before, after in zip(lengths, lengths[1:])}) == 1
+    assert all(f"edit {turn}" in json.dumps(e.source) for turn in range(6)) and e.source["adapter"] == "one"
 
 
 def test_unlike_embeddings_are_refused_with_the_remedy():

@@ -35,6 +35,19 @@ def test_round_trip_keeps_every_bit_and_the_record(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["a.safetensors"], "a temporary file was left behind"
 
 
+def test_a_file_in_parts_is_read_as_a_whole(tmp_path):
+    whole = tensors()
+    for number, name in enumerate(whole, 1):
+        save_file({name: whole[name]}, tmp_path / f"model-{number:05}-of-{len(whole):05}.safetensors")
+    files = sorted(tmp_path.iterdir())
+    for file in files:
+        read = checkpoint.load_parts(file)
+        assert read.keys() == whole.keys() and all(torch.equal(read[name], whole[name]) for name in whole)
+    files[1].unlink()
+    with pytest.raises(ValueError, match=f"{files[1].name} is not beside it: put all of them there"):
+        checkpoint.load_parts(files[0])
+
+
 def test_eight_bit_rows_are_within_half_a_step(tmp_path):
     path = tmp_path / "a.safetensors"
     original = tensors() | {"zero": torch.zeros(3, 4)}

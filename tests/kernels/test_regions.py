@@ -77,7 +77,7 @@ def test_a_feather_softens_inwards():
     softened = regions.feather(HALF, 0.25)
     line = softened[100]
     assert (line[:128] == 0).all() and (line[128 + 32 :] == 1).all()
-    assert 0.49 < line[128] < 0.53 and (line[1:] - line[:-1] >= 0).all()
+    assert 0 < line[128] < 0.05 and (line[1:] - line[:-1] >= 0).all(), "a box that the mask only grazes is hardly reached"
     assert torch.equal(regions.feather(HALF, 0.0), HALF)
     assert torch.allclose(regions.feather(HALF * 0.4, 0.3)[:, 200:], torch.tensor(0.4)), "a soft mask is not made softer inside"
     with pytest.raises(ValueError, match="NaN"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import dataclasses
 import gc
 import importlib
 import os
@@ -248,6 +249,8 @@ def test_bad_input_is_one_sentence_with_a_remedy(loaded, assets):
     refused("expects 2x2 patches of width 12", encode.BuildEmbedding.execute, adapter, wrong, "full")
     refused("not in the query table", encode.BuildEmbedding.execute, adapter, features, [[3, 3, 1]])
     refused("instruction is empty", edit.EditEmbedding.execute, e, clip, editor, " \n", "parallel")
+    foreign = dataclasses.replace(e, source={"style_model": "redux"})
+    refused("does not come from one adapter", edit.EditEmbedding.execute, foreign, clip, editor, "a red circle", "parallel")
     (full,) = encode.BuildEmbedding.execute(adapter, features, "full").result
     refused("same preset", blend.BlendEmbeddings.execute, e, full, 0.5, "lerp", "all")
     refused("no level 7", blend.BlendEmbeddings.execute, e, e, 0.5, "lerp", "7")

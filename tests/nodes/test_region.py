@@ -11,9 +11,10 @@ pytest.importorskip("comfy", reason="ComfyUI is not here: set COMFYUI_PATH or ru
 
 import comfy.ldm.flux.redux
 import comfy.sd
+from semantic_diffusion_adapter.kernels import algebra, regions
 from semantic_diffusion_adapter.kernels.visibility import region_bias
 from semantic_diffusion_adapter.nodes.dials import EmbeddingStrength, KeepOutsideMask
-from semantic_diffusion_adapter.nodes.host import flux
+from semantic_diffusion_adapter.nodes.host import canvas, flux
 from semantic_diffusion_adapter.nodes.host.conditioning import to_conditioning
 from semantic_diffusion_adapter.nodes.region import ComposeEmbeddings, PlaceEmbedding, RegionalPrompt
 from semantic_diffusion_adapter.nodes.style import FromStyleModel
@@ -115,6 +116,16 @@ def test_strength_by_levels_and_cells(embedding):
         EmbeddingStrength.execute(e, 1.0, "all", "somewhere=1")
 
 
+def test_a_canvas_is_told_no_grid_whose_levels_it_would_count_wrongly(embedding):
+    """Four prompts in four quadrants spell a grid, all of it level 1."""
+    e = embedding("global16")
+    corners = [(x, y, x + 0.5, y + 0.5) for y in (0.0, 0.5) for x in (0.0, 0.5)]
+    prompts = algebra.compose([regions.region_tokens(e.tokens[:, :3], box) for box in corners])
+    assert prompts.hierarchy().to_json() == [[2, 2, 3]] and (prompts.levels == 1).all()
+    told = canvas.shown(prompts)
+    assert [cell[0] for cell in told["cells"]] == [1] * 4
+
+
 def test_an_edit_stays_inside_its_mask(embedding):
     source, edited = embedding(seed=0), embedding(seed=1)
     mask = torch.zeros(1, 64, 64)
@@ -125,6 +136,8 @@ def test_an_edit_stays_inside_its_mask(embedding):
     assert torch.equal(kept.tokens[:, inside], edited.tokens[:, inside])
     assert torch.equal(kept.tokens[:, ~inside & ~whole], source.tokens[:, ~inside & ~whole])
     assert torch.equal(kept.tokens[:, whole], edited.tokens[:, whole])
+    with pytest.raises(ValueError, match="paint it white"):
+        KeepOutsideMask.execute(edited, source, torch.zeros(1, 64, 64), 0.05)
 
 
 def test_a_style_model_of_the_real_widths(assets):

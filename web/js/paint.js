@@ -1,16 +1,16 @@
 /**
  * Drawing on a canvas 2D context. Sizes are in CSS pixels, boxes in shares of the picture, `frame` is where that lies.
  *
- * Lines over a picture are light on a dark edge, so that they show on any picture and in any theme. Tints are blue for
- * more and orange for less (Okabe and Ito's, told apart with every kind of colour vision), and a number says the same.
+ * Lines over a picture are light on a dark edge, so that they show on any picture and in any theme. Tints are orange for
+ * more and blue for less, as Preview Embedding has them (Okabe and Ito's, told apart with every kind of colour vision), and a number says the same.
  */
 
 import { factorOf, fitBox } from "./regions.js";
 import { say } from "./texts.js";
 
 const ACCENT = "#56b4e9";
-const MORE = "0, 114, 178";
-const LESS = "230, 159, 0";
+const MORE = "230, 159, 0";
+const LESS = "0, 114, 178";
 const EDGE = "rgba(0, 0, 0, 0.6)";
 
 const place = (frame, [x0, y0, x1, y1]) => {
