@@ -5,6 +5,7 @@ A command's settings come from its TOML file (--config) and from flags, which wi
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -77,7 +78,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for call in calls:
             if not run_module(*call):
-                return 130
+                # torchrun would start anew whatever does not return 0, also what was asked to stop.
+                return 0 if "TORCHELASTIC_RUN_ID" in os.environ else 130
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"sda: {error}", file=sys.stderr)
         return 1

@@ -32,7 +32,9 @@ class RunConfig:
     out: Annotated[Path, tyro.conf.arg(aliases=("--out",))]
     """Run folder: config.toml, metrics.jsonl, TensorBoard events, validation/, checkpoints/."""
     max_steps: Annotated[int, tyro.conf.arg(aliases=("--max-steps",))] = free()
-    """The run ends after this many steps; more of them extend the plateau of the learning rate."""
+    """The run ends after this many steps; more of them extend the plateau of the learning rate, and the last of its phases."""
+    plan_steps: int = 0
+    """The steps of which growth, unlocking and resolutions name shares. 0: the max_steps that the run began with."""
     batch: int = 32
     """Samples of a step, over all processes."""
     micro: int = free(0)
@@ -68,6 +70,10 @@ class RunConfig:
     """auto: go on from the last checkpoint of the run folder if there is one; never: start anew in an empty folder."""
     dry_run: Annotated[bool, tyro.conf.arg(aliases=("--dry-run",))] = free(False)
     """Print settings, parameters, memory and data, run one step, and write nothing."""
+
+    @property
+    def planned(self) -> int:
+        return self.plan_steps or self.max_steps
 
     def __post_init__(self) -> None:
         for key in ("max_steps", "batch", "log_every", "validate_every", "save_every", "keep"):

@@ -23,7 +23,6 @@ VAE_PARAMETERS = 83_819_683
 BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "nf4": 0.5 + 1 / 64 + 4 / 256 / 64}
 # Bytes that a block of each kind keeps for its backward, for each token and channel, in bf16 (measured by saved-tensor hooks).
 KEPT = {"double": 40, "single": 34}
-TRAINED = 4 + 4 + 8 + 4  # bytes of a weight that learns: itself, its gradient, Adam's two moments, its average
 
 
 @dataclass(frozen=True)

@@ -204,9 +204,10 @@ class Estimate:
         return "\n".join(lines)
 
 
-def run(config: Config) -> bool:
+def run(config: Config) -> None:
     """Print the plan; ValueError where it does not fit the card, after the table that shows why."""
     settings.check_settings(config)
     estimate = Estimate(config)
     print(estimate.report())
-    return estimate.most <= CARDS[config.gpu].memory
+    if estimate.most > CARDS[config.gpu].memory:
+        raise ValueError(f"This does not fit a {config.gpu}: the last lines above say what would.")

@@ -29,6 +29,8 @@ def test_all_ends_where_a_stage_was_stopped(monkeypatch):
         Config=preview.Config, run=stopped)))
     assert cli.main(["miniature", "all"]) == 130
     assert len(ran) == 1
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    assert cli.main(["miniature", "all"]) == 0, "torchrun starts anew what does not return 0"
 
 
 @pytest.mark.parametrize(("arguments", "code"), [([], 2), (["miniature", "vea"], 2), (["--help"], 0)])

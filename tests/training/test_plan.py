@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -140,13 +141,18 @@ def verdict(capsys, recipe: str, *flags: str) -> tuple[int, str]:
     return code, capsys.readouterr().out
 
 
+def test_a_smaller_card_than_a_recipe_is_named_after_fits_as_its_head_says(capsys):
+    flags = re.search(r"--base.sharded.*?,", (CONFIGS / "flux1_dev_8x80gb.toml").read_text())[0].rstrip(",").split()
+    assert verdict(capsys, "flux1_dev_8x80gb", "--gpus", "8", "--gpu", "a100-40", *flags)[0] == 0
+
+
 def test_every_recipe_fits_the_card_it_is_named_after_and_no_smaller_one(capsys):
     for recipe, gpus, gpu in (("flux1_dev_24gb", 1, "4090"), ("flux1_dev_80gb", 1, "h100"), ("flux1_dev_8x80gb", 8, "a100"),
                               ("flux1_dev_32xh100", 32, "h100")):
         code, told = verdict(capsys, recipe, "--gpus", str(gpus), "--gpu", gpu)
         assert code == 0 and "11,901,408,320 frozen" in told and "does not fit" not in told, recipe
     code, told = verdict(capsys, "flux1_dev_80gb", "--gpu", "4090")
-    assert code != 0 and "This does not fit" in told and 'base.precision = "nf4"' in told and "run.micro = 4" in told
+    assert code == 1 and "This does not fit" in told and 'base.precision = "nf4"' in told and "run.micro = 4" in told
 
 
 def test_more_cards_are_faster_and_sharding_is_smaller():

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import posixpath
 import struct
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import fsspec
@@ -111,11 +110,6 @@ class Cache:
                 raise CorruptSample(self.index, row, f"the cached shard {path} ends early")
             found[key] = torch.frombuffer(bytearray(data), dtype=DTYPES[it["dtype"]]).view(it["shape"][1:])
         return found
-
-    def batch(self, rows: Sequence[int], resolution: int, member: str = "") -> dict[str, Tensor]:
-        """{name: [len(rows), ...]} of rows of one bucket."""
-        found = [self.read(row, resolution, member) for row in rows]
-        return {name: torch.stack([one[name] for one in found]) for name in found[0]}
 
     def _header(self, path: str) -> tuple[int, dict]:
         """(where the data begin, {tensor: dtype, shape, offsets}) of a safetensors file."""

@@ -4,6 +4,7 @@ A folder is taken only if each of its files is, to the bit, the one that complet
 """
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -17,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..config import to_dict
+from ..config import RunConfig, to_dict
 from ..files import file_hash
 from .learner import Learner
 
@@ -73,6 +74,15 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasse
             yield key, value, field
 
 
+def planned(run: RunConfig) -> int:
+    """The `plan_steps` of a run: its checkpoints', or all steps of a new one."""
+    for record in sorted((run.out / "checkpoints").glob("step_*/complete.json")):
+        with contextlib.suppress(ValueError, KeyError):  # torn: another one will do
+            began = json.loads(record.read_text(encoding="utf-8"))["config"]["run"]
+            return began.get("plan_steps") or began["max_steps"]
+    return run.max_steps
+
+
 def is_free(value: Any, field: dataclasses.Field) -> bool:
     """Whether a resumed run may change the field (config.free)."""
     paths = value if isinstance(value, tuple) and value else (value,)
@@ -126,7 +136,10 @@ class Checkpoints:
         new, fields = flat(to_dict(self.config)), list(leaves(self.config))
         # What an older checkpoint has no word of, it had at its default.
         old = {k: f.default for k, _, f in fields if k in new and f.default is not dataclasses.MISSING}
-        changed = differences({**plain(old), **flat(record["config"])}, new)
+        old = {**plain(old), **flat(record["config"])}
+        old["run.plan_steps"] = old["run.plan_steps"] or old["run.max_steps"]
+        new["run.plan_steps"] = new["run.plan_steps"] or old["run.plan_steps"]
+        changed = differences(old, new)
         free = {key for key, value, field in fields if is_free(value, field)}
         wrong = {**{k: v for k, v in changed.items() if k not in free},
                  **differences(flat(record["identity"]), flat(plain(stage.identity)))}

@@ -17,7 +17,9 @@ def check_compiler() -> None:
 
 def compile_blocks(*stacks: nn.ModuleList) -> None:
     """Compile networks block by block: one small graph for each length of the sequence, whatever surrounds it."""
-    torch._dynamo.config.recompile_limit = 64
+    # All blocks of a class share their code, and a run has a graph for each bucket with each preset; beyond the limits PyTorch
+    # goes on without compiling. These are the names that every release knows.
+    torch._dynamo.config.cache_size_limit, torch._dynamo.config.accumulated_cache_size_limit = 512, 4096
     for stack in stacks:
         for block in stack:
             block.compile(dynamic=False)

@@ -55,7 +55,9 @@ def dry_run(stage: Stage, config: Any, world: World) -> bool:
     parts, norm = learner.gradients(learner.steps(0))
     learner.step()
     parts = dict(zip(parts, world.mean(list(parts.values()))))
-    say(f"\none step of {config.run.batch} samples on {world.size} x {world.device.type}, in {len(learner.micro)} micro-batches each: "
+    say(f"\nthe first step, of {config.run.batch} samples on {world.size} x {world.device.type}, in {len(learner.micro)} "
+        "micro-batches each: "
         + "  ".join(f"{k} {v:.4f}" for k, v in parts.items()) + f"  gradient norm {norm:.4f}, "
-        f"{time.perf_counter() - clock:.1f} s, at most {peak_memory(world.device):.2f} GiB")
+        f"{time.perf_counter() - clock:.1f} s, at most {peak_memory(world.device):.2f} GiB "
+        "(later ones may take more tokens and larger pictures: `sda plan` knows the fullest)")
     return True

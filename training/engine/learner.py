@@ -92,7 +92,7 @@ class Learner:
     def steps(self, number: int) -> list[Step]:
         """This process's micro-batches of a step."""
         run = self.run
-        return [Step(number, run.max_steps, run.seed, self.stage.name, self.world.device, positions, run.batch)
+        return [Step(number, run.planned, run.seed, self.stage.name, self.world.device, positions, run.batch)
                 for positions in self.micro]
 
     def gradients(self, steps: list[Step]) -> tuple[dict[str, float], float]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..config import RunConfig
-from .checkpoints import Checkpoints
+from .checkpoints import Checkpoints, planned
 from .compiling import check_compiler
 from .dry import dry_run
 from .learner import Learner
@@ -89,8 +89,9 @@ def train(stage: Stage, config: Any, world: World) -> bool:
         folder.validation(step, figures, pictures, time.perf_counter() - clock)
         folder.restart_clock()
 
-    if start and world.main:
-        print(f"resumed {stage.name} at step {start}", flush=True)
+    if world.main:
+        told = f"resumed {stage.name} at step {start}" if start else stage.report() if hasattr(stage, "report") else ""
+        print(told, end="\n" * bool(told), flush=True)
     validated = world.said_by_main(folder.validated)
     skipped, ended = 0, True
     with Signals() as signals:
@@ -147,6 +148,7 @@ def launch(stage: Callable[[Any, torch.device], Stage], config: Any) -> bool:
     world = World.start(run.device)
     world.share(run.batch, run.micro)
     torch.manual_seed(run.seed)
+    config = replace(config, run=replace(run, plan_steps=run.plan_steps or planned(run)))
     made = stage(config, world.device)
     if run.dry_run:
         ended = dry_run(made, config, world)

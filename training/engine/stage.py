@@ -31,7 +31,7 @@ class Step:
     number: int
     """The optimizer step, from 0."""
     total: int
-    """Steps of the whole run."""
+    """Steps over which the phases of the run are planned; a run that was extended goes beyond them."""
     seed: int
     stage: str
     device: torch.device
@@ -42,7 +42,7 @@ class Step:
 
     @property
     def progress(self) -> float:
-        """Share of the run that lies behind this step, in [0, 1)."""
+        """Share of the planned steps that lies behind this step: in [0, 1), and more in a run that was extended."""
         return self.number / self.total
 
     def shared(self) -> torch.Generator:
@@ -80,8 +80,9 @@ class Stage(Protocol):
     """What is trained. `trainables` holds every parameter that may learn; frozen parts live outside it.
 
     A stage may also have: `pictures()` -> {name: uint8 array [H, W, 3]} for validation/ and TensorBoard; `describe(step)`
-    -> names of the micro-batch's samples; `report()` -> str and `frozen` -> {name: module} for --dry-run; `whole_batch` =
-    True where the loss compares the samples of a batch with one another, so that it can be neither split nor shared.
+    -> names of the micro-batch's samples; `report()` -> str, told before the first step; `frozen` -> {name: module} for
+    --dry-run; `whole_batch` = True where the loss compares the samples of a batch with one another, so that it can be
+    neither split nor shared.
     """
 
     name: str

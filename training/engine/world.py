@@ -126,7 +126,7 @@ class World:
         return box
 
     def leave(self) -> None:
-        """Part from the other processes once all of them are here."""
+        """Part from the other processes."""
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -80,7 +80,7 @@ class AdapterStage:
 
     def scales(self, step: int) -> dict[str, float]:
         settings = self.config.objective
-        late = step >= settings.unlock * self.config.run.max_steps
+        late = step >= settings.unlock * self.config.run.planned
         return {"tuned": settings.unlock_scale if late else 0.0}
 
     def loss(self, step: Step):

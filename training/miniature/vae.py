@@ -74,7 +74,8 @@ class VaeStage:
         self.identity: dict = {}
 
     def loss(self, step: Step):
-        side = self.config.crop if step.progress < 1 - self.config.run.decay else 128
+        run = self.config.run
+        side = self.config.crop if step.number < run.max_steps * (1 - run.decay) else 128
         windows = (128 // side) ** 2  # of each sample, so that every step has as many pixels
         index = (step.rand(windows) * self.config.scenes).long().tolist()
         x = to_tensor([self.window(i, position < self.config.busy, side) for position, row in zip(step.positions, index) for i in row])

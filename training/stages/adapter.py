@@ -105,7 +105,7 @@ class AdapterStage:
 
     def scales(self, step: int) -> dict[str, float]:
         settings = self.config.objective
-        return {"tuned": settings.unlock_scale if step >= settings.unlock * self.config.run.max_steps else 0.0}
+        return {"tuned": settings.unlock_scale if step >= settings.unlock * self.config.run.planned else 0.0}
 
     def loss(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         samples = self.feed.samples(step)

@@ -36,7 +36,7 @@ def write_adapter(config: Config, identity: dict, state: dict[str, Tensor], tune
     towers = dict(identity["towers"])
     paths = [to / "semantic_adapters" / f"{name}.safetensors"]
     blocks = config.objective.unlock_blocks
-    if blocks and step > config.objective.unlock * config.run.max_steps:
+    if blocks and step > config.objective.unlock * config.run.planned:
         left = iter(tuned)
         for path, tower_id in config.vision.named():
             tower = load_one(path, tower_id).float()
@@ -50,7 +50,7 @@ def write_adapter(config: Config, identity: dict, state: dict[str, Tensor], tune
                             dtype=DTYPES[dtype], tuned_blocks=blocks, tuned_from_sha256=identity["towers"][tower.config.id], **common)
             towers[tower.config.id] = f"tuned: {paths[-1].name}"
     adapter, growth = identity["adapter"], config.objective.growth
-    begun = [phase for phase, start in zip(growth, (0, *(p[0] for p in growth))) if start * config.run.max_steps < max(step, 1)]
+    begun = [phase for phase, start in zip(growth, (0, *(p[0] for p in growth))) if start * config.run.planned < max(step, 1)]
     checkpoint.save(paths[0], state, kind="adapter", config=adapter, dtype=DTYPES[dtype], hierarchy=adapter["hierarchy"],
                     masked=config.objective.masked, widths={"text": adapter["out_dim"], "pooled": identity["pooled_width"]},
                     presets=sorted({name for phase in begun for name in phase[1:]}), growth_phase=[len(begun), len(growth)],

@@ -19,7 +19,7 @@ def plan_of(index: Index, run: RunConfig, data: DataConfig) -> Plan:
 def feed_of(plan: Plan, run: RunConfig, data: DataConfig, world: World, read: Callable) -> Feed:
     """This process's samples of a run, as `read` gives them."""
     own = [position for positions in world.share(run.batch, run.micro) for position in positions]
-    return Feed(plan, lambda number: data.phase(number / run.max_steps), own, data.on_corrupt, data.ahead, read)
+    return Feed(plan, lambda number: data.phase(number / run.planned), own, data.on_corrupt, data.ahead, read)
 
 
 def held_rows(held: Index, resolution: int, count: int, most: int) -> Iterator[tuple[tuple[int, int], list[int]]]:

@@ -64,8 +64,6 @@ def test_what_is_read_is_what_the_encoders_give(filled, encoders):
             torch.testing.assert_close(features.read(row, resolution)["features"].float(), clip(image)[0], atol=1e-2, rtol=5e-3)
             kept = hidden.read(row, resolution)["hidden"].float()[None]
             torch.testing.assert_close(dino.after(kept, 1), dino(image), atol=2e-2, rtol=1e-2)
-    together = latents.batch([3, 5], 96)["mean"]
-    assert together.shape == (2, 8, 12, 12) and torch.equal(together[1], latents.read(5, 96)["mean"])
     with pytest.raises(ValueError, match="Row 0 of .* is smaller than 96 px"):
         latents.read(0, 96)
 

@@ -13,7 +13,9 @@ except ModuleNotFoundError:  # Windows
 
 pytest.importorskip("tensorboard", reason="tensorboard is not installed: pip install -e '.[training]'")
 
-from toys import Toy, go, read, same, settings  # noqa: E402
+from semantic_diffusion_adapter.training.engine import launch  # noqa: E402
+from semantic_diffusion_adapter.training.engine.checkpoints import planned  # noqa: E402
+from toys import Config, Toy, go, read, same, settings  # noqa: E402
 
 
 def test_a_crash_goes_on_from_the_last_checkpoint(tmp_path, straight):
@@ -99,6 +101,23 @@ def test_what_changes_nothing_may_change(tmp_path, straight, capsys):
     moved = straight.out.rename(tmp_path / "elsewhere")
     go(Toy(), settings(moved, log_every=3, micro=1, keep=5, max_steps=7, save_every=7))
     assert "run.max_steps: 6 -> 7" in capsys.readouterr().out and read(moved)[-1]["step"] == 7
+
+
+def test_more_steps_extend_the_last_phase(tmp_path):
+    """Growth and unlocking are shares of the steps that a run began with, also once it has more of them."""
+    def config(steps: int) -> Config:
+        return Config(settings(tmp_path, max_steps=steps))
+
+    seen = []
+
+    def toy(config: Config, device) -> Toy:
+        made = Toy()
+        made.loss, plain = lambda step: (seen.append((step.number, step.progress)), plain(step))[1], made.loss
+        return made
+
+    assert launch(toy, config(6)) and launch(toy, config(9))
+    assert dict(seen) == {number: number / 6 for number in range(9)}
+    assert planned(settings(tmp_path, max_steps=100)) == 6
 
 
 def test_a_key_that_an_older_checkpoint_does_not_know_was_at_its_default(straight):
