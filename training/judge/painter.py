@@ -18,7 +18,7 @@ from ...kernels.adapter import Adapter
 from ...kernels.attention import Regions
 from ...kernels.edit_decoder import EditDecoder
 from ...kernels.embedding import SemanticEmbedding, from_hierarchy
-from ...kernels.hierarchy import hierarchy
+from ...kernels.hierarchy import Hierarchy
 from ...kernels.visibility import region_bias
 from ..adapter import load_adapter
 from ..base import Precision, base_sha256, load_flux
@@ -106,11 +106,11 @@ class Painter:
         return {name: f"{path.name}, sha256 {self.hashes[name]}" for name, path in paths.items()}
 
     @torch.no_grad()
-    def embed(self, pictures: Tensor, preset: str) -> SemanticEmbedding:
+    def embed(self, pictures: Tensor, hierarchy: Hierarchy) -> SemanticEmbedding:
         """Pictures [B, 3, H, W] float in [0, 1] -> their embeddings; tokens float32."""
         features = {name: tower(pictures.to(self.device)) for name, tower in self.towers.items()}
-        tokens, pooled = self.adapter(features, hierarchy(preset))
-        return from_hierarchy(tokens, hierarchy(preset), pooled)
+        tokens, pooled = self.adapter(features, hierarchy)
+        return from_hierarchy(tokens, hierarchy, pooled)
 
     @torch.no_grad()
     def edit(self, source: SemanticEmbedding, instructions: Sequence[str], mode: str) -> SemanticEmbedding:
