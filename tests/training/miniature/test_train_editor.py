@@ -147,7 +147,7 @@ def test_a_run_ends_with_a_file_that_the_nodes_load(kind, request, tmp_path, cap
     learnt = (expected - arguments[0]).abs().mean()  # an untrained decoder copies
     assert (written - expected).abs().mean() < 0.2 * learnt and learnt > 1e-3, "equal but for the rounding of the file to bf16"
 
-    assert cli.main(["export", str(settings.run.out), "--to", str(tmp_path / "models"), "--dtype", "bf16"]) == 0
+    assert cli.main(["export", str(settings.run.out), "--to", str(tmp_path / "models")]) == 0
     again, said = checkpoint.load(tmp_path / "models" / "edit_decoders" / "toy.safetensors", "edit_decoder")
     assert said == record and again.keys() == tensors.keys() and all(torch.equal(again[k], v) for k, v in tensors.items())
 
