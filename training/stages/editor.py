@@ -12,7 +12,7 @@ from ..data.index import Index
 from ..edit_augmentation import turned
 from ..edit_flow import EditFlow
 from ..editor import editor_loss
-from ..encoders import load_towers, load_vae, tower_config
+from ..encoders import check_towers, load_towers, load_vae, tower_config
 from ..engine import Step, World, compile_blocks, launch, shard_base
 from ..feed import split
 from ..files import file_hash
@@ -34,6 +34,9 @@ class EditorStage:
         self.config, self.device = config, device
         world = World.start(config.run.device)
         check(config, world)
+        # The towers also where a cache stands in for them: it holds what any other DINOv2 saw just as well.
+        self.adapter, self.record = load_adapter(config.adapter, device)
+        check_towers(config.vision.named(), config.adapter, self.record)
         self.data(world)
         self.networks(world)
         self.identity = world.said_by_main(self.fingerprint() if world.main else None)
@@ -55,7 +58,6 @@ class EditorStage:
     def networks(self, world: World) -> None:
         config, device = self.config, self.device
         half = torch.bfloat16 if device.type == "cuda" and config.run.precision == "bf16" else torch.float32
-        self.adapter, self.record = load_adapter(config.adapter, device)
         self.towers = {} if config.data.cache else load_towers(config.vision.files, config.vision.ids, device, half)
         self.text = load_instruction_encoder(config.text.path, device, config.text.tokenizer, config.text.length, config.text.precision)
         space = self.adapter.config.out_dim, self.text.width, self.adapter.config.hierarchy

@@ -25,17 +25,16 @@ from semantic_diffusion_adapter.kernels import checkpoint  # noqa: E402
 from semantic_diffusion_adapter.kernels.edit_decoder import build_edit_decoder, read_config  # noqa: E402
 from semantic_diffusion_adapter.training import cli  # noqa: E402
 from semantic_diffusion_adapter.training.base import base_sha256  # noqa: E402
-from semantic_diffusion_adapter.training.config import RunConfig, from_toml, write_toml  # noqa: E402
+from semantic_diffusion_adapter.training.config import RunConfig, write_toml  # noqa: E402
 from semantic_diffusion_adapter.training.data import index as index_module  # noqa: E402
 from semantic_diffusion_adapter.training.data.decode import CorruptSample  # noqa: E402
 from semantic_diffusion_adapter.training.edit_augmentation import Augmentation  # noqa: E402
 from semantic_diffusion_adapter.training.edit_flow import FlowTraining  # noqa: E402
-from semantic_diffusion_adapter.training.encoders import tower_config  # noqa: E402
-from semantic_diffusion_adapter.training.engine import Step, World  # noqa: E402
+from semantic_diffusion_adapter.training.engine import Step  # noqa: E402
 from semantic_diffusion_adapter.training.miniature.editor import change_of  # noqa: E402
 from semantic_diffusion_adapter.training.miniature.scenes import render  # noqa: E402
 from semantic_diffusion_adapter.training.stages import editor  # noqa: E402
-from semantic_diffusion_adapter.training.stages.editor_settings import Config, Decoder, Flux, Text, Validation, check  # noqa: E402
+from semantic_diffusion_adapter.training.stages.editor_settings import Config, Decoder, Flux, Text, Validation  # noqa: E402
 from semantic_diffusion_adapter.training.stages.settings import DataConfig, VisionConfig  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -230,6 +229,19 @@ def test_another_base_than_the_adapters_is_refused(through_flux, tmp_path):
         editor.EditorStage(replace(through_flux, base=replace(through_flux.base, flux=tmp_path / "flux.safetensors")), CPU)
 
 
+def test_another_dinov2_than_the_adapters_is_refused(config, tmp_path):
+    """With a cache as without one: it would hold what the adapter has never seen."""
+    clip, dinov2 = config.vision.files
+    tensors, record = checkpoint.load(dinov2, "vision_tower")
+    checkpoint.save(tmp_path / "other.safetensors", tensors, "vision_tower", record["config"], step=1)
+    for cache in ("", str(tmp_path)):
+        with pytest.raises(ValueError, match="other.safetensors is not the 'miniature-dinov2' that was tuned with .*tree128.safetensors"):
+            editor.EditorStage(replace(config, vision=VisionConfig((clip, tmp_path / "other.safetensors")),
+                                       data=replace(config.data, cache=cache)), CPU)
+    with pytest.raises(ValueError, match="looks through 'miniature-dinov2', which is not among the towers"):
+        editor.EditorStage(replace(config, vision=VisionConfig((clip,))), CPU)
+
+
 def test_a_step_is_the_same_however_it_is_cut(config):
     """The samples, their augmentation and their loss depend on the position in the batch alone."""
     stage = editor.EditorStage(replace(config, augmentation=Augmentation(0.3, 0.4)), CPU)
@@ -302,16 +314,6 @@ def test_a_corrupt_sample_stops_the_run_or_gives_its_place_to_another(config, ed
 def test_what_cannot_work_is_refused_in_one_sentence(config, changes, message):
     with pytest.raises(ValueError, match=message):
         editor.EditorStage(replace(config, **changes), CPU)
-
-
-@pytest.mark.parametrize("name", ["flux1_dev_editor_24gb", "flux1_dev_editor_llm_24gb"])
-def test_the_recipes_are_read_and_ask_for_nothing_impossible(name):
-    settings = from_toml(Config, Path(cli.__file__).parent / "configs" / f"{name}.toml")
-    with pytest.raises(ValueError, match="adapter: there is no models/semantic_adapters"):
-        check(settings, World(0, 1, 0, 1, CPU))  # all else that is checked before is in order
-    vision = settings.vision
-    assert len(vision.files) == len([tower_config(Path("absent"), name) for name in vision.ids])
-    assert cli.plan_of(["train", "editor", "--config", "x.toml"])[0][0] == "stages.editor"
 
 
 def test_cached_features_take_the_towers_place(config, edits, tmp_path):
