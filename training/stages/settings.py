@@ -81,7 +81,8 @@ class ShapeConfig:
 class ValidationConfig:
     preset: str = free("tree128")
     """The hierarchy that validation encodes with."""
-    resolution: int = free(512)
+    resolution: int = 512
+    """Of the held-out pictures, which are chosen among those that fill it."""
     times: tuple[float, ...] = free((0.2, 0.5, 0.8, 0.95))
     """Noise levels of the held-out loss."""
     pictures: int = free(8)

@@ -157,6 +157,18 @@ def test_a_corrupt_picture_stops_or_is_replaced(stage, parts, tmp_path, capsys):
     assert row["origin"] in capsys.readouterr().out
 
 
+def test_a_resume_with_another_validation_resolution_names_it(toml, parts, tmp_path, capsys):
+    """It decides which pictures are held out, so a run cannot change it on its way."""
+    import pyarrow.parquet as pq
+
+    shutil.copytree(parts / "photos", tmp_path / "photos")
+    table = pq.read_table(tmp_path / "photos" / "index.parquet")
+    pq.write_table(table.append_column("bucket_32", table["bucket_64"]), tmp_path / "photos" / "index.parquet")
+    assert train(toml(data=dict(index=str(tmp_path / "photos"))), "--run.max-steps", "1") == 0
+    assert train(tmp_path / "toy.toml", "--validation.resolution", "32") == 1
+    assert "validation.resolution: 64 -> 32" in capsys.readouterr().err
+
+
 def test_the_cache_gives_the_loss_of_the_encoders(stage, parts, tmp_path, monkeypatch):
     """Latents, the features of one tower and the hidden state that enters DINOv2's unlocked block; no picture is read."""
     pytest.importorskip("ray", reason="ray is not installed: pip install -e '.[training]'")
