@@ -298,6 +298,34 @@ def test_a_corrupt_sample_stops_the_run_or_gives_its_place_to_another(config, ed
     assert key in stage.describe(step(number=1))[1]
 
 
+def test_a_corrupt_held_out_edit_stops_the_validation_or_is_left_out(through_flux, edits, tmp_path, capsys):
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(edits, broken)
+    data = replace(through_flux.data, index=str(broken))
+    stage = editor.EditorStage(replace(through_flux, data=data), CPU)
+    shard = broken / "shards" / "000000.tar"
+    spoiled = bytearray(shard.read_bytes())
+    spoiled[stage.held[0]["target_offset"] + 50] ^= 255
+    shard.write_bytes(spoiled)
+    key = stage.held[0]["key"]
+    with pytest.raises(CorruptSample, match=f"'{key}'.*have changed"):
+        stage.validate()
+    stage.validation.on_corrupt = "skip"
+    first = stage.validate()
+    assert stage.validate() == first and np.isfinite(list(first.values())).all()
+    assert stage.pictures()["edits"].shape == (2 * 128, 4 * 128, 3), "of the first three"
+    said = capsys.readouterr().out
+    assert said.count(f"'{key}'") == said.count("The validation goes on without it.") == 1
+    # The average is over the five that were read: `copy` of the whole is the mean of theirs.
+    copies = []
+    for batch in list(stage.validation.batches(6, 1)):
+        stage.validation.batches = lambda count, most, batch=batch: iter([batch])
+        copies.append(stage.validate()["copy"])
+    assert len(copies) == 5 and first["copy"] == pytest.approx(np.mean(copies), rel=1e-5)
+
+
 @pytest.mark.parametrize("changes, message", [
     ({"decoder": Decoder("causal_lm")}, "decoder.llm is missing"),
     ({"decoder": Decoder(llm=Path("llm"))}, "decoder.llm is given for a T5"),
