@@ -10,8 +10,10 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from ..kernels import checkpoint
+from ..kernels.adapter import AdapterConfig
 from ..kernels.vision.known import KNOWN_TOWERS
 from ..kernels.vision.towers import TowerConfig, VisionTower, load_tower
+from .base import base_sha256
 from .files import folder_tensors
 
 FLUX_VAE = {"scaling_factor": 0.3611, "shift_factor": 0.1159}  # black-forest-labs/flux, util.py
@@ -125,3 +127,30 @@ def load_one(path: Path, name: str) -> VisionTower:
     if path.is_dir():
         return load_tower(config, folder_tensors(path))
     return load_tower(config, checkpoint.load_tensors(path) if name else checkpoint.load(path, "vision_tower")[0])
+
+
+def check_towers(towers: Sequence[tuple[Path, str]], adapter: Path, record: dict) -> None:
+    """Refuse towers that an adapter was not trained with. ValueError where one is missing or its DINOv2 is another one.
+
+    towers: files with their ids, as `with_ids` pairs them. record: of the adapter's file.
+    """
+    configs = [tower_config(path, name) for path, name in towers]
+    given = [config.id for config in configs]
+    for wanted in AdapterConfig.from_json(record["config"]).towers:
+        if wanted.id not in given:
+            raise ValueError(f"{adapter} looks through '{wanted.id}', which is not among the towers ({', '.join(given)}); "
+                             "give its file as well.")
+    for (path, _), config in zip(towers, configs):
+        if config.kind == "dinov2" and not tuned_together(path, config.id, record):
+            raise ValueError(f"{path} is not the '{config.id}' that was tuned with {adapter}; give the one exported with it.")
+
+
+def tuned_together(path: Path, name: str, record: dict) -> bool:
+    """Whether the file of the tower `name` is the one that an adapter's record asks for; it asks for none where training left
+    the tower as it was published."""
+    if "dinov2_sha256" in record:
+        return base_sha256(path) == record["dinov2_sha256"]
+    if not record.get("towers", {}).get(name, "").startswith("tuned"):
+        return True
+    own = checkpoint.read_header(path) if path.is_file() and checkpoint.has_record(path) else {}
+    return all(own.get(key) == record[key] for key in ("run", "step"))

@@ -19,7 +19,8 @@ class Config:
     """Folder of a run of `sda train adapter` or `sda train editor`."""
     to: Path | None = None
     """Where the files go; `export` in the run's folder otherwise. ComfyUI's models folder will do."""
-    dtype: Literal["fp16", "bf16", "fp32", "int8"] = "fp16"
+    dtype: Literal["fp16", "bf16", "fp32", "int8"] | None = None
+    """Otherwise what the run's own end writes: fp16 for an adapter, bf16 for an edit decoder."""
 
 
 def run(config: Config) -> bool:

@@ -11,11 +11,13 @@ pytest.importorskip("diffusers", reason="diffusers is not installed: pip install
 
 from diffusers import AutoencoderKL  # noqa: E402
 from semantic_diffusion_adapter.kernels import checkpoint  # noqa: E402
+from semantic_diffusion_adapter.kernels.adapter import AdapterConfig  # noqa: E402
 from semantic_diffusion_adapter.kernels.hierarchy import PRESETS  # noqa: E402
 from semantic_diffusion_adapter.kernels.vision.known import KNOWN_TOWERS  # noqa: E402
 from semantic_diffusion_adapter.kernels.vision.towers import TowerConfig, build_tower  # noqa: E402
 from semantic_diffusion_adapter.training import encoders  # noqa: E402
 from semantic_diffusion_adapter.training.adapter import regions_for  # noqa: E402
+from semantic_diffusion_adapter.training.files import file_hash  # noqa: E402
 from semantic_diffusion_adapter.training.flux import build_flux, mu_of, velocity  # noqa: E402
 from semantic_diffusion_adapter.training.region_attention import attend_by_region  # noqa: E402
 from semantic_diffusion_adapter.training.sampling import paint, schedule, starting_noise  # noqa: E402
@@ -146,3 +148,23 @@ def test_painting_is_eulers_method(flux, vae):
     assert (paint(flux, latents, tokens, pooled, regions, 32, 48, seed=5, steps=2, guidance=4.0) - found).abs().max() > 1e-5
     with pytest.raises(ValueError, match="30 x 48 pixels cannot be cut into patches of 8"):
         paint(flux, latents, tokens, None, None, 30, 48)
+
+
+def test_only_the_towers_of_an_adapter_look_for_it(tmp_path):
+    """Its DINOv2 too: the very file where the record has its hash, one of the same run and step where it was tuned."""
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14, "mlp_ratio": 2}
+    config = TowerConfig("dino", "dinov2", shape, 28, 14, 16, (0.5,) * 3, (0.5,) * 3)
+    own, other, plain = (tmp_path / f"{name}.safetensors" for name in ("own", "other", "plain"))
+    for path, facts in ((own, {"run": "mine", "step": 4}), (other, {"run": "mine", "step": 5}), (plain, {})):
+        checkpoint.save(path, build_tower(config).model.state_dict(), "vision_tower", config.to_json(), **facts)
+    adapter = AdapterConfig(PRESETS["global16"].to_json(), (config,), 16, 2, 1, 8).to_json()
+    tuned = {"config": adapter, "run": "mine", "step": 4, "towers": {"dino": "tuned: own.safetensors"}}
+    hashed = {"config": adapter, "dinov2_sha256": file_hash(own)}
+    for record in (tuned, hashed):
+        encoders.check_towers([(own, "")], tmp_path / "adapter", record)
+        for wrong in (other, plain):
+            with pytest.raises(ValueError, match=f"{wrong.name} is not the 'dino' that was tuned with .*adapter; give the one"):
+                encoders.check_towers([(wrong, "")], tmp_path / "adapter", record)
+    encoders.check_towers([(plain, "")], tmp_path / "adapter", {**tuned, "towers": {"dino": "0" * 64}})
+    with pytest.raises(ValueError, match=r"looks through 'dino', which is not among the towers \(dinov2-large-378\)"):
+        encoders.check_towers([(plain, "dinov2-large-378")], tmp_path / "adapter", tuned)

@@ -12,7 +12,9 @@ pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install -e 
 
 from safetensors.torch import save_file  # noqa: E402
 from semantic_diffusion_adapter.kernels import checkpoint  # noqa: E402
+from semantic_diffusion_adapter.kernels.vision.known import KNOWN_TOWERS  # noqa: E402
 from semantic_diffusion_adapter.training import plan  # noqa: E402
+from semantic_diffusion_adapter.training.adapter import named_hierarchy  # noqa: E402
 from semantic_diffusion_adapter.training.config import from_toml  # noqa: E402
 from semantic_diffusion_adapter.training.costs import FLUX1_DEV  # noqa: E402
 from semantic_diffusion_adapter.training.engine import World  # noqa: E402
@@ -39,6 +41,23 @@ def test_a_recipe_is_read_and_holds_together(name):
         assert "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in text and ("--standalone" in text or "--rdzv-backend c10d" in text)
     if name.endswith("32xh100"):
         assert "srun torchrun" in text and "#SBATCH" in text
+
+
+@pytest.mark.parametrize("name", ["flux1_dev_editor_24gb", "flux1_dev_editor_llm_24gb"])
+def test_a_recipe_of_the_editor_goes_on_from_that_of_its_adapter(name):
+    """With the towers that this one looks through, and with the DINOv2 that it tunes and exports."""
+    pytest.importorskip("peft", reason="peft is not installed: pip install -e '.[training]'")
+    from semantic_diffusion_adapter.training.stages import editor_settings
+
+    recipe = from_toml(editor_settings.Config, CONFIGS / f"{name}.toml")
+    with pytest.raises(ValueError, match="adapter: there is no runs/flux1_dev_24gb/export/semantic_adapters/flux1_dev_24gb"):
+        editor_settings.check(recipe, World(0, 1, 0, 1, CPU))  # all else that is checked before is in order
+    before = from_toml(settings.Config, CONFIGS / "flux1_dev_24gb.toml")
+    (clip, clip_id), (_, dinov2_id) = before.vision.named()
+    tuned = before.run.out / "export" / "clip_vision" / f"{before.run.out.name}_{dinov2_id}.safetensors"
+    assert recipe.vision.named() == [(clip, clip_id), (tuned, "")] and KNOWN_TOWERS[dinov2_id].kind == "dinov2"
+    table = named_hierarchy(before.adapter.table)
+    assert all(len(named_hierarchy(preset).index_in(table)) for preset in recipe.presets)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ...kernels.hierarchy import hierarchy
+from ..adapter import named_hierarchy
 from ..base import Precision
 from ..data.pipeline import stoppable
 from ..engine.world import pick_device
@@ -59,7 +59,7 @@ class Config:
     tokenizer: Path | None = None
     """Folder of its tokenizer where that does not lie beside it."""
     presets: tuple[str, ...] = ("tree128",)
-    """Hierarchies to reconstruct with; edits take the first."""
+    """Hierarchies to reconstruct with, by name or as global<n>; edits take the first."""
     mode: Literal["parallel", "autoregressive"] = "parallel"
     """How the edit decoder writes."""
     limit: int = 0
@@ -103,7 +103,7 @@ def tasks_of(config: Config) -> list[Task]:
     if config.limit < 0 or config.batch < 1 or config.steps < 1:
         raise ValueError("--limit must be at least 0, --batch and --steps at least 1.")
     for preset in config.presets:
-        hierarchy(preset)  # refuses an unknown one before anything loads
+        named_hierarchy(preset)  # refuses an unknown one before anything loads
     tasks = []
     if config.images:
         tasks.append(Task("reconstruction", Pictures(config.images, config.resolution), (VAE, *config.presets), RECONSTRUCTION))
@@ -204,7 +204,7 @@ def paint(painter: Painter, task: Task, config: Config, folder: Path, batch: lis
         if name == VAE:
             made = painter.round_trip(pictures)
         else:
-            embedding = painter.embed(pictures, config.presets[0] if task.name == "edits" else name)
+            embedding = painter.embed(pictures, named_hierarchy(config.presets[0] if task.name == "edits" else name))
             if name == config.mode:
                 embedding = painter.edit(embedding, [sample.instruction for sample in rest], name)
             seeds = [seed_of(sample.key, config.seed) for sample in rest]

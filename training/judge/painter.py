@@ -13,17 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...kernels import checkpoint
 from ...kernels.adapter import Adapter
 from ...kernels.attention import Regions
 from ...kernels.edit_decoder import EditDecoder
 from ...kernels.embedding import SemanticEmbedding, from_hierarchy
-from ...kernels.hierarchy import hierarchy
+from ...kernels.hierarchy import Hierarchy
 from ...kernels.visibility import region_bias
 from ..adapter import load_adapter
 from ..base import Precision, base_sha256, load_flux
 from ..editor import load_editor
-from ..encoders import load_towers, load_vae
+from ..encoders import check_towers, load_towers, load_vae, with_ids
 from ..files import file_hash
 from ..instructions import load_instruction_encoder
 from ..region_attention import attend_by_region
@@ -78,18 +77,10 @@ class Painter:
         return adapter, record
 
     def _towers(self) -> dict:
-        files, record = self.files, self.record
+        files = self.files
+        check_towers(with_ids(files.towers, files.tower_ids), files.adapter, self.record)
         dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
-        towers = load_towers(files.towers, files.tower_ids, self.device, dtype)
-        for config in self.adapter.config.towers:
-            if config.id not in towers:
-                raise ValueError(f"{files.adapter} looks through '{config.id}', which is not among the towers "
-                                 f"({', '.join(towers)}): add its file to --towers.")
-        for (name, tower), path in zip(towers.items(), files.towers):
-            if tower.config.kind == "dinov2" and not tuned_together(path, self.hashes[f"tower {path.name}"], name, record):
-                raise ValueError(f"{path} is not the '{name}' that was tuned with {files.adapter}: "
-                                 "give the one exported with it.")
-        return towers
+        return load_towers(files.towers, files.tower_ids, self.device, dtype)
 
     def _editor(self) -> EditDecoder:
         path = self.files.editor
@@ -106,11 +97,11 @@ class Painter:
         return {name: f"{path.name}, sha256 {self.hashes[name]}" for name, path in paths.items()}
 
     @torch.no_grad()
-    def embed(self, pictures: Tensor, preset: str) -> SemanticEmbedding:
+    def embed(self, pictures: Tensor, hierarchy: Hierarchy) -> SemanticEmbedding:
         """Pictures [B, 3, H, W] float in [0, 1] -> their embeddings; tokens float32."""
         features = {name: tower(pictures.to(self.device)) for name, tower in self.towers.items()}
-        tokens, pooled = self.adapter(features, hierarchy(preset))
-        return from_hierarchy(tokens, hierarchy(preset), pooled)
+        tokens, pooled = self.adapter(features, hierarchy)
+        return from_hierarchy(tokens, hierarchy, pooled)
 
     @torch.no_grad()
     def edit(self, source: SemanticEmbedding, instructions: Sequence[str], mode: str) -> SemanticEmbedding:
@@ -135,17 +126,6 @@ class Painter:
     def round_trip(self, pictures: Tensor) -> np.ndarray:
         """Pictures [B, 3, H, W] float in [0, 1] through the autoencoder and back, [B, H, W, 3] uint8."""
         return to_pixels(self.vae.decode(self.vae.moments(pictures.to(self.device))[0]))
-
-
-def tuned_together(path: Path, sha256: str, name: str, record: dict) -> bool:
-    """Whether the file of the tower `name` is the one that an adapter's record asks for; it asks for none where training left
-    the tower as it was published."""
-    if "dinov2_sha256" in record:
-        return sha256 == record["dinov2_sha256"]
-    if not record.get("towers", {}).get(name, "").startswith("tuned"):
-        return True
-    own = checkpoint.read_header(path) if path.is_file() and checkpoint.has_record(path) else {}
-    return all(own.get(key) == record[key] for key in ("run", "step"))
 
 
 def seed_of(key: str, seed: int) -> int:

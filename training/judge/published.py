@@ -2,7 +2,7 @@
 
 None of them was measured by this protocol, and the tables not by one another's: within a table figures can be compared,
 across tables only their order of magnitude. `read` says whether a figure was read in the paper's own text or code ("primary")
-or in another paper's table or a model card ("secondary"). Measures are named as in `training/judge/report.py`.
+or in another paper's table or a model card ("secondary"). Measures are named as in `training/judge/measures.py`.
 """
 from __future__ import annotations
 

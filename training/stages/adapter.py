@@ -18,7 +18,7 @@ from ..region_attention import attend_by_region
 from ..sampling import paint
 from ..text_statistics import text_statistics
 from .adapter_export import build_adapter, write_adapter
-from .sets import feed_of, held_rows, plan_of
+from .sets import Held, feed_of, plan_of
 from .settings import Config, check
 
 __all__ = ["AdapterStage", "Config", "run"]
@@ -42,6 +42,7 @@ class AdapterStage:
                           "guidance_embeds": bool(flux.guidance_embeds), "pooled_width": flux.pooled_projection_dim,
                           "adapter": self.adapter.config.to_json()}
         self.feed = self.make_feed(train, world)
+        self.validation = Held(self.held, config.validation.resolution, config.data.on_corrupt, world, decode)
 
     def pictures_of(self) -> Index:
         """The pictures to train on; sets `held`, those that are not, and the plan of the batches."""
@@ -123,8 +124,8 @@ class AdapterStage:
 
     def held_batches(self, count: int):
         """(rows, images [B, 3, H, W]) of the first `count` held-out pictures, bucket by bucket."""
-        for bucket, rows in held_rows(self.held, self.config.validation.resolution, count, self.config.run.micro or 4):
-            yield rows, torch.stack([decode(self.held, row, bucket) for row in rows]).to(self.device)
+        for rows, images in self.validation.batches(count, self.config.run.micro or 4):
+            yield rows, torch.stack(images).to(self.device)
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bf16"):
@@ -133,8 +134,9 @@ class AdapterStage:
     def validate(self) -> dict[str, float]:
         """The flow loss at each of the fixed times, with the same noise for a picture at every validation, and their mean."""
         settings, hierarchy = self.config.validation, named_hierarchy(self.config.validation.preset)
-        sums = dict.fromkeys(settings.times, 0.0)
+        sums, seen = dict.fromkeys(settings.times, 0.0), 0
         for rows, images in self.held_batches(len(self.held)):
+            seen += len(rows)
             tokens, pooled = self.embed(images)
             latents = self.vae.moments(images)[0]
             noise = torch.stack([torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(row)) for row in rows])
@@ -143,7 +145,7 @@ class AdapterStage:
                     t = torch.full((len(rows),), time, device=self.device)
                     flow = self.objective.flow(latents, noise.to(self.device), t, tokens, pooled, hierarchy)
                     sums[time] += float(flow.detach().sum())
-        figures = {f"flow_{time:g}": total / len(self.held) for time, total in sums.items()}
+        figures = {f"flow_{time:g}": total / seen for time, total in sums.items()}
         return {"flow": sum(figures.values()) / len(figures), **figures}
 
     def pictures(self) -> dict[str, np.ndarray]:

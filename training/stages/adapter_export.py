@@ -25,12 +25,13 @@ def build_adapter(config: Config, flux, towers: list[TowerConfig]) -> Adapter:
 
 
 def write_adapter(config: Config, identity: dict, state: dict[str, Tensor], tuned: list[Tensor], step: int,
-                  to: Path | None = None, dtype: str = "fp16") -> list[Path]:
+                  to: Path | None = None, dtype: str | None = None) -> list[Path]:
     """Write semantic_adapters/<run>.safetensors and, where DINOv2 was tuned, clip_vision/<run>_<tower>.safetensors.
 
     identity: of the stage. state: the adapter's averaged weights and its buffers. tuned: DINOv2's averaged last blocks, in the
-    order of `AdapterObjective.unlock`. Returns the paths.
+    order of `AdapterObjective.unlock`. dtype: fp16 unless another is asked for. Returns the paths.
     """
+    dtype = DTYPES[dtype or "fp16"]
     to, name = to or config.run.out / "export", config.run.out.name
     common = {"step": step, "licence": config.licence, "code": code_version(), "base_sha256": identity["base"], "run": name}
     towers = dict(identity["towers"])
@@ -47,11 +48,11 @@ def write_adapter(config: Config, identity: dict, state: dict[str, Tensor], tune
                     parameter.copy_(next(left))
             paths.append(to / "clip_vision" / f"{name}_{tower.config.id}.safetensors")
             checkpoint.save(paths[-1], tower.model.state_dict(), kind="vision_tower", config=tower.config.to_json(),
-                            dtype=DTYPES[dtype], tuned_blocks=blocks, tuned_from_sha256=identity["towers"][tower.config.id], **common)
+                            dtype=dtype, tuned_blocks=blocks, tuned_from_sha256=identity["towers"][tower.config.id], **common)
             towers[tower.config.id] = f"tuned: {paths[-1].name}"
     adapter, growth = identity["adapter"], config.objective.growth
     begun = [phase for phase, start in zip(growth, (0, *(p[0] for p in growth))) if start * config.run.planned < max(step, 1)]
-    checkpoint.save(paths[0], state, kind="adapter", config=adapter, dtype=DTYPES[dtype], hierarchy=adapter["hierarchy"],
+    checkpoint.save(paths[0], state, kind="adapter", config=adapter, dtype=dtype, hierarchy=adapter["hierarchy"],
                     masked=config.objective.masked, widths={"text": adapter["out_dim"], "pooled": identity["pooled_width"]},
                     presets=sorted({name for phase in begun for name in phase[1:]}), growth_phase=[len(begun), len(growth)],
                     guidance_embeds=identity["guidance_embeds"], base_precision=config.base.precision, towers=towers,
@@ -59,7 +60,7 @@ def write_adapter(config: Config, identity: dict, state: dict[str, Tensor], tune
     return paths
 
 
-def export_adapter(folder: Path, record: dict, to: Path, dtype: str) -> list[Path]:
+def export_adapter(folder: Path, record: dict, to: Path, dtype: str | None) -> list[Path]:
     """Write the averaged weights of a checkpoint."""
     config = build(Config, record["config"], str(folder))
     # The average has every weight that learns; the rest are buffers.

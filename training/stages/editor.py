@@ -12,7 +12,7 @@ from ..data.index import Index
 from ..edit_augmentation import turned
 from ..edit_flow import EditFlow
 from ..editor import editor_loss
-from ..encoders import load_towers, load_vae, tower_config
+from ..encoders import check_towers, load_towers, load_vae, tower_config
 from ..engine import Step, World, compile_blocks, launch, shard_base
 from ..feed import split
 from ..files import file_hash
@@ -22,7 +22,7 @@ from ..sampling import paint
 from .edit_reader import EditReader, Side, stacked
 from .editor_export import write_editor
 from .editor_settings import Config, check, new_decoder
-from .sets import feed_of, held_rows, plan_of
+from .sets import Held, feed_of, plan_of
 
 __all__ = ["Config", "EditorStage", "run"]
 
@@ -34,6 +34,9 @@ class EditorStage:
         self.config, self.device = config, device
         world = World.start(config.run.device)
         check(config, world)
+        # The towers also where a cache stands in for them: it holds what any other DINOv2 saw just as well.
+        self.adapter, self.record = load_adapter(config.adapter, device)
+        check_towers(config.vision.named(), config.adapter, self.record)
         self.data(world)
         self.networks(world)
         self.identity = world.said_by_main(self.fingerprint() if world.main else None)
@@ -43,9 +46,10 @@ class EditorStage:
         index = Index.read(data.index)
         if index.kind != "edits":
             raise ValueError(f"{data.index} holds pictures, not edits; prepare the edits with `sda prepare-edits`.")
-        train, self.held = split(index, data.held_out, self.config.validation.resolution)
+        resolution = self.config.validation.resolution
+        train, self.held = split(index, data.held_out, resolution)
         self.plan = plan_of(train, run, data)
-        self.read_held = self.reader(self.held, (self.config.validation.resolution,))
+        self.validation = Held(self.held, resolution, data.on_corrupt, world, self.reader(self.held, (resolution,)))
         self.feed = feed_of(self.plan, run, data, world, self.reader(train, data.pixels()))
 
     def reader(self, index: Index, resolutions: tuple[int, ...]) -> EditReader:
@@ -55,7 +59,6 @@ class EditorStage:
     def networks(self, world: World) -> None:
         config, device = self.config, self.device
         half = torch.bfloat16 if device.type == "cuda" and config.run.precision == "bf16" else torch.float32
-        self.adapter, self.record = load_adapter(config.adapter, device)
         self.towers = {} if config.data.cache else load_towers(config.vision.files, config.vision.ids, device, half)
         self.text = load_instruction_encoder(config.text.path, device, config.text.tokenizer, config.text.length, config.text.precision)
         space = self.adapter.config.out_dim, self.text.width, self.adapter.config.hierarchy
@@ -147,30 +150,33 @@ class EditorStage:
 
     def held_batches(self, count: int):
         """(sources, targets, instructions) of the first `count` held-out edits, bucket by bucket."""
-        for bucket, rows in held_rows(self.held, self.config.validation.resolution, count, self.config.run.micro or 16):
-            source, target, texts = zip(*(self.read_held(self.held, row, bucket) for row in rows))
+        for _, edits in self.validation.batches(count, self.config.run.micro or 16):
+            source, target, texts = zip(*edits)
             yield stacked(source), stacked(target), list(texts)
 
     def validate(self) -> dict[str, float]:
         """The parts of the loss over the held-out edits, with the same noise and times at every validation."""
         sums: dict[str, float] = {}
+        seen = 0
         self.decoder.eval()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bf16"):
             for number, (source, target, texts) in enumerate(self.held_batches(len(self.held))):
                 count = len(texts)
+                seen += count
                 step = Step(number, 1, 0, "validation", self.device, range(count), count)
                 _, parts = self.losses(source, target, texts, self.config.validation.preset, step)
                 sums = {name: sums.get(name, 0.0) + count * float(value.detach()) for name, value in parts.items()}
         self.decoder.train()
-        return {name: value / len(self.held) for name, value in sums.items()}
+        return {name: value / seen for name, value in sums.items()}
 
     @torch.no_grad()
     def pictures(self) -> dict[str, np.ndarray]:
         """Held-out edits of one shape, one a row: source, what the written embedding paints, what the true one paints, target."""
         settings = self.config.validation
-        if self.flow is None or not settings.pictures:
+        batch = next(self.held_batches(settings.pictures), None) if self.flow is not None else None
+        if batch is None:
             return {}
-        source, target, texts = next(self.held_batches(settings.pictures))
+        source, target, texts = batch
         hierarchy, (height, width) = named_hierarchy(settings.preset), source[0].shape[-2:]
         tokens, pooled = self.embed([source, target], hierarchy)
         tokens, truth = tokens.chunk(2)

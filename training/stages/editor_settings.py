@@ -74,7 +74,8 @@ class Flux:
 @dataclass(frozen=True)
 class Validation:
     preset: str = free("tree128")
-    resolution: int = free(512)
+    resolution: int = 512
+    """Of the held-out edits, which are chosen among those that fill it."""
     pictures: int = free(4)
     """How many of the held-out edits are painted, where Flux is there."""
     steps: int = free(20)

@@ -1,11 +1,12 @@
-"""What both stages do with a prepared set: the plan of the batches, the feed of the steps, the held-out ones by bucket."""
+"""What both stages do with a prepared set: the plan of the batches, the feed of the steps, the held-out samples."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from ..config import RunConfig
 from ..data.batches import Plan
-from ..data.index import Index
+from ..data.index import CorruptSample, Index
 from ..engine import World
 from ..feed import Feed
 from .settings import DataConfig
@@ -22,10 +23,44 @@ def feed_of(plan: Plan, run: RunConfig, data: DataConfig, world: World, read: Ca
     return Feed(plan, lambda number: data.phase(number / run.planned), own, data.on_corrupt, data.ahead, read)
 
 
-def held_rows(held: Index, resolution: int, count: int, most: int) -> Iterator[tuple[tuple[int, int], list[int]]]:
-    """(bucket, at most `most` rows) of the first `count` held-out samples, bucket by bucket."""
-    sizes = [tuple(map(int, size)) for size in held.buckets(resolution)[:count]]
-    for bucket in sorted(set(sizes)):
-        rows = [row for row, size in enumerate(sizes) if size == bucket]
-        for start in range(0, len(rows), most):
-            yield bucket, rows[start:start + most]
+class Held:
+    """The held-out samples of a run, by batches of one bucket. One that cannot be read stops the run, or is named once and left
+    out from then on, as `data.on_corrupt` says. All processes leave out the same ones: a base that is cut over them has to be
+    asked equally often by each.
+
+    read: (index, row, bucket) -> a sample.
+    """
+
+    def __init__(self, index: Index, resolution: int, on_corrupt: str, world: World, read: Callable[[Index, int, tuple], Any]):
+        self.index, self.resolution, self.on_corrupt, self.world, self.read = index, resolution, on_corrupt, world, read
+        self.lost: set[int] = set()
+
+    def batches(self, count: int, most: int) -> Iterator[tuple[list[int], list]]:
+        """(rows, samples), at most `most` of them, of the first `count` held-out samples, bucket by bucket."""
+        sizes = [tuple(map(int, size)) for size in self.index.buckets(self.resolution)[:count]]
+        for bucket in sorted(set(sizes)):
+            rows = [row for row, size in enumerate(sizes) if size == bucket]
+            for start in range(0, len(rows), most):
+                if found := self.found(rows[start:start + most], bucket):
+                    yield list(found), list(found.values())
+
+    def found(self, rows: list[int], bucket: tuple[int, int]) -> dict[int, Any]:
+        """Those of the rows that can be read. ValueError where by now none of all held-out samples can."""
+        samples, errors = {}, {}
+        for row in rows:
+            if row in self.lost:
+                continue
+            try:
+                samples[row] = self.read(self.index, row, bucket)
+            except CorruptSample as error:
+                if self.on_corrupt == "stop":
+                    raise
+                errors[row] = str(error)
+        errors = {row: words for part in self.world.gathered(errors) for row, words in part.items()}
+        if errors and self.world.main:
+            print(*(f"{words} The validation goes on without it." for words in errors.values()), sep="\n", flush=True)
+        self.lost |= errors.keys()
+        if len(self.lost) == len(self.index):
+            raise ValueError(f"None of the {len(self.index)} held-out samples of {self.index.url} can be read any more; "
+                             "restore its shards or prepare the set again.")
+        return {row: sample for row, sample in samples.items() if row not in errors}

@@ -41,7 +41,8 @@ class DataConfig:
     held_out: int = 32
     """Pictures kept from training for the validation, the same ones whatever the order of the set."""
     on_corrupt: Literal["stop", "skip"] = free("stop")
-    """A picture that can no longer be read: stop and name it, or take another one of its bucket."""
+    """A picture that can no longer be read: stop and name it, or take another one of its bucket. One that was held out is left
+    out then."""
     ahead: int = free(4)
     """Batches that are decoded ahead, by a thread each."""
 
@@ -81,7 +82,8 @@ class ShapeConfig:
 class ValidationConfig:
     preset: str = free("tree128")
     """The hierarchy that validation encodes with."""
-    resolution: int = free(512)
+    resolution: int = 512
+    """Of the held-out pictures, which are chosen among those that fill it."""
     times: tuple[float, ...] = free((0.2, 0.5, 0.8, 0.95))
     """Noise levels of the held-out loss."""
     pictures: int = free(8)

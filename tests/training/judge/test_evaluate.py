@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 from pathlib import Path
@@ -11,14 +12,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import tyro
 from PIL import Image
 
 pytest.importorskip("diffusers", reason="diffusers is not installed: pip install -e '.[training]'")
 
 from semantic_diffusion_adapter.kernels import checkpoint  # noqa: E402
+from semantic_diffusion_adapter.kernels.vision.known import KNOWN_TOWERS  # noqa: E402
 from semantic_diffusion_adapter.training import cli  # noqa: E402
+from semantic_diffusion_adapter.training.encoders import with_ids  # noqa: E402
 from semantic_diffusion_adapter.training.judge import metrics  # noqa: E402
 from semantic_diffusion_adapter.training.judge.encoders import to_tensor  # noqa: E402
+from semantic_diffusion_adapter.training.judge.evaluate import Config  # noqa: E402
 from semantic_diffusion_adapter.training.judge.painter import Painter, seed_of  # noqa: E402
 from semantic_diffusion_adapter.training.miniature.editor import change_of  # noqa: E402
 from semantic_diffusion_adapter.training.miniature.scenes import render, scene  # noqa: E402
@@ -209,6 +214,25 @@ def spoiled(source: Path, target: Path, **changes) -> Path:
     return target
 
 
+def test_any_number_of_tokens_of_the_whole_picture_is_a_preset(images, miniature_files, tmp_path):
+    """As it is in training: an adapter whose table is global<n> knows no other."""
+    out = tmp_path / "out"
+    assert cli.main(flags(miniature_files, images=images / "inner", out=out, presets=["global24", "tree128"])) == 0
+    means = json.loads((out / "results.json").read_text(encoding="utf-8"))["tasks"]["reconstruction"]["means"]
+    assert list(means) == ["vae", "global24", "tree128"] and means["global24"] != means["tree128"]
+
+
+def test_the_lines_of_the_readme_name_every_published_tower():
+    text = (Path(cli.__file__).parent / "judge" / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [shlex.split(line)[2:] for line in text.splitlines() if line.startswith("sda evaluate ")]
+    assert len(lines) == 2
+    for line in lines:
+        config = tyro.cli(Config, args=line)
+        assert with_ids(config.towers, config.tower_ids) == [(Path("dfn5b.safetensors"), "dfn5b-vit-h-14-378"),
+                                                             (Path("dinov2_tuned.safetensors"), "")]
+        assert "dfn5b-vit-h-14-378" in KNOWN_TOWERS
+
+
 def test_what_does_not_fit_is_one_sentence(images, miniature_files, tmp_path, prepared_edits, capsys):
     empty, locked = tmp_path / "empty", tmp_path / "file"
     empty.mkdir()
@@ -234,7 +258,7 @@ def test_what_does_not_fit_is_one_sentence(images, miniature_files, tmp_path, pr
         ({"images": tmp_path / "none", "out": out}, f"There is no {tmp_path / 'none'}; give a folder"),
         ({"images": only_small, "out": out}, f"Nothing in {only_small} could be judged (small.png: 100 x 100 px is smaller"),
         ({"images": images, "out": locked}, f"{locked} cannot be written"),
-        ({"images": images, "out": out, "presets": "tree182"}, "There is no hierarchy called 'tree182'; did you mean"),
+        ({"images": images, "out": out, "presets": "tree182"}, "Unknown preset 'tree182'; use one of"),
         ({"images": images, "out": out, "adapter": other_base}, "was trained through another base"),
         ({"images": images, "out": out, "adapter": other_dino}, "is not the 'miniature-dinov2' that was tuned with"),
         ({"images": images, "out": out, "adapter": other_run}, "is not the 'miniature-dinov2' that was tuned with"),

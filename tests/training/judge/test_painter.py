@@ -12,6 +12,7 @@ pytest.importorskip("diffusers", reason="diffusers is not installed: pip install
 from diffusers import AutoencoderKL  # noqa: E402
 from semantic_diffusion_adapter.kernels import checkpoint  # noqa: E402
 from semantic_diffusion_adapter.kernels.adapter import Adapter, AdapterConfig  # noqa: E402
+from semantic_diffusion_adapter.kernels.hierarchy import Hierarchy  # noqa: E402
 from semantic_diffusion_adapter.training.base import base_sha256  # noqa: E402
 from semantic_diffusion_adapter.training.encoders import load_towers  # noqa: E402
 from semantic_diffusion_adapter.training.flux import build_flux, to_bfl  # noqa: E402
@@ -46,7 +47,7 @@ def painter(tmp_path_factory, miniature_files) -> Painter:
 @pytest.fixture(scope="module")
 def embedding(painter, photos):
     pictures = to_tensor([photos["chelsea"][:64, :96], photos["coffee"][:64, :96]])
-    return painter.embed(pictures, [[1, 1, 8], [2, 2, 4]])
+    return painter.embed(pictures, Hierarchy.from_json([[1, 1, 8], [2, 2, 4]]))
 
 
 def test_a_picture_depends_on_its_own_seed_alone(painter, embedding):

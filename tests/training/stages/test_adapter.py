@@ -157,6 +157,54 @@ def test_a_corrupt_picture_stops_or_is_replaced(stage, parts, tmp_path, capsys):
     assert row["origin"] in capsys.readouterr().out
 
 
+def test_a_corrupt_held_out_picture_stops_or_is_left_out(stage, parts, tmp_path, capsys):
+    """The figures are then those of the others, at every validation, and the picture is named once."""
+    from semantic_diffusion_adapter.training.data.decode import CorruptSample
+
+    shutil.copytree(parts / "photos", tmp_path / "photos")
+    shard, data = tmp_path / "photos" / "shards" / "000000.tar", dict(index=str(tmp_path / "photos"))
+    clean = stage(data=data)
+    expected = {}
+    for row in range(4):  # each on its own: the noise is of the picture, not of its batch
+        clean.validation.lost = set(range(4)) - {row}
+        expected[row] = clean.validate()["flow"]
+    rows = [clean.held[row] for row in range(4)]
+    whole = bytearray(shard.read_bytes())
+
+    def spoil(*which: int) -> None:
+        spoiled = bytearray(whole)
+        for row in which:
+            spoiled[rows[row]["offset"] + 20] ^= 255
+        shard.write_bytes(spoiled)
+
+    spoil(1)
+    with pytest.raises(CorruptSample, match=f"from {rows[1]['origin']}"):
+        stage(data=data).validate()
+    skipping = stage(data={**data, "on_corrupt": "skip"})
+    skipping.trainables.load_state_dict(clean.trainables.state_dict())
+    capsys.readouterr()
+    figures = [skipping.validate()["flow"] for _ in range(2)]
+    assert figures == [pytest.approx(sum(expected[row] for row in (0, 2, 3)) / 3, rel=1e-4)] * 2
+    assert skipping.pictures()["reconstructions"].size
+    said = capsys.readouterr().out
+    assert said.count(f"from {rows[1]['origin']}") == said.count("The validation goes on without it.") == 1
+    spoil(*range(4))
+    with pytest.raises(ValueError, match="None of the 4 held-out samples of .*photos can be read any more; restore its shards"):
+        skipping.validate()
+
+
+def test_a_resume_with_another_validation_resolution_names_it(toml, parts, tmp_path, capsys):
+    """It decides which pictures are held out, so a run cannot change it on its way."""
+    import pyarrow.parquet as pq
+
+    shutil.copytree(parts / "photos", tmp_path / "photos")
+    table = pq.read_table(tmp_path / "photos" / "index.parquet")
+    pq.write_table(table.append_column("bucket_32", table["bucket_64"]), tmp_path / "photos" / "index.parquet")
+    assert train(toml(data=dict(index=str(tmp_path / "photos"))), "--run.max-steps", "1") == 0
+    assert train(tmp_path / "toy.toml", "--validation.resolution", "32") == 1
+    assert "validation.resolution: 64 -> 32" in capsys.readouterr().err
+
+
 def test_the_cache_gives_the_loss_of_the_encoders(stage, parts, tmp_path, monkeypatch):
     """Latents, the features of one tower and the hidden state that enters DINOv2's unlocked block; no picture is read."""
     pytest.importorskip("ray", reason="ray is not installed: pip install -e '.[training]'")
