@@ -48,7 +48,7 @@ def run(system: Miniature, count: int, seed: int) -> tuple[dict, dict, dict]:
     rebuilt = reconstruction.reconstruct(system, scenes, sources, noise)
     figures = {name: reconstruction.measure(scenes, reconstruction.parse_all(pictures), sources, pictures)
                for name, pictures in rebuilt.items()}
-    local, same_ground = locality.locality(system, scenes, sources, noise, rebuilt)
+    local, same_ground, widened = locality.locality(system, scenes, sources, noise, rebuilt)
     start = editing.best_start(system, editing.trials(count), seed)
     edited = editing.edit_pictures(system, changes, sources, noise, rebuilt["tree128"], start)
     edits = {name: editing.by_operation(changes, reconstruction.parse_all(pictures)) for name, pictures in edited.items()}
@@ -57,7 +57,7 @@ def run(system: Miniature, count: int, seed: int) -> tuple[dict, dict, dict]:
     other = reconstruction.others(scenes)
     asides = {
         "chance": reconstruction.measure(scenes, other, sources, np.stack([render(each) for each in other])),
-        "same_ground": same_ground, "sdedit_start": start, "locality_pairs": locality.pairs(count),
+        "same_ground": same_ground, "widened": widened, "sdedit_start": start, "locality_pairs": locality.pairs(count),
         "blend_pairs": blend.pairs(count),
         "edits": {op: sum(change.operation == op for change in changes) for op in OPERATIONS} | {"all": count},
     }
@@ -137,6 +137,7 @@ def main(argv: list[str] | None = None) -> int:
             adapters = [name for name in part.adapters if name not in absent]
             system = Miniature(options.assets, pick_device("auto"), bar.update, adapters)
             results, asides, painted = part.measure(system, options.scenes, options.seed)
+            minutes = bar.format_dict["elapsed"] / 60
         if absent:
             asides["left_out"] = absent
         if options.dump:
@@ -149,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     results = rounded(results)
     command = f"python3 run.py eval {options.part} --scenes {options.scenes} --seed {options.seed}"
-    page = part.page(results, asides, options.scenes, options.seed, command)
+    page = part.page(results, asides, options.scenes, options.seed, command, minutes)
     print(page)
     if (options.scenes, options.seed, options.assets) == (part.scenes, 0, ASSETS):
         part.file.write_text(page, encoding="utf-8")

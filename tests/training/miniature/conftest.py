@@ -16,6 +16,7 @@ def toy_assets(tmp_path_factory) -> Path:
     from semantic_diffusion_adapter.training.adapter import AdapterTraining
     from semantic_diffusion_adapter.training.config import RunConfig
     from semantic_diffusion_adapter.training.miniature import adapter, base, clip, dinov2, editor, reader, text, vae
+    from semantic_diffusion_adapter.training.miniature.evaluation.system import ADAPTERS
 
     torch.manual_seed(0)
     device, root = torch.device("cpu"), tmp_path_factory.mktemp("miniature")
@@ -45,12 +46,11 @@ def toy_assets(tmp_path_factory) -> Path:
         stage.export(0)
         clip.ClipStage(clip.Config(run, clip_file), device).export(0)
         dinov2.Dinov2Stage(dinov2.Config(run, dino), device).export(0)
-        for name, suffix, table, masked in (("tree128", "", "tree128", True), ("global64", "_global64", "global64", True),
-                                            ("tree64_unmasked", "_tree64_unmasked", "tree64", False)):
+        for name, table, masked in (("tree128", "tree128", True), ("global64", "global64", True), ("tree64_unmasked", "tree64", False)):
+            own, tower, _ = ADAPTERS[name]
             adapter.AdapterStage(adapter.Config(
-                run, flux, t5, vae_file, (clip_file, dino), cache, file(f"semantic_adapters/miniature_{name}"),
-                file(f"clip_vision/miniature_dinov2{suffix}"), table, table, width=32, heads=2, layers=1, scenes=32,
-                objective=AdapterTraining(masked=masked)), device).export(0)
+                run, flux, t5, vae_file, (clip_file, dino), cache, file(own), file(tower), table, table, width=32,
+                heads=2, layers=1, scenes=32, objective=AdapterTraining(masked=masked)), device).export(0)
         stage = editor.EditorStage(editor.Config(
             run, t5, file("semantic_adapters/miniature_tree128"), (clip_file, file("clip_vision/miniature_dinov2")),
             file("edit_decoders/miniature_editor"), width=32, heads=2, layers=1), device)

@@ -123,7 +123,9 @@ def test_locality_counts_pixels_and_swaps_a_quadrant():
     after[70:80, 10:20, 1] = 26  # one channel, just above a tenth
     after[0:10, 0:10] = 25
     after[5, 100] = 255
-    assert locality.changed_pixels(before, after, (1, 0)) == (100, 101)
+    assert locality.changed_pixels(before, after, (1, 0)) == locality.changed_pixels(before, after, (1, 0), 8) == (100, 101)
+    after[60, 68] = 255  # just outside the lower left quadrant
+    assert [locality.changed_pixels(before, after, (1, 0), wider)[0] for wider in (0, 4, 5)] == [100, 100, 101]
     assert locality.share([(100, 101), (0, 99)]) == 0.5 and locality.share([(0, 0)]) is None
     assert [locality.quadrant_of(i) for i in range(5)] == [(0, 0), (0, 1), (1, 0), (1, 1), (0, 0)]
     tree = PRESETS["tree128"]
@@ -265,8 +267,8 @@ def test_painted_in_all_is_what_is_painted(toy, monkeypatch):
 def test_ablations_that_are_not_there_are_left_out_and_named(toy_assets, tmp_path, capsys, monkeypatch):
     own = tmp_path / "assets"
     shutil.copytree(toy_assets, own)
-    (own / "semantic_adapters/miniature_global64.safetensors").unlink()
-    (own / "semantic_adapters/miniature_tree64_unmasked.safetensors").unlink()
+    (own / "ablations/semantic_adapters/miniature_global64.safetensors").unlink()
+    (own / "ablations/semantic_adapters/miniature_tree64_unmasked.safetensors").unlink()
     monkeypatch.setattr(editing, "STARTS", (0.9,))
     assert evaluate.main(["--scenes", "2", "--json", "--assets", str(own)]) == 0
     printed = capsys.readouterr()
@@ -326,7 +328,7 @@ def test_a_scene_that_is_truly_in_the_middle_is_found_there():
 @pytest.mark.parametrize("file, command", [
     ("vae/miniature_vae", "sda miniature vae"),
     ("text_encoders/miniature_t5", "sda miniature base"),
-    ("clip_vision/miniature_dinov2_global64", "sda miniature adapter-global64"),
+    ("ablations/clip_vision/miniature_dinov2_global64", "sda miniature adapter-global64"),
     ("edit_decoders/miniature_editor", "sda miniature editor"),
 ])
 def test_a_file_that_is_missing_or_broken_is_named_with_its_command(toy_assets, tmp_path, capsys, file, command):

@@ -21,6 +21,7 @@ from .reconstruction import others
 from .system import Miniature
 
 CHANGED = 0.1 * 255
+WIDER = 8  # px: half a patch
 # One hierarchy with the mask, and the ablation that was trained without.
 VARIANTS = {"masked": "tree64", "unmasked": "tree64_unmasked"}
 PAIRS = 64
@@ -44,11 +45,11 @@ def swap(embedding: SemanticEmbedding, other: SemanticEmbedding, quadrant: tuple
     return restrict(other, embedding, mask, fine)
 
 
-def changed_pixels(before: np.ndarray, after: np.ndarray, quadrant: tuple[int, int]) -> tuple[int, int]:
-    """(changed pixels in the quadrant, changed pixels in all) of two pictures [128, 128, 3] uint8."""
+def changed_pixels(before: np.ndarray, after: np.ndarray, quadrant: tuple[int, int], wider: int = 0) -> tuple[int, int]:
+    """(changed pixels in the quadrant and up to `wider` px about it, changed pixels in all) of two pictures [128, 128, 3] uint8."""
     changed = (abs(before.astype(np.int16) - after) > CHANGED).any(-1)
-    row, column = (half * SIZE // 2 for half in quadrant)
-    return int(changed[row:row + SIZE // 2, column:column + SIZE // 2].sum()), int(changed.sum())
+    rows, columns = (slice(max(0, half * SIZE // 2 - wider), (half + 1) * SIZE // 2 + wider) for half in quadrant)
+    return int(changed[rows, columns].sum()), int(changed.sum())
 
 
 def share(counts: Sequence[tuple[int, int]]) -> float | None:
@@ -58,14 +59,15 @@ def share(counts: Sequence[tuple[int, int]]) -> float | None:
 
 
 def locality(system: Miniature, scenes: Sequence[Scene], sources: np.ndarray, noise: Tensor,
-             painted: dict[str, np.ndarray]) -> tuple[dict[str, float | None], dict[str, float | None]]:
-    """The shares by name of VARIANTS, as far as they are loaded: over all pairs, and over those whose two scenes have the same ground.
+             painted: dict[str, np.ndarray]) -> tuple[dict[str, float | None], ...]:
+    """The shares by name of VARIANTS, as far as they are loaded: over all pairs; over those whose two scenes have the same ground;
+    and over all, of the pixels in the quadrant or within WIDER px of it.
 
     painted: the reconstructions before the swap, by variant.
     """
     count = pairs(len(scenes))
     alike = [a.ground == b.ground for a, b in zip(scenes, others(scenes))][:count]
-    everything, same_ground = {}, {}
+    everything, same_ground, widened = {}, {}, {}
     for name, variant in VARIANTS.items():
         if variant not in system.variants:
             continue
@@ -78,5 +80,6 @@ def locality(system: Miniature, scenes: Sequence[Scene], sources: np.ndarray, no
         counts = [changed_pixels(painted[variant][i], after[i], quadrant_of(i)) for i in range(count)]
         everything[name] = share(counts)
         same_ground[name] = share([c for c, same in zip(counts, alike) if same])
-    return everything, same_ground
+        widened[name] = share([changed_pixels(painted[variant][i], after[i], quadrant_of(i), WIDER) for i in range(count)])
+    return everything, same_ground, widened
 

@@ -41,11 +41,13 @@ _FLUX = ("diffusion_models/miniature_flux", "base")
 _TEXT = ("text_encoders/miniature_t5", "base")
 _CLIP = ("clip_vision/miniature_clip", "clip")
 _EDITOR = ("edit_decoders/miniature_editor", "editor")
-# adapter -> (its file, its own DINOv2 tower, the command that makes both).
+# adapter -> (its file, its own DINOv2 tower, the command that makes both). The ablations lie apart, where no node lists them.
 ADAPTERS = {
-    "tree128": ("miniature_tree128", "miniature_dinov2", "adapter"),
-    "tree64_unmasked": ("miniature_tree64_unmasked", "miniature_dinov2_tree64_unmasked", "adapter-unmasked"),
-    "global64": ("miniature_global64", "miniature_dinov2_global64", "adapter-global64"),
+    "tree128": ("semantic_adapters/miniature_tree128", "clip_vision/miniature_dinov2", "adapter"),
+    "tree64_unmasked": ("ablations/semantic_adapters/miniature_tree64_unmasked",
+                        "ablations/clip_vision/miniature_dinov2_tree64_unmasked", "adapter-unmasked"),
+    "global64": ("ablations/semantic_adapters/miniature_global64", "ablations/clip_vision/miniature_dinov2_global64",
+                 "adapter-global64"),
 }
 
 
@@ -90,7 +92,7 @@ class Attention(RegionAttention):
 def left_out(assets: Path) -> dict[str, str]:
     """The ablations whose files are not there, with the command that makes each."""
     return {name: f"sda miniature {command}" for name, (file, _, command) in ADAPTERS.items()
-            if name != "tree128" and not (assets / f"semantic_adapters/{file}.safetensors").is_file()}
+            if name != "tree128" and not (assets / f"{file}.safetensors").is_file()}
 
 
 def noise_of(split: str, indices: Sequence[int], seed: int, shape: tuple[int, int, int]) -> Tensor:
@@ -133,8 +135,8 @@ class Miniature:
         self.encoders = {}
         for name in adapters:
             file, tower, command = ADAPTERS[name]
-            adapter, kept = _read(assets, (f"semantic_adapters/{file}", command), lambda path: load_adapter(path, device))
-            dinov2 = _read(assets, (f"clip_vision/{tower}", command), lambda path: read_tower(path, device))
+            adapter, kept = _read(assets, (file, command), lambda path: load_adapter(path, device))
+            dinov2 = _read(assets, (tower, command), lambda path: read_tower(path, device))
             self.encoders[name] = Encoder(adapter, {t.config.id: t for t in (clip, dinov2)}, kept["masked"])
         self.editor = _read(assets, _EDITOR, lambda path: load_editor(path, device))[0]
 

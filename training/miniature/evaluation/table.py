@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ..captions import OPERATIONS
+from .locality import WIDER
 from .system import GUIDANCE
 
 PAGE = Path(__file__).resolve().parents[3] / "benchmarks" / "miniature.md"
@@ -35,19 +36,19 @@ def rows(head: list[str], lines: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in [head, ["---", *["---:"] * (len(head) - 1)], *lines]]
 
 
-def page(results: dict, asides: dict, scenes: int, seed: int, command: str) -> str:
-    """results: what `--json` prints. asides: figures beside them, {"chance", "same_ground", "sdedit_start", "edits",
-    "locality_pairs", "blend_pairs"} (see evaluate.run), and "left_out" where ablations are absent."""
+def page(results: dict, asides: dict, scenes: int, seed: int, command: str, minutes: float) -> str:
+    """results: what `--json` prints. asides: figures beside them, {"chance", "same_ground", "widened", "sdedit_start",
+    "edits", "locality_pairs", "blend_pairs"} (see evaluate.run), and "left_out" where ablations are absent."""
     reconstruction = [[name, *(number(values[key]) for key in COLUMNS)]
                       for name, values in (results["reconstruction"] | {"(chance)": asides["chance"]}).items()]
     editing = [[name, *(f"{number(values[op]['success'])} / {number(values[op]['preservation'])}" for op in (*OPERATIONS, "all"))]
                for name, values in results["editing"].items()]
     operations = [f"{op} ({asides['edits'][op]})" for op in (*OPERATIONS, "all")]
-    text, local, ground = results["text"], results["locality"], asides["same_ground"]
+    text, local, same, wide = results["text"], results["locality"], asides["same_ground"], asides["widened"]
     return "\n".join([
         "# The miniature",
         "",
-        f"{machine()}; {date.today()}; `{command}`",
+        f"{machine()}; {date.today()}; `{command}`, {minutes:.1f} minutes",
         "",
         f"{scenes} scenes of the test split (seed {seed}), never trained on; 20 Euler steps, a fresh noise seed per scene, the same "
         "for all that is painted of it. What each figure means stands in the docstrings of `training/miniature/evaluation/`.",
@@ -68,10 +69,10 @@ def page(results: dict, asides: dict, scenes: int, seed: int, command: str) -> s
           for name, command in asides.get("left_out", {}).items()),
         "## Locality",
         "",
-        f"Share of changed pixels that lie in the swapped quadrant, {asides['locality_pairs']} pairs of scenes; chance is 0.25. In "
-        "brackets: the pairs whose grounds are alike.",
+        f"Share of changed pixels that lie in the swapped quadrant, {asides['locality_pairs']} pairs of scenes; chance is 0.25.",
         "",
-        *rows(["", "share"], [[name, f"{number(local[name])} ({number(ground[name])})"] for name in local]),
+        *rows(["", "share", "where grounds are alike", f"in it or within {WIDER} px"],
+              [[name, number(local[name]), number(same[name]), number(wide[name])] for name in local]),
         "",
         "## Editing",
         "",
@@ -88,13 +89,13 @@ def page(results: dict, asides: dict, scenes: int, seed: int, command: str) -> s
     ])
 
 
-def kit_page(results: dict, asides: dict, scenes: int, seed: int, command: str) -> str:
+def kit_page(results: dict, asides: dict, scenes: int, seed: int, command: str, minutes: float) -> str:
     """results: what `eval kit --json` prints. asides: figures beside them, by part and name."""
     beside = {part: ", ".join(f"{name} {number(value)}" for name, value in values.items()) for part, values in asides.items()}
     return "\n".join([
         "# The artist's kit, on the miniature",
         "",
-        f"{machine()}; {date.today()}; `{command}`",
+        f"{machine()}; {date.today()}; `{command}`, {minutes:.1f} minutes",
         "",
         f"{scenes} scenes of the test split (seed {seed}), never trained on; 20 Euler steps. What each figure means stands in the "
         "docstring of `training/miniature/evaluation/kit.py`.",
