@@ -4,6 +4,7 @@
 
 The plan divides FLOPs by a speed. Here one case gives the speed, and the others show what is left as the model's own error: how
 well FLOPs alone say how the time grows with tokens, patches, samples and checkpointing. Small cases are slower than their FLOPs.
+A run of the default steps replaces benchmarks/plan.md.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import json
 import sys
 import time
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -20,8 +22,11 @@ from ..training import costs
 from ..training.adapter import AdapterObjective, AdapterTraining, Batch, load_adapter, named_hierarchy
 from ..training.base import load_flux
 from ..training.engine import Step
+from ..training.miniature.evaluation import table
 from ..training.region_attention import attend_by_region
 
+PAGE = Path(__file__).with_suffix(".md")
+STEPS = 6
 ASSETS = Path(__file__).resolve().parents[1] / "assets" / "miniature"
 CASES = tuple((preset, side, micro) for preset in ("global32", "tree128") for side in (16, 32) for micro in (2, 8))
 FIRST = ("tree128", 16, 8)  # the case that gives the machine's speed
@@ -57,20 +62,33 @@ class Miniature:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="run.py bench plan", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     options = parser.parse_args(argv)
     made, results = Miniature(), []
     speed = made.flops(*FIRST, False) / made.seconds(*FIRST, False, options.steps)
-    print(f"{speed / 1e9:.1f} GFLOP/s, from {FIRST[0]}, {FIRST[1]} x {FIRST[1]} latents, {FIRST[2]} samples\n")
-    print("| preset | latent | samples | checkpointing | GFLOP | predicted s | measured s | predicted / measured |")
-    print("|---|---:|---:|---|---:|---:|---:|---:|")
+    lines = []
     for case in CASES:
         for checkpointing in (False, True):
             flops, seconds = made.flops(*case, checkpointing), made.seconds(*case, checkpointing, options.steps)
             results.append({"case": case, "checkpointing": checkpointing, "ratio": flops / speed / seconds})
-            print(f"| {case[0]} | {case[1]} | {case[2]} | {'yes' if checkpointing else 'no'} | {flops / 1e9:.1f} | {flops / speed:.3f} | "
-                  f"{seconds:.3f} | {flops / speed / seconds:.2f} |", flush=True)
+            lines.append([case[0], str(case[1]), str(case[2]), "yes" if checkpointing else "no", f"{flops / 1e9:.1f}",
+                          f"{flops / speed / seconds:.2f}"])
+            print(*lines[-1], sep="  ", file=sys.stderr, flush=True)
+    page = "\n".join([
+        "# What `sda plan` says of a step, and what it takes",
+        "",
+        f"{table.machine()}; {date.today()}; `python3 run.py bench plan --steps {options.steps}`",
+        "",
+        "The miniature's adapter step, forward and backward, in float32: its FLOPs at the speed of one case "
+        f"({speed / 1e9:.0f} GFLOP/s: {FIRST[0]}, {FIRST[1]} x {FIRST[1]} latents, {FIRST[2]} samples), over the time it takes.",
+        "",
+        *table.rows(["preset", "latent", "samples", "checkpointing", "GFLOP", "predicted / measured"], lines),
+        "",
+    ])
+    print(page)
+    if options.steps == STEPS:
+        PAGE.write_text(page, encoding="utf-8")
     if options.json:
         print(json.dumps(results))
     return 0
