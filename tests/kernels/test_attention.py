@@ -168,6 +168,20 @@ def test_merge_under_gradient_checkpointing_and_autocast():
         assert_close(got.bfloat16(), wanted, torch.bfloat16, factor=2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("route", ["merge", "partition", "dense"])
+def test_a_token_gets_exactly_no_gradient_from_patches_outside_its_box(route, dtype):
+    """Also where patches of an odd grid see two cells."""
+    bias = region_bias(hierarchy("tree64").boxes(), torch.zeros(64), (7, 9), text=64)
+    q, k, v, grad = joint(bias, dtype)
+    for token in (17, 40, 63):
+        outside = torch.isinf(bias[:, token])
+        assert 0 < outside.sum() < 63 and not outside[:64].any()
+        _, (_, keys, values) = gradients(q, k, v, grad * outside[:, None], lambda *x: masked_attention(*x, Regions(bias), route))
+        assert (keys[:, :, token] == 0).all() and (values[:, :, token] == 0).all()
+        assert keys[:, :, 0].any() and values[:, :, 0].any(), "the whole image's tokens are seen from everywhere"
+
+
 def test_a_compiled_model_stays_one_graph():
     bias = region_bias(hierarchy("tree64").boxes(), torch.zeros(64), (5, 5), text=64)
     q, k, v, grad = joint(bias, torch.float32)

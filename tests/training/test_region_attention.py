@@ -43,6 +43,18 @@ def test_short_attention_is_the_kernel_forward_and_backward(batch, dtype, tolera
         assert (a.float() - b.float()).abs().max() <= tolerance * b.float().abs().max()
 
 
+def test_a_token_gets_exactly_no_gradient_from_patches_outside_its_box():
+    torch.manual_seed(0)
+    boxes = PRESETS["tree64"].boxes()
+    bias = region_bias(boxes, torch.zeros(64), (7, 9), 64)
+    q, k, v = (torch.randn(2, 3, len(bias), 16, requires_grad=True) for _ in range(3))
+    out = short_attention(q, k, v, Regions(bias).floored())
+    for token in (17, 40, 63):
+        outside = torch.isinf(bias[:, token])
+        keys, values = torch.autograd.grad(out, (k, v), torch.randn_like(out) * outside[:, None], retain_graph=True)
+        assert (keys[:, :, token] == 0).all() and (values[:, :, token] == 0).all() and keys[:, :, 0].any()
+
+
 def test_without_regions_short_attention_is_plain():
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 30, 8) for _ in range(3))
