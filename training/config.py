@@ -79,6 +79,8 @@ class RunConfig:
         for key in ("max_steps", "batch", "log_every", "validate_every", "save_every", "keep"):
             if getattr(self, key) < 1:
                 raise ValueError(f"run.{key} is {getattr(self, key)}; it must be at least 1.")
+        if self.plan_steps < 0:
+            raise ValueError(f"run.plan_steps is {self.plan_steps}; it must be at least 1, or 0 for all of the run.")
 
 
 def from_toml(kind: type[T], path: Path, **overrides: Any) -> T:

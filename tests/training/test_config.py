@@ -73,6 +73,11 @@ def test_a_number_of_steps_or_samples_is_at_least_one(key):
         build(Config, {"run": RUN | {key: 0}, "file": "x"}, "c.toml")
 
 
+def test_the_steps_of_a_plan_are_not_negative():
+    with pytest.raises(ValueError, match="run.plan_steps is -1; it must be at least 1, or 0 for all of the run"):
+        build(Config, {"run": RUN | {"plan_steps": -1}, "file": "x"}, "c.toml")
+
+
 @pytest.mark.parametrize("flags", [["--max-steps", "7", "--out", "x", "--resume", "never", "--dry-run"],
                                    ["--run.max-steps", "7", "--run.out", "x", "--run.resume", "never", "--run.dry-run"]])
 def test_flags_have_short_names_too(flags):

@@ -89,9 +89,10 @@ def train(stage: Stage, config: Any, world: World) -> bool:
         folder.validation(step, figures, pictures, time.perf_counter() - clock)
         folder.restart_clock()
 
-    if world.main:
-        told = f"resumed {stage.name} at step {start}" if start else stage.report() if hasattr(stage, "report") else ""
-        print(told, end="\n" * bool(told), flush=True)
+    if world.main and start:
+        print(f"resumed {stage.name} at step {start}", flush=True)
+    elif world.main and hasattr(stage, "report"):
+        print(stage.report(), flush=True)
     validated = world.said_by_main(folder.validated)
     skipped, ended = 0, True
     with Signals() as signals:

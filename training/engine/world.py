@@ -32,7 +32,7 @@ def pick_device(name: str) -> torch.device:
 def unsure_restarts() -> bool:
     """Whether torchrun started this process, would start it anew, and shares its own store with all of its lives.
 
-    Since PyTorch 2.4 the store's keys, among them the address of every process, outlive the processes.
+    The store's keys, among them the address of every process, then outlive the processes (pytorch pull request 128096).
     """
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
 

@@ -53,10 +53,11 @@ class Held:
             try:
                 samples[row] = self.read(self.index, row, bucket)
             except CorruptSample as error:
-                if self.on_corrupt == "stop":
-                    raise
-                errors[row] = str(error)
-        errors = {row: words for part in self.world.gathered(errors) for row, words in part.items()}
+                errors[row] = error
+        own, told = errors, self.world.gathered({row: str(error) for row, error in errors.items()})
+        errors = {row: words for part in told for row, words in part.items()}
+        if errors and self.on_corrupt == "stop":  # in all processes, so that none waits for one that has ended
+            raise next(iter(own.values()), None) or ValueError(next(iter(errors.values())))
         if errors and self.world.main:
             print(*(f"{words} The validation goes on without it." for words in errors.values()), sep="\n", flush=True)
         self.lost |= errors.keys()
