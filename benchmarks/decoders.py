@@ -28,13 +28,13 @@ from tqdm import tqdm
 from ..kernels import checkpoint
 from ..kernels.edit_decoder import EditDecoder
 from ..training import cli
-from ..training.editor import load_editor
 from ..training.engine import pick_device
 from ..training.miniature.captions import OPERATIONS
 from ..training.miniature.evaluation import editing, table
 from ..training.miniature.evaluation.reconstruction import parse_all
 from ..training.miniature.evaluation.system import ASSETS, Miniature
 from ..training.miniature.scenes import render
+from ..training.objectives.edit import load_editor
 
 PAGE = Path(__file__).with_suffix(".md")
 RUNS = Path("runs/decoders")

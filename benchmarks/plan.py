@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 
-from ..training import costs
-from ..training.adapter import AdapterObjective, AdapterTraining, Batch, load_adapter, named_hierarchy
-from ..training.base import load_flux
 from ..training.engine import Step
+from ..training.frozen.base import load_flux
+from ..training.frozen.region_attention import attend_by_region
 from ..training.miniature.evaluation import table
-from ..training.region_attention import attend_by_region
+from ..training.objectives.reconstruct import AdapterObjective, AdapterTraining, Batch, load_adapter, named_hierarchy
+from ..training.plan import costs
 
 PAGE = Path(__file__).with_suffix(".md")
 STEPS = 6

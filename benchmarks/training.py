@@ -23,16 +23,16 @@ import torch
 from ..kernels.adapter import AdapterConfig
 from ..kernels.vision.known import KNOWN_TOWERS
 from ..kernels.vision.towers import TowerConfig
-from ..training import costs, plan
-from ..training.adapter import AdapterObjective, AdapterTraining, Batch, named_hierarchy
 from ..training.config import from_toml
 from ..training.engine import Step, compile_blocks
-from ..training.random_base import random_flux
-from ..training.region_attention import attend_by_region
+from ..training.frozen.random_base import random_flux
+from ..training.frozen.region_attention import attend_by_region
+from ..training.objectives.reconstruct import AdapterObjective, AdapterTraining, Batch, named_hierarchy
+from ..training.plan import costs, plan
 from ..training.stages.adapter_export import build_adapter
 from .attention import machine
 
-CONFIGS = Path(plan.__file__).parent / "configs"
+CONFIGS = Path(plan.__file__).parents[1] / "configs"
 RECIPES = ("flux1_dev_24gb", "flux1_dev_80gb")
 SIZES = (512, 1024)
 TABLE = Path(__file__).with_suffix(".md")

@@ -5,8 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..kernels import algebra
-from . import types
-from .host import queue
+from . import queue, types
 from .host.versions import schema
 
 ALL = "all"

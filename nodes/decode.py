@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from . import types
-from .host import conditioning, flux, queue
+from . import queue, types
+from .host import conditioning, flux
 from .host.versions import schema
 
 

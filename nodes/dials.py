@@ -5,9 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..kernels import algebra, regions
-from . import types
+from . import canvas, queue, types
 from .blend import ALL, parse_levels
-from .host import canvas, queue
 from .host.versions import schema
 
 

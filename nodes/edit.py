@@ -5,8 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..kernels.edit_decoder import MODES
-from . import types
-from .host import networks, queue
+from . import queue, types
+from .host import networks
 from .host.versions import schema
 
 

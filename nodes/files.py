@@ -5,8 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from ..kernels import embedding_file
-from . import types
-from .host import embedding_files, queue
+from . import queue, types
+from .host import embedding_files
 from .host.versions import schema
 
 

@@ -9,8 +9,8 @@ from comfy_api.latest import io
 
 from ..kernels import checkpoint
 from ..kernels.vision.known import KNOWN_TOWERS
-from . import types
-from .host import folders, networks, queue
+from . import queue, types
+from .host import folders, networks
 from .host.versions import schema
 
 FROM_FILE = "from file"

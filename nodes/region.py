@@ -5,8 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..kernels import regions
-from . import types
-from .host import canvas, prompt, queue
+from . import canvas, prompt, queue, types
 from .host.versions import schema
 
 

@@ -14,11 +14,11 @@ CONFIGS = Path(__file__).parent / "miniature" / "configs"
 COMMANDS = {
     "prepare": ("data.prepare", "pictures to shards and an index"),
     "prepare-edits": ("data.prepare_edits", "(source, target, instruction) sets to shards and an index"),
-    "cache": ("data.cache", "latents and tower features of prepared pictures"),
+    "cache": ("data.fill_cache", "latents and tower features of prepared pictures"),
     "train adapter": ("stages.adapter", "the adapter through a frozen FLUX.1"),
     "train editor": ("stages.editor", "the edit decoder"),
-    "plan": ("plan", "memory, FLOPs, speed and cost of a training, before it starts"),
-    "export": ("export", "a run's averaged weights as the file that the nodes load"),
+    "plan": ("plan.plan", "memory, FLOPs, speed and cost of a training, before it starts"),
+    "export": ("stages.export", "a run's averaged weights as the file that the nodes load"),
     "evaluate": ("judge.evaluate", "reconstructions or edits of any pictures, measured and shown side by side"),
 }
 # stage of the miniature -> (module, TOML file), in the order in which they build on one another

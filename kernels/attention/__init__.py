@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import flex, merge
+from .bias import Regions
 from .dense import dense_attention
 from .partition import partition_attention
-from .regions import Regions
 
 __all__ = ["ROUTES", "Choice", "Regions", "choose", "masked_attention"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from .regions import Regions
+from .bias import Regions
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, regions: Regions) -> Tensor:

@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .regions import Regions
+from .bias import Regions
 
 try:  # PyTorch before 2.5 has none
     from torch.nn.attention import flex_attention as _module

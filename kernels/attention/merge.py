@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend
 
-from .regions import Regions
+from .bias import Regions
 
 _aten = torch.ops.aten
 _CPU, _FLASH, _EFFICIENT, _CUDNN = "cpu", "flash", "efficient", "cudnn"

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .regions import Group, Regions
+from .bias import Group, Regions
 
 
 def partition_attention(

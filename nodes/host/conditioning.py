@@ -6,8 +6,8 @@ import comfy.conds
 import torch
 from torch import Tensor
 
+from ...kernels import layout
 from ...kernels.embedding import SemanticEmbedding
-from . import layout
 
 LAYOUT_KEY = "sda_layout"
 MASKS_KEY = "sda_masks"  # only where there are masks

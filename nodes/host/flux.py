@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
+from ...kernels import layout as layout_codec
 from ...kernels.attention import Regions, masked_attention
+from ...kernels.blocks import Blocks, parse_blocks
 from ...kernels.visibility import patch_grid, region_bias
-from . import layout as layout_codec
-from .blocks import Blocks, parse_blocks
 from .conditioning import LAYOUT_KEY, MASKS_KEY
 
 WRAPPER_KEY = "semantic_diffusion_adapter"

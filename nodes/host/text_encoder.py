@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import comfy.sd
@@ -12,9 +11,7 @@ import comfy.text_encoders.t5
 import torch
 
 from ...kernels import checkpoint
-
-PAD, END, UNKNOWN = 0, 1, 2
-_WORD = re.compile(r"[a-z]+|[0-9]+")
+from ...kernels.words import END, PAD, UNKNOWN, split
 
 
 class WordTokenizer:
@@ -30,7 +27,7 @@ class WordTokenizer:
         weighted = sd1_clip.token_weights(sd1_clip.escape_important(text), 1.0)
         tokens = []
         for part, weight in weighted:
-            for word in _WORD.findall(sd1_clip.unescape_important(part).lower()):
+            for word in split(sd1_clip.unescape_important(part)):
                 tokens.append((self.ids.get(word, UNKNOWN), weight, len(tokens) + 1))
         tokens = [*tokens[: self.length - 1], (END, 1.0, 0)]
         tokens += [(PAD, 1.0, 0)] * (self.length - len(tokens))

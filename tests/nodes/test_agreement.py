@@ -13,8 +13,8 @@ from semantic_diffusion_adapter.kernels.attention import Regions  # noqa: E402
 from semantic_diffusion_adapter.kernels.visibility import region_bias  # noqa: E402
 from semantic_diffusion_adapter.nodes.host import flux, miniature  # noqa: E402
 from semantic_diffusion_adapter.nodes.host.conditioning import to_conditioning  # noqa: E402
-from semantic_diffusion_adapter.training import flux as training_flux  # noqa: E402
-from semantic_diffusion_adapter.training.region_attention import attend_by_region  # noqa: E402
+from semantic_diffusion_adapter.training.frozen import flux as training_flux  # noqa: E402
+from semantic_diffusion_adapter.training.frozen.region_attention import attend_by_region  # noqa: E402
 
 
 def diffusers_velocity(state: dict, config: dict, e, noise: torch.Tensor, masked: bool) -> torch.Tensor:

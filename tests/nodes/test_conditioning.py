@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 pytest.importorskip("comfy.sd", reason="no ComfyUI here: set COMFYUI_PATH, or `python3 run.py test` makes one")
 
-from semantic_diffusion_adapter.kernels import algebra  # noqa: E402
+from semantic_diffusion_adapter.kernels import (
+    algebra,  # noqa: E402
+    layout,  # noqa: E402
+)
 from semantic_diffusion_adapter.kernels.embedding import SemanticEmbedding  # noqa: E402
-from semantic_diffusion_adapter.nodes.host import layout  # noqa: E402
 from semantic_diffusion_adapter.nodes.host.conditioning import LAYOUT_KEY, MASKS_KEY, to_conditioning  # noqa: E402
 
 UNIT = st.floats(0, 1, width=32)

@@ -11,10 +11,15 @@ import torch
 pytest.importorskip("comfy.sd", reason="no ComfyUI here: set COMFYUI_PATH, or `python3 run.py test` makes one")
 
 import node_helpers  # noqa: E402
-from semantic_diffusion_adapter.kernels import algebra, regions, visibility  # noqa: E402
+from semantic_diffusion_adapter.kernels import (  # noqa: E402
+    algebra,
+    blocks,  # noqa: E402
+    regions,
+    visibility,
+)
 from semantic_diffusion_adapter.kernels.embedding import from_hierarchy  # noqa: E402
 from semantic_diffusion_adapter.kernels.hierarchy import hierarchy  # noqa: E402
-from semantic_diffusion_adapter.nodes.host import blocks, flux  # noqa: E402
+from semantic_diffusion_adapter.nodes.host import flux  # noqa: E402
 from semantic_diffusion_adapter.nodes.host.conditioning import to_conditioning  # noqa: E402
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}

@@ -13,8 +13,9 @@ import comfy.ldm.flux.redux
 import comfy.sd
 from semantic_diffusion_adapter.kernels import algebra, regions
 from semantic_diffusion_adapter.kernels.visibility import region_bias
+from semantic_diffusion_adapter.nodes import canvas
 from semantic_diffusion_adapter.nodes.dials import EmbeddingStrength, KeepOutsideMask
-from semantic_diffusion_adapter.nodes.host import canvas, flux
+from semantic_diffusion_adapter.nodes.host import flux
 from semantic_diffusion_adapter.nodes.host.conditioning import to_conditioning
 from semantic_diffusion_adapter.nodes.region import ComposeEmbeddings, PlaceEmbedding, RegionalPrompt
 from semantic_diffusion_adapter.nodes.style import FromStyleModel

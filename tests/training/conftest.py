@@ -48,7 +48,7 @@ def write_parts(folder: Path, flux: dict, base: bool = True) -> Path:
     from diffusers import AutoencoderKL
     from semantic_diffusion_adapter.kernels import checkpoint
     from semantic_diffusion_adapter.kernels.vision.towers import TowerConfig, build_tower
-    from semantic_diffusion_adapter.training.flux import build_flux, to_bfl
+    from semantic_diffusion_adapter.training.frozen.flux import build_flux, to_bfl
 
     torch.manual_seed(0)
     if base:
@@ -83,8 +83,8 @@ def toy_parts():
 def toml(parts, tmp_path):
     """toml(**tables) -> the file of a run over the toy parts; a table's keys are added to the defaults."""
     def make(**changes) -> Path:
-        from semantic_diffusion_adapter.training.adapter import AdapterTraining
         from semantic_diffusion_adapter.training.config import RunConfig, write_toml
+        from semantic_diffusion_adapter.training.objectives.reconstruct import AdapterTraining
         from semantic_diffusion_adapter.training.stages import settings as s
 
         growth = ((0.5, "global16"), (1.0, "tree64", "tree128"))

@@ -12,9 +12,9 @@ pytest.importorskip("diffusers", reason="diffusers is not installed: pip install
 
 from semantic_diffusion_adapter.benchmarks import plan as bench_plan  # noqa: E402
 from semantic_diffusion_adapter.benchmarks import training as bench_training  # noqa: E402
-from semantic_diffusion_adapter.training.adapter import AdapterObjective, AdapterTraining, Batch  # noqa: E402
 from semantic_diffusion_adapter.training.engine import Step  # noqa: E402
-from semantic_diffusion_adapter.training.random_base import random_flux  # noqa: E402
+from semantic_diffusion_adapter.training.frozen.random_base import random_flux  # noqa: E402
+from semantic_diffusion_adapter.training.objectives.reconstruct import AdapterObjective, AdapterTraining, Batch  # noqa: E402
 
 
 def test_the_plan_counts_the_flops_of_the_miniatures_step(miniature):

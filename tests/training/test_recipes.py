@@ -13,17 +13,17 @@ pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install -e 
 from safetensors.torch import save_file  # noqa: E402
 from semantic_diffusion_adapter.kernels import checkpoint  # noqa: E402
 from semantic_diffusion_adapter.kernels.vision.known import KNOWN_TOWERS  # noqa: E402
-from semantic_diffusion_adapter.training import plan  # noqa: E402
-from semantic_diffusion_adapter.training.adapter import named_hierarchy  # noqa: E402
 from semantic_diffusion_adapter.training.config import from_toml  # noqa: E402
-from semantic_diffusion_adapter.training.costs import FLUX1_DEV  # noqa: E402
 from semantic_diffusion_adapter.training.engine import World  # noqa: E402
 from semantic_diffusion_adapter.training.engine.learner import Learner  # noqa: E402
-from semantic_diffusion_adapter.training.flux import build_flux, to_bfl  # noqa: E402
+from semantic_diffusion_adapter.training.frozen.flux import build_flux, to_bfl  # noqa: E402
+from semantic_diffusion_adapter.training.objectives.reconstruct import named_hierarchy  # noqa: E402
+from semantic_diffusion_adapter.training.plan import plan  # noqa: E402
+from semantic_diffusion_adapter.training.plan.costs import FLUX1_DEV  # noqa: E402
 from semantic_diffusion_adapter.training.stages import settings  # noqa: E402
 from semantic_diffusion_adapter.training.stages.adapter import AdapterStage  # noqa: E402
 
-CONFIGS = Path(plan.__file__).parent / "configs"
+CONFIGS = Path(plan.__file__).parents[1] / "configs"
 RECIPES = sorted(p.stem for p in CONFIGS.glob("*.toml") if "editor" not in p.name and "judge" not in p.name)
 CPU = torch.device("cpu")
 

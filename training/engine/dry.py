@@ -9,7 +9,7 @@ from torch import nn
 
 from ..config import to_toml
 from .learner import Learner
-from .metrics import peak_memory
+from .run_folder import peak_memory
 from .stage import Stage
 from .world import World
 

@@ -16,7 +16,7 @@ from .compiling import check_compiler
 from .dry import dry_run
 from .learner import Learner
 from .lock import alone
-from .metrics import RunFolder
+from .run_folder import RunFolder
 from .stage import Stage, Step
 from .world import World
 

@@ -20,10 +20,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ..adapter import named_hierarchy
-from ..base import Precision
 from ..data.pipeline import stoppable
 from ..engine.world import pick_device
+from ..frozen.base import Precision
+from ..objectives.reconstruct import named_hierarchy
 from . import page
 from .encoders import to_tensor
 from .measures import EDITS, RECONSTRUCTION, Judge

@@ -19,20 +19,20 @@ from ...kernels.edit_decoder import EditDecoder
 from ...kernels.embedding import SemanticEmbedding, from_hierarchy
 from ...kernels.hierarchy import Hierarchy
 from ...kernels.visibility import region_bias
-from ..adapter import load_adapter
-from ..base import Precision, base_sha256, load_flux
-from ..editor import load_editor
-from ..encoders import check_towers, load_towers, load_vae, with_ids
 from ..files import file_hash
-from ..instructions import load_instruction_encoder
-from ..region_attention import attend_by_region
-from ..sampling import paint
+from ..frozen.base import Precision, base_sha256, load_flux
+from ..frozen.encoders import check_towers, load_towers, load_vae, with_ids
+from ..frozen.paint import paint
+from ..frozen.region_attention import attend_by_region
+from ..frozen.text import load_instruction_encoder
+from ..objectives.edit import load_editor
+from ..objectives.reconstruct import load_adapter
 from .encoders import to_pixels
 
 
 @dataclass(frozen=True)
 class Files:
-    """What a painter is made of. tower_ids: as `training/encoders.py: load_towers` takes them. The last three are for edits:
+    """What a painter is made of. tower_ids: as `training/frozen/encoders.py: load_towers` takes them. The last three are for edits:
     text is the base's text encoder, which reads the instructions, with its tokenizer where that lies elsewhere."""
 
     flux: Path
@@ -48,7 +48,7 @@ class Files:
 class Painter:
     """Loads everything, or says in one sentence (ValueError) which files do not belong together.
 
-    precision: of Flux, as `training/base.py: load_flux` takes it. The networks of ours compute in float32; towers do so on a
+    precision: of Flux, as `training/frozen/base.py: load_flux` takes it. The networks of ours compute in float32; towers do so on a
     CPU and in bfloat16 elsewhere.
     """
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ...kernels import checkpoint
 from ...kernels.adapter import Adapter, AdapterConfig
-from ..adapter import AdapterObjective, AdapterTraining, Batch, named_hierarchy
 from ..config import RunConfig
 from ..engine import Step, compile_blocks, launch
+from ..objectives.reconstruct import AdapterObjective, AdapterTraining, Batch, named_hierarchy
 from .base import load_base, sample, training_text
 from .latents import cached_latents, file_hash, take
 from .parser import parse

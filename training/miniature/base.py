@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from ...kernels import checkpoint
 from ..config import RunConfig
 from ..engine import Step, launch
-from ..flux import Tap, build_flux, from_bfl, sample_times, shifted, to_bfl, velocity
-from ..region_attention import attend_by_region
+from ..frozen.flux import Tap, build_flux, from_bfl, shifted, to_bfl, velocity
+from ..frozen.region_attention import attend_by_region
+from ..objectives.times import sample_times
 from .captions import caption, describe, edit, tokenize, where
 from .latents import cached_latents, file_hash, take
 from .parser import parse

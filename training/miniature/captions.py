@@ -1,11 +1,11 @@
 """The miniature's language: captions that name each object with its place, and instructions with their exact result."""
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ...kernels.words import word_ids
 from .scenes import (
     COLOURS,
     GROUNDS,
@@ -34,8 +34,7 @@ _IDS = {word: index for index, word in enumerate(VOCABULARY)}
 
 def tokenize(text: str, length: int = LENGTH) -> list[int]:
     """Word ids, end mark, padding with id 0 up to `length`. Unknown words become id 2; a longer text is cut."""
-    ids = [_IDS.get(word, 2) for word in re.findall(r"[a-z]+|[0-9]+", text.lower())][: length - 1] + [1]
-    return ids + [0] * (length - len(ids))
+    return word_ids(text, _IDS, length)
 
 
 def where(x: float, y: float, place: str, fine: bool) -> str:

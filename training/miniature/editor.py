@@ -19,11 +19,11 @@ from ...kernels.edit_decoder import (
     T5EditDecoderConfig,
     build_edit_decoder,
 )
-from ..adapter import load_adapter, named_hierarchy
 from ..config import RunConfig
-from ..edit_augmentation import Augmentation
-from ..editor import EditorTraining, editor_loss
 from ..engine import Step, compile_blocks, launch
+from ..objectives.augmentation import Augmentation
+from ..objectives.edit import EditorTraining, editor_loss
+from ..objectives.reconstruct import load_adapter, named_hierarchy
 from .base import inverse_instruction
 from .captions import Edit, edit
 from .latents import file_hash

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
 from ...kernels import checkpoint
+from ..frozen.text import load_word_encoder
 from .captions import LENGTH, VOCABULARY, tokenize
 
 ARCHITECTURE = dict(vocab_size=len(VOCABULARY), d_model=192, d_kv=48, d_ff=512, num_layers=4, num_heads=4,
@@ -52,9 +53,7 @@ def save_text_encoder(path: Path, encoder: nn.Module, step: int) -> None:
 
 
 def load_text_encoder(path: Path, device: torch.device) -> T5EncoderModel:
-    state, record = checkpoint.load(path, "text_encoder")
+    encoder, record = load_word_encoder(path, device)
     if record["config"]["vocabulary"] != list(VOCABULARY):
         raise ValueError(f"{path} was trained on another vocabulary; train the base again with `sda miniature base`.")
-    encoder = build_text_encoder(record["config"]["t5"])
-    encoder.load_state_dict({k: v.float() for k, v in state.items()})
-    return encoder.to(device).eval().requires_grad_(False)
+    return encoder

@@ -6,19 +6,19 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..adapter import AdapterObjective, Batch, named_hierarchy
-from ..base import base_sha256, load_flux
-from ..data.cached import Part
 from ..data.decode import decode
+from ..data.feed import Feed, Reader, split
 from ..data.index import Index
-from ..encoders import load_towers, load_vae
+from ..data.read_cache import Part
 from ..engine import Step, World, compile_blocks, launch, shard_base
-from ..feed import Feed, Reader, split
-from ..region_attention import attend_by_region
-from ..sampling import paint
-from ..text_statistics import text_statistics
+from ..frozen.base import base_sha256, load_flux
+from ..frozen.encoders import load_towers, load_vae
+from ..frozen.paint import paint
+from ..frozen.region_attention import attend_by_region
+from ..frozen.text_statistics import text_statistics
+from ..objectives.reconstruct import AdapterObjective, Batch, named_hierarchy
 from .adapter_export import build_adapter, write_adapter
-from .sets import Held, feed_of, plan_of
+from .held_out import Held, feed_of, plan_of
 from .settings import Config, check
 
 __all__ = ["AdapterStage", "Config", "run"]

@@ -10,10 +10,10 @@ from torch import Tensor
 from ...kernels import checkpoint
 from ...kernels.adapter import Adapter, AdapterConfig
 from ...kernels.vision.towers import TowerConfig
-from ..adapter import named_hierarchy
 from ..config import build
-from ..encoders import load_one
 from ..files import DTYPES, code_version
+from ..frozen.encoders import load_one
+from ..objectives.reconstruct import named_hierarchy
 from .settings import Config
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..base import base_sha256
-from ..data.cached import Cache, Part
 from ..data.decode import decode_edit
 from ..data.index import Index, buckets
-from ..encoders import tower_config
+from ..data.read_cache import Cache, Part
+from ..frozen.base import base_sha256
+from ..frozen.encoders import tower_config
 from .settings import VisionConfig
 
 Side = tuple[Tensor, dict[str, Tensor]]

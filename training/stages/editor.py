@@ -6,23 +6,23 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.hierarchy import Hierarchy
-from ..adapter import load_adapter, named_hierarchy, regions_for
-from ..base import base_sha256, load_flux
+from ..data.feed import split
 from ..data.index import Index
-from ..edit_augmentation import turned
-from ..edit_flow import EditFlow
-from ..editor import editor_loss
-from ..encoders import check_towers, load_towers, load_vae, tower_config
 from ..engine import Step, World, compile_blocks, launch, shard_base
-from ..feed import split
 from ..files import file_hash
-from ..instructions import load_instruction_encoder
-from ..lora import Learned
-from ..sampling import paint
+from ..frozen.base import base_sha256, load_flux
+from ..frozen.encoders import check_towers, load_towers, load_vae, tower_config
+from ..frozen.paint import paint
+from ..frozen.text import load_instruction_encoder
+from ..objectives.augmentation import turned
+from ..objectives.edit import editor_loss
+from ..objectives.edit_flow import EditFlow
+from ..objectives.lora import Learned
+from ..objectives.reconstruct import load_adapter, named_hierarchy, regions_for
 from .edit_reader import EditReader, Side, stacked
 from .editor_export import write_editor
 from .editor_settings import Config, check, new_decoder
-from .sets import Held, feed_of, plan_of
+from .held_out import Held, feed_of, plan_of
 
 __all__ = ["Config", "EditorStage", "run"]
 

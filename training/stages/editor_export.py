@@ -10,7 +10,7 @@ from ...kernels import checkpoint
 from ...kernels.edit_decoder import EditDecoder, read_config
 from ..config import build
 from ..files import DTYPES, code_version
-from ..lora import Learned, merged_state
+from ..objectives.lora import Learned, merged_state
 from .editor_settings import Config, new_decoder
 
 

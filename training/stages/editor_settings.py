@@ -15,15 +15,15 @@ from ...kernels.edit_decoder import (
     T5EditDecoderConfig,
 )
 from ...kernels.edit_decoder.llm import llm_record
-from ..adapter import named_hierarchy
-from ..base import Precision
 from ..config import RunConfig, free
-from ..edit_augmentation import Augmentation
-from ..edit_flow import FlowTraining
-from ..editor import EditorTraining, load_editor
 from ..engine import World
-from ..instructions import LENGTH, TextPrecision
-from ..lora import add_lora, load_llm
+from ..frozen.base import Precision
+from ..frozen.text import LENGTH, TextPrecision
+from ..objectives.augmentation import Augmentation
+from ..objectives.edit import EditorTraining, load_editor
+from ..objectives.edit_flow import FlowTraining
+from ..objectives.lora import add_lora, load_llm
+from ..objectives.reconstruct import named_hierarchy
 from .settings import DataConfig, VisionConfig, check_base, check_data, check_files
 
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ..adapter import AdapterTraining, named_hierarchy
-from ..base import Precision, check_precision
 from ..config import RunConfig, free
-from ..encoders import with_ids
 from ..engine import World, check_shardable, check_sharding
+from ..frozen.base import Precision, check_precision
+from ..frozen.encoders import with_ids
+from ..objectives.reconstruct import AdapterTraining, named_hierarchy
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ for package in ("diffusers", "open_clip", "pyarrow", "ray"):
 import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 from semantic_diffusion_adapter.kernels import checkpoint  # noqa: E402
-from semantic_diffusion_adapter.training.base import base_sha256  # noqa: E402
-from semantic_diffusion_adapter.training.data import cache as command  # noqa: E402
+from semantic_diffusion_adapter.training.data import fill_cache as command  # noqa: E402
 from semantic_diffusion_adapter.training.data import prepare_edits  # noqa: E402
 from semantic_diffusion_adapter.training.data.batches import Plan  # noqa: E402
-from semantic_diffusion_adapter.training.data.cached import Cache, Part  # noqa: E402
 from semantic_diffusion_adapter.training.data.decode import decode  # noqa: E402
 from semantic_diffusion_adapter.training.data.index import Index  # noqa: E402
-from semantic_diffusion_adapter.training.encoders import load_towers, load_vae  # noqa: E402
+from semantic_diffusion_adapter.training.data.read_cache import Cache, Part  # noqa: E402
+from semantic_diffusion_adapter.training.frozen.base import base_sha256  # noqa: E402
+from semantic_diffusion_adapter.training.frozen.encoders import load_towers, load_vae  # noqa: E402
 
 from .conftest import jpeg  # noqa: E402
 

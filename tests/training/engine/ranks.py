@@ -19,12 +19,12 @@ from safetensors.torch import save_file
 from semantic_diffusion_adapter.kernels.adapter import Adapter, AdapterConfig
 from semantic_diffusion_adapter.kernels.hierarchy import PRESETS
 from semantic_diffusion_adapter.kernels.vision.towers import TowerConfig, build_tower
-from semantic_diffusion_adapter.training.adapter import AdapterObjective, AdapterTraining, Batch
 from semantic_diffusion_adapter.training.config import RunConfig, free
 from semantic_diffusion_adapter.training.engine import World, shard_base, train
 from semantic_diffusion_adapter.training.engine.learner import Learner
-from semantic_diffusion_adapter.training.flux import build_flux
-from semantic_diffusion_adapter.training.region_attention import attend_by_region
+from semantic_diffusion_adapter.training.frozen.flux import build_flux
+from semantic_diffusion_adapter.training.frozen.region_attention import attend_by_region
+from semantic_diffusion_adapter.training.objectives.reconstruct import AdapterObjective, AdapterTraining, Batch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile

@@ -12,10 +12,10 @@ pytest.importorskip("diffusers", reason="diffusers is not installed: pip install
 from semantic_diffusion_adapter.kernels.adapter import Adapter, AdapterConfig  # noqa: E402
 from semantic_diffusion_adapter.kernels.hierarchy import PRESETS  # noqa: E402
 from semantic_diffusion_adapter.kernels.vision.towers import TowerConfig, build_tower  # noqa: E402
-from semantic_diffusion_adapter.training.adapter import AdapterObjective, AdapterTraining, Batch  # noqa: E402
 from semantic_diffusion_adapter.training.engine import Step, compile_blocks  # noqa: E402
-from semantic_diffusion_adapter.training.flux import build_flux  # noqa: E402
-from semantic_diffusion_adapter.training.region_attention import attend_by_region  # noqa: E402
+from semantic_diffusion_adapter.training.frozen.flux import build_flux  # noqa: E402
+from semantic_diffusion_adapter.training.frozen.region_attention import attend_by_region  # noqa: E402
+from semantic_diffusion_adapter.training.objectives.reconstruct import AdapterObjective, AdapterTraining, Batch  # noqa: E402
 
 TOWER = TowerConfig("dino", "dinov2", {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 56,
                                        "patch_size": 14, "mlp_ratio": 2}, 56, 14, 16, (0.5,) * 3, (0.5,) * 3)

@@ -20,7 +20,7 @@ pytest.importorskip("diffusers", reason="diffusers is not installed: pip install
 from semantic_diffusion_adapter.kernels import checkpoint  # noqa: E402
 from semantic_diffusion_adapter.kernels.vision.known import KNOWN_TOWERS  # noqa: E402
 from semantic_diffusion_adapter.training import cli  # noqa: E402
-from semantic_diffusion_adapter.training.encoders import with_ids  # noqa: E402
+from semantic_diffusion_adapter.training.frozen.encoders import with_ids  # noqa: E402
 from semantic_diffusion_adapter.training.judge import metrics  # noqa: E402
 from semantic_diffusion_adapter.training.judge.encoders import to_tensor  # noqa: E402
 from semantic_diffusion_adapter.training.judge.evaluate import Config  # noqa: E402

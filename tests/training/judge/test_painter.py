@@ -13,9 +13,9 @@ from diffusers import AutoencoderKL  # noqa: E402
 from semantic_diffusion_adapter.kernels import checkpoint  # noqa: E402
 from semantic_diffusion_adapter.kernels.adapter import Adapter, AdapterConfig  # noqa: E402
 from semantic_diffusion_adapter.kernels.hierarchy import Hierarchy  # noqa: E402
-from semantic_diffusion_adapter.training.base import base_sha256  # noqa: E402
-from semantic_diffusion_adapter.training.encoders import load_towers  # noqa: E402
-from semantic_diffusion_adapter.training.flux import build_flux, to_bfl  # noqa: E402
+from semantic_diffusion_adapter.training.frozen.base import base_sha256  # noqa: E402
+from semantic_diffusion_adapter.training.frozen.encoders import load_towers  # noqa: E402
+from semantic_diffusion_adapter.training.frozen.flux import build_flux, to_bfl  # noqa: E402
 from semantic_diffusion_adapter.training.judge.encoders import to_tensor  # noqa: E402
 from semantic_diffusion_adapter.training.judge.painter import Files, Painter, seed_of  # noqa: E402
 

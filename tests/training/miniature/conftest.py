@@ -13,10 +13,10 @@ def toy_assets(tmp_path_factory) -> Path:
     pytest.importorskip("diffusers", reason="diffusers is not installed: pip install -e '.[training]'")
     pytest.importorskip("open_clip", reason="open_clip is not installed: pip install -r requirements.txt")
 
-    from semantic_diffusion_adapter.training.adapter import AdapterTraining
     from semantic_diffusion_adapter.training.config import RunConfig
     from semantic_diffusion_adapter.training.miniature import adapter, base, clip, dinov2, editor, reader, text, vae
     from semantic_diffusion_adapter.training.miniature.evaluation.system import ADAPTERS
+    from semantic_diffusion_adapter.training.objectives.reconstruct import AdapterTraining
 
     torch.manual_seed(0)
     device, root = torch.device("cpu"), tmp_path_factory.mktemp("miniature")

@@ -13,7 +13,7 @@ pytest.importorskip("diffusers", reason="diffusers is not installed: pip install
 from semantic_diffusion_adapter.benchmarks import decoders  # noqa: E402
 from semantic_diffusion_adapter.kernels import checkpoint  # noqa: E402
 from semantic_diffusion_adapter.kernels.edit_decoder import LLMEditDecoder, LLMEditDecoderConfig, T5EditDecoder  # noqa: E402
-from semantic_diffusion_adapter.training.editor import load_editor  # noqa: E402
+from semantic_diffusion_adapter.training.objectives.edit import load_editor  # noqa: E402
 
 CPU = torch.device("cpu")
 

@@ -14,11 +14,11 @@ from semantic_diffusion_adapter.kernels import checkpoint  # noqa: E402
 from semantic_diffusion_adapter.kernels.edit_decoder import build_edit_decoder, read_config  # noqa: E402
 from semantic_diffusion_adapter.training import cli  # noqa: E402
 from semantic_diffusion_adapter.training.config import RunConfig, from_toml  # noqa: E402
-from semantic_diffusion_adapter.training.edit_augmentation import Augmentation  # noqa: E402
 from semantic_diffusion_adapter.training.engine import Step  # noqa: E402
 from semantic_diffusion_adapter.training.miniature import editor  # noqa: E402
 from semantic_diffusion_adapter.training.miniature.captions import LENGTH, OPERATIONS, tokenize  # noqa: E402
 from semantic_diffusion_adapter.training.miniature.evaluation.editing import fulfilled  # noqa: E402
+from semantic_diffusion_adapter.training.objectives.augmentation import Augmentation  # noqa: E402
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,8 @@ pytest.importorskip("diffusers", reason="diffusers is not installed: pip install
 from PIL import Image  # noqa: E402
 from semantic_diffusion_adapter.kernels.embedding import from_hierarchy  # noqa: E402
 from semantic_diffusion_adapter.kernels.hierarchy import PRESETS  # noqa: E402
-from semantic_diffusion_adapter.training.flux import velocity  # noqa: E402
+from semantic_diffusion_adapter.training.frozen.flux import velocity  # noqa: E402
+from semantic_diffusion_adapter.training.frozen.region_attention import RegionAttention  # noqa: E402
 from semantic_diffusion_adapter.training.miniature import evaluate  # noqa: E402
 from semantic_diffusion_adapter.training.miniature.captions import OPERATIONS, Edit  # noqa: E402
 from semantic_diffusion_adapter.training.miniature.evaluation import (  # noqa: E402
@@ -27,7 +28,6 @@ from semantic_diffusion_adapter.training.miniature.evaluation import (  # noqa: 
 )
 from semantic_diffusion_adapter.training.miniature.parser import parse  # noqa: E402
 from semantic_diffusion_adapter.training.miniature.scenes import Scene, Thing, render, scene  # noqa: E402
-from semantic_diffusion_adapter.training.region_attention import RegionAttention  # noqa: E402
 
 RED = Thing("circle", "red", "small", 30, 30)
 BLUE = Thing("square", "blue", "large", 90, 90)

@@ -24,15 +24,15 @@ pytest.importorskip("peft", reason="peft is not installed: pip install -e '.[tra
 from semantic_diffusion_adapter.kernels import checkpoint  # noqa: E402
 from semantic_diffusion_adapter.kernels.edit_decoder import build_edit_decoder, read_config  # noqa: E402
 from semantic_diffusion_adapter.training import cli  # noqa: E402
-from semantic_diffusion_adapter.training.base import base_sha256  # noqa: E402
 from semantic_diffusion_adapter.training.config import RunConfig, write_toml  # noqa: E402
 from semantic_diffusion_adapter.training.data import index as index_module  # noqa: E402
 from semantic_diffusion_adapter.training.data.decode import CorruptSample  # noqa: E402
-from semantic_diffusion_adapter.training.edit_augmentation import Augmentation  # noqa: E402
-from semantic_diffusion_adapter.training.edit_flow import FlowTraining  # noqa: E402
 from semantic_diffusion_adapter.training.engine import Step  # noqa: E402
+from semantic_diffusion_adapter.training.frozen.base import base_sha256  # noqa: E402
 from semantic_diffusion_adapter.training.miniature.editor import change_of  # noqa: E402
 from semantic_diffusion_adapter.training.miniature.scenes import render  # noqa: E402
+from semantic_diffusion_adapter.training.objectives.augmentation import Augmentation  # noqa: E402
+from semantic_diffusion_adapter.training.objectives.edit_flow import FlowTraining  # noqa: E402
 from semantic_diffusion_adapter.training.stages import editor  # noqa: E402
 from semantic_diffusion_adapter.training.stages.editor_settings import Config, Decoder, Flux, Text, Validation  # noqa: E402
 from semantic_diffusion_adapter.training.stages.settings import DataConfig, VisionConfig  # noqa: E402
@@ -346,8 +346,8 @@ def test_what_cannot_work_is_refused_in_one_sentence(config, changes, message):
 
 def test_cached_features_take_the_towers_place(config, edits, tmp_path):
     """The loss is that of looking anew but for the rounding to float16; the towers are not even loaded."""
-    from semantic_diffusion_adapter.training.data.cached import ENTRIES, Part
     from semantic_diffusion_adapter.training.data.decode import decode
+    from semantic_diffusion_adapter.training.data.read_cache import ENTRIES, Part
 
     online = editor.EditorStage(config, CPU)
     index = index_module.Index.read(str(edits))

@@ -21,9 +21,9 @@ from ....kernels.embedding import SemanticEmbedding, from_hierarchy
 from ....kernels.hierarchy import Hierarchy
 from ....kernels.visibility import region_bias
 from ....kernels.vision.towers import VisionTower
-from ...adapter import load_adapter, named_hierarchy
-from ...editor import load_editor
-from ...region_attention import RegionAttention
+from ...frozen.region_attention import RegionAttention
+from ...objectives.edit import load_editor
+from ...objectives.reconstruct import load_adapter, named_hierarchy
 from ..base import load_base, sample
 from ..scenes import SIZE, generator
 from ..text import encode, load_text_encoder, token_ids

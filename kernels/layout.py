@@ -1,0 +1,59 @@
+"""The layout of region tokens as integer tensors, the form in which it passes through core's conditioning.
+
+Core casts floating conditioning to the model's dtype (bfloat16 would move a box border by a patch) but leaves integers
+alone, so a layout travels as int32 [B, T, 7]: x0, y0, x1, y1, level, strength, mask. Boxes and strengths are fixed point
+in 1/65536; a strength of -inf is the smallest int32; a mask is a row of the masks or -1. The masks travel beside it as
+uint8 [B, M, 256, 256], which core does cast; bfloat16 and float16 hold 0 to 255 exactly.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .embedding import SemanticEmbedding
+
+UNIT = 65536
+OFF = -(2**31)
+_LIMIT = 2**31 - 1
+
+
+def encode(embedding: SemanticEmbedding) -> tuple[Tensor, Tensor | None]:
+    """(int32 [1, T, 7], uint8 [1, M, 256, 256] or None) on the CPU.
+
+    A finite strength keeps 1/131072 and is held within +-32767; a mask keeps 1/510.
+    """
+    strengths = embedding.strengths.double().cpu()
+    fixed = (strengths * UNIT).clamp(-_LIMIT, _LIMIT).round()
+    fixed = torch.where(strengths == -torch.inf, float(OFF), fixed)
+    boxes = (embedding.boxes.double().cpu() * UNIT).round()
+    rows = torch.full_like(embedding.levels, -1) if embedding.masked_by is None else embedding.masked_by
+    columns = [*boxes.unbind(-1), embedding.levels.double().cpu(), fixed, rows.double().cpu()]
+    masks = None if embedding.masks is None else (embedding.masks.cpu() * 255).round().to(torch.uint8)[None]
+    return torch.stack(columns, dim=-1).to(torch.int32)[None], masks
+
+
+def join(first: tuple[Tensor, Tensor | None], then: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    """Two layouts with their masks as one, the tokens of `then` after those of `first`; a single layout serves a batch."""
+    (layout, masks), (other, more) = first, then
+    batch = max(len(layout), len(other))
+    if masks is not None:
+        rows = other[..., 6:]
+        other = torch.cat([other[..., :6], torch.where(rows < 0, rows, rows + masks.shape[1])], dim=-1)
+    layout = torch.cat([part.expand(batch, -1, -1) for part in (layout, other)], dim=1)
+    tables = [table.expand(batch, -1, -1, -1) for table in (masks, more) if table is not None]
+    return layout, torch.cat(tables, dim=1) if tables else None
+
+
+def decode(layout: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(boxes float32 [T, 4], log-bias strengths float32 [T], masks float32 [M, 256, 256], masked_by int64 [T]).
+
+    The last two are None without masks. All have a leading batch axis where the entries of the layout [B, T, 7] or of
+    the masks differ; where all are the same there is none, which lets the attention share its bias.
+    """
+    if all(part is None or len(part) == 1 or bool((part == part[:1]).all()) for part in (layout, masks)):
+        layout, masks = layout[0], None if masks is None else masks[0]
+    fixed = layout[..., 5]
+    strengths = torch.where(fixed == OFF, -torch.inf, fixed.float() / UNIT)
+    boxes = layout[..., :4].float() / UNIT
+    return (boxes, strengths, None, None) if masks is None else (boxes, strengths, masks.float() / 255, layout[..., 6].long())

@@ -1,0 +1,133 @@
+"""Instructions as Flux's T5 encodes them: what the edit decoder reads in training is what the nodes hand it.
+
+Texts are padded to a fixed length whose padding nothing masks, as in Flux; ComfyUI pads to 256 tokens.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels import checkpoint
+from ...kernels.words import word_ids
+from .base import base_sha256
+
+LENGTH = 256
+TextPrecision = Literal["bf16", "fp32", "int8"]
+_TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
+
+
+class InstructionEncoder:
+    """texts -> their encoding [B, L, width] on the encoder's device; `hash` says which encoder it is."""
+
+    def __init__(self, model: nn.Module, ids: Callable[[list[str]], Tensor], hash: str):
+        self.model, self.ids, self.hash = model.eval().requires_grad_(False), ids, hash
+
+    @property
+    def width(self) -> int:
+        return self.model.config.d_model
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        ids = self.ids(list(texts)).to(self.model.device)
+        # An explicit mask of ones: without it some versions of transformers mask the pads on their own.
+        return self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+
+
+def load_instruction_encoder(path: Path, device: torch.device, tokenizer: Path | None = None, length: int = LENGTH,
+                             precision: TextPrecision = "bf16") -> InstructionEncoder:
+    """Flux's T5 from a diffusers folder (FLUX.1-dev's own, or its text_encoder_2), from ComfyUI's single file
+    (t5xxl_fp16.safetensors), or the miniature's text encoder. Never downloads.
+
+    tokenizer: the folder of T5's tokenizer; None: beside the encoder, or in it. length: tokens, padding included. precision:
+    of the weights; int8 (torchao, one scale per row) halves what T5-XXL takes in bf16, 9.5 GB. The miniature's stays in fp32.
+    ValueError in one sentence for what is missing or does not fit.
+    """
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    if path.is_dir():
+        folder = path / "text_encoder_2" if (path / "text_encoder_2").is_dir() else path
+        beside = folder.parent / "tokenizer_2"
+        model, digest = t5_from_folder(folder, dtype), base_sha256(folder)
+        tokenizer = tokenizer or next((f for f in (beside, folder) if _is_tokenizer(f)), None)
+    elif path.is_file() and checkpoint.has_record(path):
+        encoder, record = load_word_encoder(path, device)
+        words, longest = {word: n for n, word in enumerate(record["config"]["vocabulary"])}, record["config"]["length"]
+        return InstructionEncoder(encoder, lambda texts: torch.tensor([word_ids(text, words, longest) for text in texts]),
+                                  base_sha256(path))
+    elif path.is_file():
+        model, digest = _from_file(path, dtype), base_sha256(path)
+    else:
+        raise ValueError(f"There is no text encoder at {path}; give FLUX.1's T5 as a diffusers folder or as ComfyUI's t5xxl file.")
+    model = model.to(device)
+    if precision == "int8":
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        quantize_(model, Int8WeightOnlyConfig())
+    return InstructionEncoder(model, _tokenize(tokenizer, path, length, model.config.vocab_size), digest)
+
+
+def load_word_encoder(path: Path, device: torch.device) -> tuple[nn.Module, dict]:
+    """The miniature's T5 over words, frozen, in float32, and its record."""
+    from transformers import T5Config, T5EncoderModel
+
+    state, record = checkpoint.load(path, "text_encoder")
+    encoder = T5EncoderModel(T5Config(**record["config"]["t5"]))
+    encoder.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    return encoder.to(device).eval().requires_grad_(False), record
+
+
+def _is_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def _tokenize(folder: Path | None, path: Path, length: int, vocabulary: int) -> Callable[[list[str]], Tensor]:
+    from transformers import AutoTokenizer
+
+    if folder is None or not _is_tokenizer(folder):
+        raise ValueError(f"There is no tokenizer {'in ' + str(folder) if folder else 'beside ' + str(path)}; give the folder of T5's, "
+                         "such as tokenizer_2 of FLUX.1-dev or ComfyUI's comfy/text_encoders/t5_tokenizer.")
+    words = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if len(words) > vocabulary:
+        raise ValueError(f"The tokenizer in {folder} has {len(words)} words and the text encoder {path} {vocabulary}; give its own.")
+    return lambda texts: words(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+
+
+def t5_from_folder(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The encoder of a T5 in transformers' layout. ValueError where the folder holds none."""
+    from transformers import T5EncoderModel
+
+    if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
+        raise ValueError(f"There is no T5 in {folder} (config.json and safetensors); give text_encoder_2 of FLUX.1-dev.")
+    try:
+        return T5EncoderModel.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The T5 in {folder} cannot be loaded ({' '.join(str(error).split()).rstrip('.')}).") from error
+
+
+def _from_file(path: Path, dtype: torch.dtype) -> nn.Module:
+    """A T5 v1.1 encoder whose sizes are read off its weights."""
+    from transformers import T5Config, T5EncoderModel
+
+    state = checkpoint.load_tensors(path)
+    first, biases = "encoder.block.0.layer.0.SelfAttention.q.weight", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    inner = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"
+    if any(name not in state for name in (first, biases, inner, "shared.weight")) or "scaled_fp8" in state:
+        raise ValueError(f"{path} is no plain T5 v1.1 encoder; give ComfyUI's t5xxl_fp16.safetensors.")
+    (vocabulary, width), heads = state["shared.weight"].shape, state[biases].shape[1]
+    config = T5Config(
+        vocab_size=vocabulary, d_model=width, d_kv=state[first].shape[0] // heads, d_ff=state[inner].shape[0], num_heads=heads,
+        num_layers=1 + max(int(name.split(".")[2]) for name in state if name.startswith("encoder.block.")),
+        relative_attention_num_buckets=state[biases].shape[0], feed_forward_proj="gated-gelu", dropout_rate=0.0,
+        pad_token_id=0, eos_token_id=1)
+    with torch.device("meta"):
+        model = T5EncoderModel(config)
+    state["encoder.embed_tokens.weight"] = state["shared.weight"]
+    try:
+        model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{path} is no plain T5 v1.1 encoder ({' '.join(str(error).split())[:200]}); give ComfyUI's "
+                         "t5xxl_fp16.safetensors.") from error
+    return model

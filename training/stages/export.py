@@ -1,0 +1,41 @@
+"""`sda export`: a run's averaged weights as the files that the nodes load, laid out like ComfyUI's models folder."""
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from ..engine.checkpoints import newest_whole
+from .adapter_export import export_adapter
+from .editor_export import export_editor
+
+
+@dataclass(frozen=True)
+class Config:
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of a run of `sda train adapter` or `sda train editor`."""
+    to: Path | None = None
+    """Where the files go; `export` in the run's folder otherwise. ComfyUI's models folder will do."""
+    dtype: Literal["fp16", "bf16", "fp32", "int8"] | None = None
+    """Otherwise what the run's own end writes: fp16 for an adapter, bf16 for an edit decoder."""
+
+
+def run(config: Config) -> bool:
+    """Export the newest whole checkpoint of a run."""
+    folder = newest_whole(config.run / "checkpoints")
+    if folder is None:
+        raise ValueError(f"There is no checkpoint in {config.run}; give the folder of a run that has saved one.")
+    record = json.loads((folder / "complete.json").read_text(encoding="utf-8"))
+    to, identity = config.to or config.run / "export", record["identity"]
+    if "decoder" in identity:
+        paths = [export_editor(folder, record, to, config.dtype)]
+    elif record["stage"] == "adapter" and "adapter" in identity:
+        paths = export_adapter(folder, record, to, config.dtype)
+    else:
+        raise ValueError(f"{config.run} holds a run of '{record['stage']}' that `sda train adapter` did not make; "
+                         "it exports at its own end.")
+    print(*paths, sep="\n")
+    return True
