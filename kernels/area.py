@@ -7,8 +7,11 @@ from torch import Tensor
 
 
 def precise(tensor: Tensor) -> Tensor:
-    """In float64, where unit coordinates and sums over a picture are exact far below a pixel (MPS has float32 only)."""
-    return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
+    """In float64, where unit coordinates and sums over a picture are exact far below a pixel.
+
+    In float32 on devices other than CPU and CUDA: MPS, Intel Arc and DirectML have no float64.
+    """
+    return tensor.to(torch.float64 if tensor.device.type in ("cpu", "cuda") else torch.float32)
 
 
 def shares(low: Tensor, high: Tensor, size: int) -> Tensor:

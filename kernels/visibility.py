@@ -1,6 +1,7 @@
 """Visibility: which latent patch sees which token, and the log-bias that says so to the attention.
 
-Computed for the patch grid at hand, whatever its size; nothing here is ever stored at one size.
+Computed for the patch grid at hand, whatever its size; nothing here is ever stored at one size. On the CPU in float64,
+wherever the boxes are: one layout means one mask on every machine, and not every device has float64.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .area import precise, resample, settled
+from .area import resample, settled
 
 # Boxes travel through ComfyUI as integers in 1/65536. A cell border such as 1/3 may be half a step off after that, and
 # must not make a patch on the other side of the border see the cell; a real overlap is never that thin.
@@ -40,14 +41,14 @@ def visible(boxes: Tensor, grid: tuple[int, int]) -> Tensor:
     `boxes` [T, 4] or [B, T, 4], any float dtype, (x0, y0, x1, y1) in unit coordinates of the grid. A patch sees a token
     if patch and box overlap with positive area, so that a patch which straddles a border sees both cells.
     """
-    boxes = _checked(boxes)
+    device, boxes = boxes.device, _checked(boxes)
     rows, cols = grid
     x0, y0, x1, y1 = boxes.unbind(-1)
     edge_x = torch.arange(cols + 1, dtype=boxes.dtype, device=boxes.device) / cols
     edge_y = torch.arange(rows + 1, dtype=boxes.dtype, device=boxes.device) / rows
     in_x = _overlap(edge_x[:-1], edge_x[1:], x0, x1)  # [..., cols, T]
     in_y = _overlap(edge_y[:-1], edge_y[1:], y0, y1)  # [..., rows, T]
-    return (in_y.unsqueeze(-2) & in_x.unsqueeze(-3)).flatten(-3, -2)
+    return (in_y.unsqueeze(-2) & in_x.unsqueeze(-3)).flatten(-3, -2).to(device)
 
 
 def region_bias(
@@ -64,8 +65,8 @@ def region_bias(
 
     The sequence is `[text-like tokens ; image patches ; reference patches]`; its first T tokens are the region tokens.
     `boxes` [T, 4], `strengths` [T] (log-bias, 0 = as trained, -inf = deleted), `text` = number of text-like tokens, the
-    T region tokens among them. Returns float32 [S, T], S = text + P + references; with a leading batch dimension on
-    boxes or strengths (either or both) [B, S, T].
+    T region tokens among them. Returns float32 [S, T] on the boxes' device, S = text + P + references; with a leading
+    batch dimension on boxes or strengths (either or both) [B, S, T].
 
     Image patches get the strength where they see the token and -inf elsewhere. Plain text and references see every
     token. Region tokens see each other all (`mixing="all"`) or only where their boxes overlap (`"overlap"`).
@@ -77,7 +78,7 @@ def region_bias(
     at all where c is 0. Of tokens with different masks only those overlap whose masks do, so that a soft region and what
     surrounds it (m and 1 - m) do not.
     """
-    boxes = _checked(boxes)
+    device, boxes = boxes.device, _checked(boxes)
     tokens = boxes.shape[-2]
     if strengths.shape[-1] != tokens or strengths.dim() > 2:
         raise ValueError(f"There are {tokens} boxes but strengths of shape {list(strengths.shape)}; give one each.")
@@ -86,7 +87,7 @@ def region_bias(
     if mixing not in ("all", "overlap"):
         raise ValueError(f"Token mixing is 'all' or 'overlap', not {mixing!r}.")
 
-    strengths = strengths.to(device=boxes.device, dtype=torch.float32)
+    strengths = strengths.to("cpu", torch.float32)
     patches = visible(boxes, grid)
     lead = boxes.shape[:-2]
     if mixing == "overlap":
@@ -98,7 +99,9 @@ def region_bias(
     reference = patches.new_ones((*lead, references, tokens))
     seen = torch.cat([among, plain, patches, reference], dim=-2)
     bias = torch.where(seen, strengths.unsqueeze(-2), float("-inf"))
-    return bias if masks is None else bias + _mask_bias(masks, masked_by, grid, text, references, mixing)
+    if masks is not None:
+        bias = bias + _mask_bias(masks.cpu(), masked_by.cpu(), grid, text, references, mixing)
+    return bias.to(device)
 
 
 def _mask_bias(
@@ -125,4 +128,4 @@ def _mask_bias(
 def _checked(boxes: Tensor) -> Tensor:
     if boxes.dim() not in (2, 3) or boxes.shape[-1] != 4:
         raise ValueError(f"Boxes have the shape [tokens, 4] or [batch, tokens, 4], not {list(boxes.shape)}.")
-    return precise(boxes)
+    return boxes.to("cpu", torch.float64)

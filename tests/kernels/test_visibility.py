@@ -8,6 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from semantic_diffusion_adapter.kernels.hierarchy import hierarchy
 from semantic_diffusion_adapter.kernels.visibility import patch_grid, region_bias, visible
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 INF = float("inf")
 grids = st.tuples(st.integers(1, 13), st.integers(1, 13))
@@ -159,6 +162,24 @@ def test_batched_masks_are_their_entries_stacked():
     bias = region_bias(boxes, torch.zeros(6), (3, 5), 8, 2, "overlap", masks, rows)
     for entry in range(2):
         assert torch.equal(bias[entry], region_bias(boxes, torch.zeros(6), (3, 5), 8, 2, "overlap", masks[entry], rows[entry]))
+
+
+@pytest.mark.parametrize("device", ["xpu", "mps", "cuda"])
+def test_no_device_but_the_cpu_sees_float64(device):
+    """Intel Arc and MPS have none. Shapes only, since there is no such device here."""
+    seen = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            seen.update((each.device.type, each.dtype) for each in tree_leaves(out) if isinstance(each, torch.Tensor))
+            return out
+
+    with FakeTensorMode(), Watch():
+        bias = region_bias(torch.empty(6, 4, device=device), torch.empty(2, 6, device=device), (3, 5), 8, 2, "overlap")
+        assert bias.device.type == device and bias.dtype == torch.float32
+        assert visible(torch.empty(6, 4, device=device), (3, 5)).device.type == device
+    assert ("cpu", torch.float64) in seen and (device, torch.float64) not in seen
 
 
 @pytest.mark.parametrize(
