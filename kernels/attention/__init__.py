@@ -12,18 +12,17 @@ dense      one mask over the whole sequence. The reference, and where nothing el
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import flex, merge
+from . import flex, merge, selfcheck
 from .bias import Regions
 from .dense import dense_attention
 from .partition import partition_attention
 
-__all__ = ["ROUTES", "Choice", "Regions", "choose", "masked_attention"]
+__all__ = ["ROUTES", "Regions", "choose", "masked_attention"]
 
 ROUTES = ("merge", "partition", "flex", "dense")
 
@@ -31,29 +30,21 @@ ROUTES = ("merge", "partition", "flex", "dense")
 MOST_GROUPS = 64
 
 
-class Choice(NamedTuple):
-    route: str
-    reason: str
-
-
-def choose(q: Tensor, k: Tensor, v: Tensor, regions: Regions, keep_plain: bool = False) -> Choice:
-    """The route that `masked_attention(..., route="auto")` takes, and why. "plain" where nothing is masked."""
+def choose(q: Tensor, k: Tensor, v: Tensor, regions: Regions, keep_plain: bool = False) -> str:
+    """The route that `masked_attention(..., route="auto")` takes, or "plain" where nothing is masked."""
     gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if regions.trivial:
-        return Choice("plain", "every query sees every region token at strength 0")
-    if torch.compiler.is_compiling():
-        if q.device.type == "cuda" and q.dtype != torch.float64 and flex.AVAILABLE:
-            return Choice("flex", "the model is being compiled for CUDA")
-        return Choice("dense", "the model is being compiled, and the other routes would break its graph")
-    if q.dtype == torch.float64:
-        return Choice("dense", "float64 asks for the reference")
+        return "plain"
+    if torch.compiler.is_compiling():  # the other routes would break its graph
+        return "flex" if q.device.type == "cuda" and q.dtype != torch.float64 and flex.AVAILABLE else "dense"
+    if q.dtype == torch.float64:  # asks for the reference
+        return "dense"
     if keep_plain and not gradients and _few_groups(regions):
-        return Choice("partition", "the host's attention function is to be kept, and it knows no mask")
-    if merge.kernels(q, k, v, regions) is not None:
-        return Choice("merge", f"{q.device.type} has attention kernels that return the log-sum-exp")
-    if _few_groups(regions):
-        return Choice("partition", f"no kernel on {q.device.type} returns the log-sum-exp for {q.dtype}")
-    return Choice("dense", f"no kernel on {q.device.type} fits, and the bias is soft or has many groups")
+        return "partition"
+    chosen = merge.kernels(q, k, v, regions)
+    if chosen is not None and selfcheck.agrees(chosen, q, gradients):
+        return "merge"
+    return "partition" if _few_groups(regions) else "dense"
 
 
 def masked_attention(
@@ -67,8 +58,8 @@ def masked_attention(
 ) -> Tensor:
     """softmax(q k^T / sqrt(d) + bias) v, the bias on the first T keys only, differentiable in q, k and v.
 
-    q, k, v and the result are [B, H, S, d] of one floating dtype and device; under autocast they are cast as PyTorch's
-    own attention casts them. `plain(q, k, v)` is the host's unmasked attention on such tensors (PyTorch's if not
+    q and the result are [B, H, S, d], k and v [B, H, L, d] (keys without queries come last), of one floating dtype and
+    device; under autocast they are cast as PyTorch's own attention casts them. `plain(q, k, v)` is the host's unmasked attention on such tensors (PyTorch's if not
     given): called as it is where nothing is masked, and by *partition* for every group, with fewer queries than keys.
     `keep_plain` says that the host runs another kernel than PyTorch's (SageAttention, flash) that is to be kept.
     """
@@ -78,7 +69,7 @@ def masked_attention(
     regions.check(q, k, v)
     plain = plain or F.scaled_dot_product_attention
     if route == "auto":
-        route = choose(q, k, v, regions, keep_plain).route
+        route = choose(q, k, v, regions, keep_plain)
     if route == "plain" or regions.trivial:
         return plain(q, k, v)
     if route == "merge":

@@ -50,10 +50,11 @@ class Regions:
         self._groups: list[list[Group]] | None = None
 
     def check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """ValueError unless q, k, v [B, H, S, d] are of one shape and fit the bias."""
-        if q.dim() != 4 or q.shape != k.shape or q.shape != v.shape:
+        """ValueError unless q [B, H, S, d] fits the bias and k, v [B, H, L, d] begin with the region tokens."""
+        fits = q.dim() == k.dim() == 4 and k.shape == v.shape and q[:, :, 0].shape == k[:, :, 0].shape
+        if not fits or k.shape[2] <= self.tokens:
             raise ValueError(
-                f"Masked attention takes q, k, v of one shape [B, H, S, d], not"
+                f"Masked attention takes q [B, H, S, d] and k, v [B, H, L, d] with L above {self.tokens}, not"
                 f" {list(q.shape)}, {list(k.shape)}, {list(v.shape)}."
             )
         if q.shape[2] != self.length or self.batch not in (1, q.shape[0]):

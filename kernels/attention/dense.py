@@ -10,4 +10,4 @@ from .bias import Regions
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, regions: Regions) -> Tensor:
     bias = regions.floored().to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=F.pad(bias, (0, regions.length - regions.tokens)))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=F.pad(bias, (0, k.shape[2] - regions.tokens)))

@@ -50,8 +50,8 @@ def kernels(q: Tensor, k: Tensor, v: Tensor, regions: Regions) -> Kernels | None
     return Kernels(names[backend], _EFFICIENT) if backend in names else None
 
 
-def merge_attention(q: Tensor, k: Tensor, v: Tensor, regions: Regions) -> Tensor:
-    chosen = kernels(q, k, v, regions)
+def merge_attention(q: Tensor, k: Tensor, v: Tensor, regions: Regions, chosen: Kernels | None = None) -> Tensor:
+    chosen = chosen or kernels(q, k, v, regions)
     if chosen is None:
         raise ValueError(
             f"No attention kernel on {q.device.type} returns the log-sum-exp for {q.dtype};"
@@ -69,23 +69,25 @@ class _Merge(torch.autograd.Function):
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, part: Tensor, shift: Tensor, chosen: Kernels) -> Tensor:
         out, rest, region = _forward(q, k, v, part, shift, chosen)
         lse = torch.logaddexp(_lse(rest, q), _lse(region, q) + shift)
-        ctx.save_for_backward(q, k, v, part, shift, out, lse)
-        # Everything but the output, which is saved above: the raw log-sum-exps only for their shape and padding.
-        ctx.chosen, ctx.rest, ctx.region = chosen, rest[1:], region[1:]
+        # The raw log-sum-exps only for their shape and padding. They are saved like the rest, for what is kept on ctx
+        # itself lives on after gradient checkpointing.
+        ctx.save_for_backward(q, k, v, part, shift, out, lse, rest[1], region[1])
+        ctx.chosen, ctx.rest, ctx.region = chosen, rest[2:], region[2:]
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        q, k, v, part, shift, out, lse = ctx.saved_tensors
+        q, k, v, part, shift, out, lse, raw_rest, raw_region = ctx.saved_tensors
         tokens = part.shape[-1]
         # The region part's scores lack the shift, so its log-sum-exp must lack it too.
         region_lse = lse - shift
         q_rest, k_rest, v_rest = _backward(
-            ctx.chosen.rest, grad, q, k[:, :, tokens:], v[:, :, tokens:], None, out, lse, ctx.rest
+            ctx.chosen.rest, grad, q, k[:, :, tokens:], v[:, :, tokens:], None, out, lse, (raw_rest, *ctx.rest)
         )
         q_region, k_region, v_region = _backward(
-            ctx.chosen.region, grad, q, k[:, :, :tokens], v[:, :, :tokens], part, out, region_lse, ctx.region
+            ctx.chosen.region, grad, q, k[:, :, :tokens], v[:, :, :tokens], part, out, region_lse,
+            (raw_region, *ctx.region),
         )
         keys, values = torch.cat([k_region, k_rest], dim=2), torch.cat([v_region, v_rest], dim=2)
         return q_rest + q_region, keys, values, None, None, None

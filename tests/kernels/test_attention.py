@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from semantic_diffusion_adapter.kernels.attention import ROUTES, Regions, masked_attention
+from semantic_diffusion_adapter.kernels.attention import ROUTES, Regions, masked_attention, merge
 from semantic_diffusion_adapter.kernels.hierarchy import hierarchy
 from semantic_diffusion_adapter.kernels.visibility import region_bias
+from torch.utils.checkpoint import checkpoint
 
 INF = float("inf")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -45,8 +48,11 @@ def gradients(q, k, v, grad, attend):
     return out.detach(), torch.autograd.grad(out, inputs, grad.to(out.dtype))
 
 
-def check(bias, route, dtype, tolerant=False, **sizes):
+def check(bias, route, dtype, tolerant=False, cached=0, **sizes):
+    """cached: how many keys there are beyond those of the queries."""
     q, k, v, grad = joint(bias, dtype, **sizes)
+    if cached:
+        k, v = (torch.cat([tensor, tensor[:, :, :cached] * 2], dim=2) for tensor in (k, v))
     regions = Regions(bias)
     expected, expected_grads = gradients(q, k, v, grad, lambda *x: oracle(*x, bias))
     # A logit of size n is rounded to n eps, and so is the weight made of it.
@@ -126,6 +132,13 @@ def test_merge_is_exact_where_the_first_block_of_keys_is_hidden():
 
 
 @pytest.mark.parametrize("route", ROUTES)
+def test_keys_without_queries_are_seen_by_all(route):
+    """Keys that the host kept from an earlier step."""
+    bias = region_bias(hierarchy("tree64").boxes(), torch.zeros(64), (5, 5), text=70)
+    check(bias, route, torch.float32, cached=13)
+
+
+@pytest.mark.parametrize("route", ROUTES)
 def test_strength_of_minus_infinity_is_deletion(route):
     made = hierarchy("tree64")
     gone = (made.level_ids() == 1) & (made.cells() == 2)
@@ -152,6 +165,24 @@ def test_merge_with_gradients_for_some_inputs_only(wanted):
         assert_close(one, other, torch.float64)
 
 
+def test_gradient_checkpointing_keeps_nothing_of_the_merge(monkeypatch):
+    made = []
+    attend = merge._attend
+
+    def spy(*inputs):
+        result = attend(*inputs)
+        made.append(weakref.ref(result[1]))
+        return result
+
+    monkeypatch.setattr(merge, "_attend", spy)
+    bias = region_bias(hierarchy("tree64").boxes(), torch.zeros(64), (5, 5), text=64)
+    q, k, v, _ = joint(bias, torch.float32)
+    out = checkpoint(masked_attention, q.requires_grad_(), k, v, Regions(bias), "merge", use_reentrant=False)
+    assert len(made) == 2 and all(ref() is None for ref in made)
+    out.sum().backward()
+    assert q.grad.any()
+
+
 def test_merge_under_gradient_checkpointing_and_autocast():
     bias = region_bias(hierarchy("tree64").boxes(), torch.zeros(64), (5, 5), text=64)
     q, k, v, grad = joint(bias, torch.bfloat16)
@@ -160,7 +191,7 @@ def test_merge_under_gradient_checkpointing_and_autocast():
 
     def attend(q, k, v):
         with torch.autocast("cpu", torch.bfloat16):
-            return torch.utils.checkpoint.checkpoint(masked_attention, q, k, v, regions, use_reentrant=False)
+            return checkpoint(masked_attention, q, k, v, regions, use_reentrant=False)
 
     out, grads = gradients(q.float(), k.float(), v, grad, attend)
     assert_close(out, expected, torch.bfloat16)

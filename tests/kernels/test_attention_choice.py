@@ -23,16 +23,16 @@ def qkv(dtype=torch.float32, length=96, **kwargs):
 
 def test_routes_on_a_cpu():
     inputs, trained = qkv(requires_grad=False), qkv(requires_grad=True)
-    assert choose(*inputs, regions()).route == "merge"
-    assert choose(*trained, regions()).route == "merge"
-    assert choose(*inputs, regions(-1.0)).route == "merge"
-    assert choose(*qkv(torch.float64), regions()).route == "dense"
-    assert choose(*inputs, regions(), keep_plain=True).route == "partition"
-    assert choose(*inputs, regions(-INF), keep_plain=True).route == "partition"
-    assert choose(*inputs, regions(-1.0), keep_plain=True).route == "merge"
-    assert choose(*trained, regions(), keep_plain=True).route == "merge"
+    assert choose(*inputs, regions()) == "merge"
+    assert choose(*trained, regions()) == "merge"
+    assert choose(*inputs, regions(-1.0)) == "merge"
+    assert choose(*qkv(torch.float64), regions()) == "dense"
+    assert choose(*inputs, regions(), keep_plain=True) == "partition"
+    assert choose(*inputs, regions(-INF), keep_plain=True) == "partition"
+    assert choose(*inputs, regions(-1.0), keep_plain=True) == "merge"
+    assert choose(*trained, regions(), keep_plain=True) == "merge"
     with torch.no_grad():
-        assert choose(*trained, regions(), keep_plain=True).route == "partition"
+        assert choose(*trained, regions(), keep_plain=True) == "partition"
 
 
 def test_too_many_groups_are_not_partitioned():
@@ -40,13 +40,13 @@ def test_too_many_groups_are_not_partitioned():
     boxes = torch.cat([corners, corners + 0.3], dim=1)
     made = Regions(region_bias(boxes, torch.zeros(40), (16, 16), text=40))
     assert sum(map(len, made.groups())) > 64
-    assert choose(*qkv(length=296, requires_grad=False), made, keep_plain=True).route == "merge"
+    assert choose(*qkv(length=296, requires_grad=False), made, keep_plain=True) == "merge"
 
 
 def test_devices_without_a_fitting_kernel():
     inputs = [torch.empty(2, 2, 96, 16, device="meta") for _ in range(3)]
-    assert choose(*inputs, regions()).route == "partition"
-    assert choose(*inputs, regions(-1.0)).route == "dense"
+    assert choose(*inputs, regions()) == "partition"
+    assert choose(*inputs, regions(-1.0)) == "dense"
     with pytest.raises(ValueError, match="partition or dense"):
         merge.merge_attention(*inputs, regions())
 
@@ -54,7 +54,7 @@ def test_devices_without_a_fitting_kernel():
 def test_nothing_masked_is_the_host_s_function_itself():
     inputs = qkv(requires_grad=False)
     made = Regions(torch.zeros(96, 64))
-    assert choose(*inputs, made).route == "plain"
+    assert choose(*inputs, made) == "plain"
     answer = torch.randn(2, 2, 96, 16)
     for route in ("auto", "merge", "partition", "flex", "dense"):
         assert masked_attention(*inputs, made, route, plain=lambda q, k, v: answer) is answer
@@ -99,7 +99,8 @@ def test_cuda_kernels_take_the_arguments_of_the_merge(kernel):
     [
         (lambda: masked_attention(*qkv(), regions(), "fast"), "'fast'"),
         (lambda: masked_attention(*qkv(length=95), regions()), "prepare the regions for this latent"),
-        (lambda: masked_attention(*qkv()[:2], qkv(length=95)[0], regions()), "of one shape"),
+        (lambda: masked_attention(*qkv()[:2], qkv(length=95)[0], regions()), "k, v .B, H, L, d. with L above 64"),
+        (lambda: masked_attention(qkv()[0], *qkv(length=64)[:2], regions()), "L above 64"),
         (lambda: masked_attention(*qkv(), regions(-1.0), "partition"), "knows no strengths"),
         (lambda: Regions(torch.zeros(5)), r"\[S, T\]"),
         (lambda: Regions(torch.zeros(5, 5)), "sequence longer"),
