@@ -1,33 +1,45 @@
 """The Flux patch: region tokens are seen only where their boxes are, without touching any of core's forwards.
 
-One keyed DIFFUSION_MODEL wrapper on a clone of the model. It takes the layout out of the conditioning, and while it
-runs, and only in a copy of `transformer_options`, an attention override is in place; an override of another pack that
-was there before is called by ours. Without a layout, or where every token is seen as trained, core runs as it is.
+Two keyed wrappers on a clone of the model. The DIFFUSION_MODEL wrapper takes the layout out of the conditioning, and
+while it runs, and only in a copy of `transformer_options`, an attention override is in place; an override of another
+pack that was there before is called by ours. Without a layout, or where every token is seen as trained, core runs as it
+is. The APPLY_MODEL wrapper around it watches that every block which runs came to the override (`watch`).
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import comfy.ldm.flux.model
 import comfy.model_base
-import torch
-import torch.nn.functional as F
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...kernels import layout as layout_codec
-from ...kernels.attention import Regions, masked_attention
+from ...kernels.attention import Regions
 from ...kernels.blocks import Blocks, parse_blocks
 from ...kernels.visibility import patch_grid, region_bias
 from .conditioning import LAYOUT_KEY, MASKS_KEY
+from .override import OVERRIDE_KEY, regional_attention
+from .sequence import Sequence
+from .watch import WATCH_KEY, compiled, watched
 
 WRAPPER_KEY = "semantic_diffusion_adapter"
 # Of FLUX.1's network class, with other text and other patches; cores before it do not know it.
 _FLUX2 = getattr(comfy.model_base, "Flux2", ())
-# Core's own exact attention functions; any other (SageAttention, flash, xformers) was asked for by the user and is kept.
-_EXACT = {"attention_pytorch", "attention_basic", "attention_split", "attention_sub_quad"}
+
+
+class Settings(NamedTuple):
+    """What the patch was asked for, as the wrappers read it."""
+
+    log_strength: float
+    start: float
+    end: float
+    mixing: str
+    blocks: Blocks | None
 
 
 def patch(model, strength: float = 1.0, start: float = 0.0, end: float = 1.0, mixing: str = "all", blocks: str = "all"):
@@ -40,20 +52,20 @@ def patch(model, strength: float = 1.0, start: float = 0.0, end: float = 1.0, mi
     blocks: in which blocks (`parse_blocks`); in the others every query sees every region token, at no strength.
     """
     network = model.get_model_object("diffusion_model")
-    if not isinstance(network, comfy.ldm.flux.model.Flux) or isinstance(model.model, _FLUX2):
-        raise ValueError(
-            f"Masked Attention works on FLUX.1 models and this is {type(model.model.model_config).__name__}: load a FLUX.1 "
-            "model with Load Diffusion Model."
-        )
+    check_model(model.model, network)
     if not strength >= 0:
         raise ValueError(f"The strength must be 0 (off) or more, not {strength}.")
     check_times(start, end)
     chosen = parse_blocks(blocks, len(network.double_blocks), len(network.single_blocks))
-    patched = model.clone()
-    patched.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, WRAPPER_KEY)  # a second patch replaces the first
     log_strength = math.log(strength) if strength > 0 else -math.inf
-    wrapper = layout_wrapper(model.model, log_strength, start, end, mixing, chosen)
-    patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, WRAPPER_KEY, wrapper)
+    settings = Settings(log_strength, start, end, mixing, chosen)
+    patched = model.clone()
+    for kind, wrapper in (
+        (WrappersMP.APPLY_MODEL, watching_wrapper(settings)),
+        (WrappersMP.DIFFUSION_MODEL, layout_wrapper(model.model, settings)),
+    ):
+        patched.remove_wrappers_with_key(kind, WRAPPER_KEY)  # a second patch replaces the first
+        patched.add_wrapper_with_key(kind, WRAPPER_KEY, wrapper)
     return patched
 
 
@@ -62,9 +74,20 @@ def check_times(start: float, end: float) -> None:
         raise ValueError(f"start_percent ({start}) must not be after end_percent ({end}), both in 0 to 1: swap them.")
 
 
-def layout_wrapper(
-    base_model, log_strength: float, start: float, end: float, mixing: str, blocks: Blocks | None
-) -> Callable:
+def check_model(base_model, network) -> None:
+    """ValueError unless it is FLUX.1, whose text has no order: region tokens come before it and may be any number."""
+    if (
+        not isinstance(network, comfy.ldm.flux.model.Flux)
+        or isinstance(base_model, _FLUX2)
+        or getattr(network.params, "txt_ids_dims", None)  # LongCat-Image, Ovis-Image
+    ):
+        raise ValueError(
+            f"Masked Attention works on FLUX.1 models and this is {type(base_model.model_config).__name__}: load a FLUX.1 "
+            "model with Load Diffusion Model."
+        )
+
+
+def layout_wrapper(base_model, settings: Settings) -> Callable:
     """The DIFFUSION_MODEL wrapper. A function, not an object: core deep-copies model options on every clone."""
 
     def wrapper(
@@ -72,82 +95,64 @@ def layout_wrapper(
         transformer_options={}, **kwargs,  # noqa: B006  (core's own signature; never written to)
     ):  # fmt: skip
         layout, masks = kwargs.pop(LAYOUT_KEY, None), kwargs.pop(MASKS_KEY, None)
-        if layout is not None and _active(base_model, transformer_options, start, end):
-            _check(executor.class_obj, layout, context, y)
-            patch_size = executor.class_obj.patch_size
-            regions = prepare(layout, x, context, ref_latents, patch_size, log_strength, mixing, masks)
-            if not regions.trivial:
-                previous = transformer_options.get("optimized_attention_override")
-                override = regional_attention(regions, previous, blocks)
-                transformer_options = {**transformer_options, "optimized_attention_override": override}
+        if layout is not None and _active(base_model, transformer_options, settings):
+            network = executor.class_obj
+            _check(network, layout, context, y)
+            sequence = prepare(layout, x, context, ref_latents, network.patch_size, settings, masks)
+            if not sequence.regions.trivial:
+                previous, watch = (transformer_options.get(key) for key in (OVERRIDE_KEY, WATCH_KEY))
+                override = regional_attention(sequence, previous, settings.blocks, watch)
+                transformer_options = {**sequence.follow(transformer_options), OVERRIDE_KEY: override}
         return executor(x, timestep, context, y, guidance, ref_latents, control, transformer_options, **kwargs)
 
     return wrapper
 
 
+def watching_wrapper(settings: Settings) -> Callable:
+    """The APPLY_MODEL wrapper. Outside of the network's own forward, for a pack may have replaced that and with it the
+    place where the other wrapper would be called."""
+
+    def wrapper(
+        executor, x, t, c_concat=None, c_crossattn=None, control=None,
+        transformer_options={}, **kwargs,  # noqa: B006  (core's own signature; never written to)
+    ):  # fmt: skip
+        def run(transformer_options):
+            return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+
+        layout, network = kwargs.get(LAYOUT_KEY), executor.class_obj.diffusion_model
+        active = layout is not None and _active(executor.class_obj, transformer_options, settings)
+        if not active or compiled(network, transformer_options):
+            return run(transformer_options)
+
+        @functools.cache
+        def masks() -> bool:
+            sequence = prepare(layout, x, c_crossattn, None, network.patch_size, settings, kwargs.get(MASKS_KEY))
+            return not sequence.regions.trivial
+
+        with watched(network, settings.blocks, transformer_options, masks) as watch:
+            return run({**transformer_options, WATCH_KEY: watch})
+
+    return wrapper
+
+
 def prepare(
-    layout: Tensor, x: Tensor, context: Tensor, references, patch: int, log_strength: float, mixing: str,
-    masks: Tensor | None = None,
-) -> Regions:  # fmt: skip
-    """The regions of one forward: the latent's real patch grid, the text and reference tokens that it will have."""
-    if masks is not None:
-        masks = masks.to(x.device)
-    boxes, strengths, masks, masked_by = layout_codec.decode(layout.to(x.device), masks)
+    layout: Tensor, x: Tensor, context: Tensor, references, patch: int, settings: Settings, masks: Tensor | None = None
+) -> Sequence:
+    """The sequence of one forward: the latent's real patch grid, the text and reference tokens that it will have."""
+    boxes, strengths, masks, masked_by = layout_codec.decode(layout.cpu(), None if masks is None else masks.cpu())
     grids = [patch_grid(*latent.shape[-2:], patch) for latent in (x, *(references or ()))]
-    extra = sum(rows * cols for rows, cols in grids[1:])
-    return Regions(region_bias(boxes, strengths + log_strength, grids[0], context.shape[1], extra, mixing, masks, masked_by))
+    patches, *others = (rows * cols for rows, cols in grids)
+    strengths = strengths + settings.log_strength
+
+    def make(text: int, references: int) -> Regions:
+        bias = region_bias(boxes, strengths, grids[0], text, references, settings.mixing, masks, masked_by)
+        return Regions(bias.to(x.device))
+
+    return Sequence(make, context.shape[1], patches, sum(others))
 
 
-def regional_attention(regions: Regions, previous: Callable | None, blocks: Blocks | None = None) -> Callable:
-    """An `optimized_attention_override` that masks the joint attention and calls `previous` for the attention itself.
-
-    blocks: only in these; None for all, also where core does not say which block it is.
-    """
-
-    def override(func, q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False, skip_output_reshape=False, **kwargs):
-        def host(q, k, v, **more):
-            arguments = {"attn_precision": attn_precision, **more, **kwargs}
-            return func(q, k, v, heads, **arguments) if previous is None else previous(func, q, k, v, heads, **arguments)
-
-        sequence = 2 if skip_reshape else 1
-        elsewhere = blocks is not None and not _among(blocks, kwargs.get("transformer_options"))
-        if elsewhere or q.shape[sequence] != regions.length or k.shape[sequence] != regions.length:
-            return host(q, k, v, mask=mask, skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape)
-        if not skip_reshape:
-            q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
-
-        def plain(q, k, v):
-            # In the shape that Flux itself asks for, which every pack's override knows.
-            return host(q, k, v, mask=None, skip_reshape=True).unflatten(-1, (heads, -1)).transpose(1, 2)
-
-        if mask is not None:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=_with_mask(regions, mask, q))
-        else:
-            keep = previous is not None or getattr(func, "__name__", "") not in _EXACT
-            out = masked_attention(q, k, v, regions, plain=plain, keep_plain=keep)
-        return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
-
-    return override
-
-
-def _among(blocks: Blocks, transformer_options: dict | None) -> bool:
-    """Is this attention in one of the blocks? Core writes where it is while it goes through them."""
-    here = transformer_options or {}
-    return "block_index" not in here or (here.get("block_type"), here["block_index"]) in blocks
-
-
-def _with_mask(regions: Regions, mask: Tensor, q: Tensor) -> Tensor:
-    """Our bias added to a mask of the whole sequence that the conditioning brought along (a style model's)."""
-    mask = torch.where(mask, 0.0, -torch.inf) if mask.dtype == torch.bool else mask.float()
-    while mask.ndim < 4:
-        mask = mask.unsqueeze(0 if mask.ndim == 2 else 1)
-    full = mask.expand(max(mask.shape[0], regions.batch), -1, regions.length, regions.length).clone()
-    full[..., : regions.tokens] += regions.bias.unsqueeze(1)
-    return full.to(q.dtype)
-
-
-def _active(base_model, transformer_options: dict, start: float, end: float) -> bool:
-    sigmas = transformer_options.get("sigmas")
+def _active(base_model, transformer_options: dict, settings: Settings) -> bool:
+    sigmas, start, end = transformer_options.get("sigmas"), settings.start, settings.end
     if sigmas is None or (start == 0 and end == 1):
         return True
     # Asked at sampling time: a node after ours may have changed the model's schedule.

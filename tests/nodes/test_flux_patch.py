@@ -381,7 +381,7 @@ def test_half_precision_does_not_move_a_border(toy, embedding, monkeypatch):
     toy.sample(flux.patch(toy.model), to_conditioning(from_hierarchy(torch.randn(1, 18, 24), grids)), size=(24, 24), steps=1)
     dtype, made = prepared[0]
     assert dtype == torch.bfloat16
-    assert torch.equal(made.bias[0, 18:] == 0, visibility.visible(grids.boxes(), (12, 12)))
+    assert torch.equal(made.regions.bias[0, 18:] == 0, visibility.visible(grids.boxes(), (12, 12)))
 
 
 def test_half_precision_does_not_change_a_mask(toy, embedding, monkeypatch):
@@ -393,7 +393,7 @@ def test_half_precision_does_not_change_a_mask(toy, embedding, monkeypatch):
     toy.model.model.manual_cast_dtype = torch.bfloat16
     toy.sample(flux.patch(toy.model), to_conditioning(e), size=(24, 24), steps=1)
     expected = visibility.region_bias(e.boxes, e.strengths, (12, 12), 16, masks=e.masks, masked_by=e.masked_by)
-    assert torch.allclose(prepared[0].bias[0], expected, atol=1e-5)
+    assert torch.allclose(prepared[0].regions.bias[0], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["SD15", "SDXL", "Flux2"])
