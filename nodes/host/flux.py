@@ -76,15 +76,16 @@ def check_times(start: float, end: float) -> None:
 
 def check_model(base_model, network) -> None:
     """ValueError unless it is FLUX.1, whose text has no order: region tokens come before it and may be any number."""
-    if (
-        not isinstance(network, comfy.ldm.flux.model.Flux)
-        or isinstance(base_model, _FLUX2)
-        or getattr(network.params, "txt_ids_dims", None)  # LongCat-Image, Ovis-Image
-    ):
-        raise ValueError(
-            f"Masked Attention works on FLUX.1 models and this is {type(base_model.model_config).__name__}: load a FLUX.1 "
-            "model with Load Diffusion Model."
-        )
+    kind = type(base_model.model_config).__name__
+    if isinstance(network, comfy.ldm.flux.model.Flux) and not isinstance(base_model, _FLUX2):
+        if not getattr(network.params, "txt_ids_dims", None):
+            return
+        if kind == "Flux":  # core has no class of its own for it
+            ovis = getattr(network.params, "txt_norm", False)
+            kind = "Ovis-Image" if ovis else "a relative of it whose text has positions, such as LongCat-Image"
+    raise ValueError(
+        f"Masked Attention works on FLUX.1 models and this is {kind}: load a FLUX.1 model with Load Diffusion Model."
+    )
 
 
 def layout_wrapper(base_model, settings: Settings) -> Callable:

@@ -66,7 +66,7 @@ def toy_network(seed: int = 0, **changes):
     numbers = {k: v for k, v in (FLUX | changes).items() if k not in ("latent", "sampling_shift_mu")}
     defaults = {"txt_ids_dims": []} if "txt_ids_dims" in comfy.ldm.flux.model.FluxParams.__dataclass_fields__ else {}
     network = comfy.ldm.flux.model.Flux(
-        **(numbers | defaults), out_channels=numbers["in_channels"], dtype=torch.float32, operations=comfy.ops.manual_cast
+        **(defaults | numbers), out_channels=numbers["in_channels"], dtype=torch.float32, operations=comfy.ops.manual_cast
     )
     return scramble(network, seed)
 
@@ -153,13 +153,21 @@ def toy() -> SimpleNamespace:
     base.diffusion_model = network
     cpu = torch.device("cpu")
     model = comfy.model_patcher.ModelPatcher(base, load_device=cpu, offload_device=cpu)
-    return SimpleNamespace(model=model, network=network, sample=sample, plain=plain, dense=dense)
+    return SimpleNamespace(
+        model=model, network=network, sample=sample, plain=plain, dense=dense, without_layout=without_layout,
+        make=toy_network,
+    )  # fmt: skip
 
 
 def plain(length: int = 5, seed: int = 9) -> list:
     """An ordinary text conditioning."""
     generator = torch.Generator().manual_seed(seed)
     return [[torch.randn(1, length, 24, generator=generator), {"pooled_output": torch.randn(1, 24, generator=generator)}]]
+
+
+def without_layout(positive: list) -> list:
+    """What an unpatched Flux reads of a conditioning."""
+    return [[tokens, {k: v for k, v in settings.items() if k != "model_conds"}] for tokens, settings in positive]
 
 
 def dense(

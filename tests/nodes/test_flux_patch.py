@@ -26,10 +26,6 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 OVERRIDE = "optimized_attention_override"
 
 
-def without_layout(positive: list) -> list:
-    return [[tokens, {k: v for k, v in settings.items() if k != "model_conds"}] for tokens, settings in positive]
-
-
 def test_bypassed_removed_and_all_visible_are_core_bit_for_bit(toy, embedding):
     text = toy.plain(9)
     before = toy.sample(toy.model, text)
@@ -37,13 +33,13 @@ def test_bypassed_removed_and_all_visible_are_core_bit_for_bit(toy, embedding):
     assert torch.equal(toy.sample(patched, text), before), "a conditioning without a layout must be left alone"
     everywhere = embedding("global16")
     assert torch.equal(
-        toy.sample(patched, to_conditioning(everywhere)), toy.sample(toy.model, without_layout(to_conditioning(everywhere)))
+        toy.sample(patched, to_conditioning(everywhere)), toy.sample(toy.model, toy.without_layout(to_conditioning(everywhere)))
     )
     tree = to_conditioning(embedding("tree64"))
     masked = toy.sample(patched, tree)
     unpatched = toy.sample(toy.model, tree)
     assert not torch.allclose(masked, unpatched, **CLOSE), "the mask must do something at all"
-    assert torch.equal(unpatched, toy.sample(toy.model, without_layout(tree))), "an unpatched Flux must ignore the layout"
+    assert torch.equal(unpatched, toy.sample(toy.model, toy.without_layout(tree))), "an unpatched Flux must ignore the layout"
     assert torch.equal(toy.sample(toy.model, text), before), "nothing may survive outside the clone"
 
 
@@ -54,7 +50,7 @@ def test_equals_the_dense_mask_for_any_latent(toy, embedding, size, mixing):
     positive = to_conditioning(e, toy.plain(5))
     calls = []
     oracle = toy.dense(toy.model, e, visibility.patch_grid(*size), 64 + 5, mixing=mixing, calls=calls)
-    expected = toy.sample(oracle, without_layout(positive), size=size)
+    expected = toy.sample(oracle, toy.without_layout(positive), size=size)
     assert len(calls) == 2 * 4, "the oracle must have been every attention of two steps"
     result = toy.sample(flux.patch(toy.model, mixing=mixing), positive, size=size)
     assert torch.allclose(result, expected, **CLOSE)
@@ -73,14 +69,14 @@ def test_masks_equal_the_dense_mask_for_any_latent(toy, embedding, size, mixing)
     assert e.masks is not None
     positive = to_conditioning(e, toy.plain(5))
     oracle = toy.dense(toy.model, e, visibility.patch_grid(*size), e.token_count + 5, mixing=mixing)
-    expected = toy.sample(oracle, without_layout(positive), size=size, steps=1)
+    expected = toy.sample(oracle, toy.without_layout(positive), size=size, steps=1)
     result = toy.sample(flux.patch(toy.model, mixing=mixing), positive, size=size, steps=1)
     assert torch.allclose(result, expected, **CLOSE)
 
 
 def test_an_unpatched_flux_ignores_masks(toy, embedding):
     positive = to_conditioning(regions.confine(embedding(), soft_mask()))
-    assert torch.equal(toy.sample(toy.model, positive, steps=1), toy.sample(toy.model, without_layout(positive), steps=1))
+    assert torch.equal(toy.sample(toy.model, positive, steps=1), toy.sample(toy.model, toy.without_layout(positive), steps=1))
 
 
 def test_two_masks_in_one_batch_keep_their_own(toy, embedding):
@@ -132,40 +128,6 @@ def test_nothing_leaks_out_of_a_region_at_the_injection_site(toy, embedding, kin
     assert (change[~seen] == 0).all() and (change[seen] > 0).all()
 
 
-@pytest.mark.parametrize("text", ["double", "single 1", "double 0, single 0-0", "double 1-1,SINGLE"])
-def test_only_the_chosen_blocks_are_masked(toy, embedding, text):
-    chosen = blocks.parse_blocks(text, 2, 2)
-    e = embedding("tree64")
-    calls = []
-    oracle = toy.dense(toy.model, e, (4, 4), 64, where=lambda *here: here in chosen, calls=calls)
-    expected = toy.sample(oracle, without_layout(to_conditioning(e)))
-    assert len(calls) == 2 * 4
-    result = toy.sample(flux.patch(toy.model, blocks=text), to_conditioning(e))
-    assert torch.allclose(result, expected, **CLOSE)
-    assert not torch.allclose(result, toy.sample(flux.patch(toy.model), to_conditioning(e)), **CLOSE)
-
-
-def test_the_text_form_of_blocks():
-    assert blocks.parse_blocks("all", 19, 38) is blocks.parse_blocks("", 19, 38) is blocks.parse_blocks("single, double", 19, 38) is None
-    assert blocks.parse_blocks("double 0-9, single 20-37", 19, 38) == {("double", i) for i in range(10)} | {
-        ("single", i) for i in range(20, 38)
-    }
-    assert blocks.parse_blocks("double 3", 19, 38) == {("double", 3)}
-    for text, message in (
-        ("double 19", "no double block 19: this model has 19"),
-        ("single 3-99", "no single block 99: this model has 38"),
-        ("single 9-3", "run backwards"),
-        ("triple", "'triple' are not understood"),
-        ("double 0-", "are not understood"),
-        ("0-9", "are not understood"),
-        ("double,,single", "are not understood"),
-        ("all, double", "are not understood"),
-    ):
-        with pytest.raises(ValueError, match=message) as caught:
-            blocks.parse_blocks(text, 19, 38)
-        assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
-
-
 def test_strength_off_for_a_cell_is_deleting_its_tokens(toy, embedding):
     e = embedding("tree64")
     cell = e.boxes[20:21]
@@ -196,49 +158,6 @@ def test_strength_is_a_factor(toy, embedding):
     assert not torch.allclose(through_patch, toy.sample(flux.patch(toy.model), to_conditioning(e)), **CLOSE)
 
 
-def test_a_batch_is_its_images_one_by_one(toy, embedding):
-    import comfy.sample
-
-    many = embedding(batch=3)
-    model = flux.patch(toy.model)
-    together = toy.sample(model, to_conditioning(many), batch=3)
-    noise = comfy.sample.prepare_noise(torch.zeros(3, 8, 8, 8), 0)
-    for i in range(3):
-        one = dataclasses.replace(many, tokens=many.tokens[i : i + 1], pooled=many.pooled[i : i + 1])
-        with torch.no_grad():
-            alone = comfy.sample.sample(
-                model, noise[i : i + 1], 2, 1.0, "euler", "simple", to_conditioning(one), to_conditioning(one),
-                torch.zeros(1, 8, 8, 8), disable_pbar=True,
-            )  # fmt: skip
-        assert torch.allclose(together[i : i + 1], alone, **CLOSE)
-
-
-def test_two_layouts_in_one_batch_keep_their_own(toy, embedding):
-    """Core joins conditionings of equal shapes into one forward: each must be masked by its own boxes."""
-    e = embedding("tree64")
-    mirrored = dataclasses.replace(e, boxes=torch.stack([1 - e.boxes[:, 2], e.boxes[:, 1], 1 - e.boxes[:, 0], e.boxes[:, 3]], 1))
-    model = flux.patch(toy.model)
-    widths = []
-    original = toy.network.forward_orig
-    toy.network.forward_orig = lambda img, *args, **kwargs: widths.append(img.shape[0]) or original(img, *args, **kwargs)
-    guided = toy.sample(model, to_conditioning(e), to_conditioning(mirrored), cfg=3.0, steps=1)
-    assert set(widths) == {2}, "core should have run both in one forward, or this test shows nothing"
-    first = toy.sample(model, to_conditioning(e), steps=1)
-    second = toy.sample(model, to_conditioning(mirrored), steps=1)
-    assert not torch.allclose(first, second, **CLOSE)
-    assert torch.allclose(guided, second + 3.0 * (first - second), rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("length", [5, 64])
-def test_guidance_with_a_plain_negative(toy, embedding, length):
-    """Also where the negative has as many tokens as the embedding: it has no layout and must not get one."""
-    e, negative = embedding("tree64"), toy.plain(length)
-    model = flux.patch(toy.model)
-    guided = toy.sample(model, to_conditioning(e), negative, cfg=3.0, steps=1)
-    positive, unmasked = toy.sample(model, to_conditioning(e), steps=1), toy.sample(toy.model, negative, steps=1)
-    assert torch.allclose(guided, unmasked + 3.0 * (positive - unmasked), rtol=1e-3, atol=1e-3)
-
-
 @pytest.mark.parametrize("reference", [(8, 8), (5, 6)])
 def test_reference_latents_see_every_token(toy, embedding, reference):
     e = embedding("tree64")
@@ -246,81 +165,8 @@ def test_reference_latents_see_every_token(toy, embedding, reference):
     positive = node_helpers.conditioning_set_values(to_conditioning(e), {"reference_latents": references})
     count = sum(rows * cols for rows, cols in (visibility.patch_grid(*r.shape[-2:]) for r in references))
     oracle = toy.dense(toy.model, e, (4, 4), 64, references=count)
-    expected = toy.sample(oracle, without_layout(positive))
+    expected = toy.sample(oracle, toy.without_layout(positive))
     assert torch.allclose(toy.sample(flux.patch(toy.model), positive), expected, **CLOSE)
-
-
-def test_another_packs_override_is_chained(toy, embedding):
-    """An override that changes the values: it must be asked, and our mask must hold around it."""
-    e = embedding("tree64")
-    positive = to_conditioning(e)
-    seen = []
-
-    def louder(func, q, k, v, heads, **kwargs):
-        seen.append(q.shape)
-        return func(q, k, v * 1.5, heads, **kwargs)
-
-    model = flux.patch(toy.model)
-    model.model_options["transformer_options"][OVERRIDE] = louder
-    result = toy.sample(model, positive)
-    assert seen
-    oracle = toy.dense(toy.model, e, (4, 4), 64)
-    dense = oracle.model_options["transformer_options"][OVERRIDE]
-    oracle.model_options["transformer_options"][OVERRIDE] = lambda func, q, k, v, heads, **kw: dense(func, q, k, v * 1.5, heads, **kw)
-    assert torch.allclose(result, toy.sample(oracle, without_layout(positive)), **CLOSE)
-    assert model.model_options["transformer_options"][OVERRIDE] is louder
-
-
-def test_an_attention_mask_of_the_conditioning_is_added(toy, embedding):
-    """A style model after Embedding to Conditioning brings a mask of the whole sequence along."""
-    e = embedding("tree64")
-    sequence = 64 + 16
-    extra = torch.randn(1, sequence, sequence)
-    positive = node_helpers.conditioning_set_values(
-        to_conditioning(e), {"attention_mask": extra, "attention_mask_img_shape": (4, 4)}
-    )
-
-    def with_mask(func, q, k, v, heads, mask=None, **kwargs):
-        bias = visibility.region_bias(e.boxes, e.strengths, (4, 4), 64).double()
-        full = extra[0].double().clone()
-        full[:, :64] += bias
-        logits = q.double() @ k.double().transpose(-1, -2) / math.sqrt(q.shape[-1]) + full
-        return (logits.softmax(-1) @ v.double()).to(q.dtype).transpose(1, 2).flatten(2)
-
-    oracle = toy.model.clone()
-    oracle.model_options["transformer_options"] = {OVERRIDE: with_mask}
-    result = toy.sample(flux.patch(toy.model), positive)
-    assert torch.allclose(result, toy.sample(oracle, without_layout(positive)), **CLOSE)
-
-
-@pytest.mark.parametrize("skip_reshape", [True, False])
-@pytest.mark.parametrize("skip_output_reshape", [True, False])
-@pytest.mark.parametrize("soft", [True, False])
-def test_every_shape_in_which_core_calls_attention(embedding, skip_reshape, skip_output_reshape, soft):
-    from comfy.ldm.modules.attention import attention_pytorch
-
-    e = algebra.with_strength(embedding(), 0.5 if soft else 1.0)
-    bias = visibility.region_bias(e.boxes, e.strengths, (4, 4), 64)
-    q, k, v = torch.randn(3, 2, 2, 80, 32)
-    full = torch.zeros(80, 80)
-    full[:, :64] = bias
-    expected = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=full.double()).float()
-    override = flux.regional_attention(flux.Regions(bias), None)
-    if not skip_reshape:
-        q, k, v = (t.transpose(1, 2).flatten(2) for t in (q, k, v))
-    out = override(attention_pytorch, q, k, v, 2, skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape)
-    assert torch.allclose(out, expected if skip_output_reshape else expected.transpose(1, 2).flatten(2), atol=1e-5)
-
-
-def test_an_attention_that_is_not_the_joint_one_is_passed_on(embedding):
-    from comfy.ldm.modules.attention import attention_pytorch
-
-    e = embedding()
-    override = flux.regional_attention(flux.Regions(visibility.region_bias(e.boxes, e.strengths, (4, 4), 64)), None)
-    q, k, v = torch.randn(1, 2, 7, 32), torch.randn(1, 2, 11, 32), torch.randn(1, 2, 11, 32)
-    assert torch.equal(
-        override(attention_pytorch, q, k, v, 2, skip_reshape=True), attention_pytorch(q, k, v, 2, skip_reshape=True)
-    )
 
 
 def test_percentages_follow_the_models_own_schedule(toy, embedding):
@@ -349,28 +195,6 @@ def test_percentages_follow_the_models_own_schedule(toy, embedding):
     assert all(on == (low < sigma <= high) for sigma, on in masked)
 
 
-def test_a_compiled_model_gives_the_same(toy, embedding):
-    positive = to_conditioning(embedding())
-    model = flux.patch(toy.model)
-    expected = toy.sample(model, positive, steps=1)
-    toy.network.forward = torch.compile(toy.network.forward, backend="eager")
-    assert torch.allclose(toy.sample(model, positive, steps=1), expected, **CLOSE)
-
-
-def test_patching_twice_is_patching_once(toy, embedding):
-    positive = to_conditioning(embedding())
-    twice = flux.patch(flux.patch(toy.model, strength=0.5), strength=1.5)
-    assert torch.equal(toy.sample(twice, positive), toy.sample(flux.patch(toy.model, strength=1.5), positive))
-
-
-def test_a_saved_patch_survives_clones_and_keeps_no_second_model(toy, embedding):
-    positive = to_conditioning(embedding())
-    patched = flux.patch(toy.model)
-    again = patched.clone().clone()
-    assert again.model is toy.model.model
-    assert torch.equal(toy.sample(again, positive), toy.sample(patched, positive))
-
-
 def test_half_precision_does_not_move_a_border(toy, embedding, monkeypatch):
     """In bfloat16 a border of the 3 x 3 grid would be off by more than the tolerance; as integers it is not."""
     grids = hierarchy([[3, 3, 2]])
@@ -394,45 +218,3 @@ def test_half_precision_does_not_change_a_mask(toy, embedding, monkeypatch):
     toy.sample(flux.patch(toy.model), to_conditioning(e), size=(24, 24), steps=1)
     expected = visibility.region_bias(e.boxes, e.strengths, (12, 12), 16, masks=e.masks, masked_by=e.masked_by)
     assert torch.allclose(prepared[0].regions.bias[0], expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["SD15", "SDXL", "Flux2"])
-def test_another_kind_of_model_is_refused_by_name(toy, kind):
-    """Flux.2's network is of FLUX.1's class."""
-    import comfy.ldm.modules.diffusionmodules.openaimodel as openaimodel
-    import comfy.model_patcher
-    import comfy.ops
-    import comfy.supported_models
-
-    if not hasattr(comfy.supported_models, kind):
-        pytest.skip(f"this core does not know {kind}")
-    base = getattr(comfy.supported_models, kind)({"in_channels": 4, "disable_unet_model_creation": True}).get_model({})
-    base.diffusion_model = toy.network
-    if kind != "Flux2":
-        base.diffusion_model = openaimodel.UNetModel(
-            image_size=8, in_channels=4, model_channels=32, out_channels=4, num_res_blocks=[1], channel_mult=(1,), num_heads=1,
-            transformer_depth=[0], transformer_depth_output=[0, 0], transformer_depth_middle=-2,
-            operations=comfy.ops.manual_cast, dtype=torch.float32,
-        )  # fmt: skip
-    cpu = torch.device("cpu")
-    with pytest.raises(ValueError, match=f"works on FLUX.1 models and this is {kind}: load a FLUX.1 model"):
-        flux.patch(comfy.model_patcher.ModelPatcher(base, load_device=cpu, offload_device=cpu))
-
-
-def test_refusals(toy, embedding):
-    e = embedding()
-    with pytest.raises(ValueError, match="start_percent"):
-        flux.patch(toy.model, start=0.7, end=0.2)
-    with pytest.raises(ValueError, match="strength"):
-        flux.patch(toy.model, strength=-1.0)
-    with pytest.raises(ValueError, match="no single block 2: this model has 2"):
-        flux.patch(toy.model, blocks="single 0-2")
-    model = flux.patch(toy.model)
-    with pytest.raises(ValueError, match="width 16 and this model reads 24"):
-        toy.sample(model, to_conditioning(embedding(width=16)))
-    cut = [[tokens[:, :10], settings] for tokens, settings in to_conditioning(e)]
-    with pytest.raises(ValueError, match="10 tokens but a layout of 64"):
-        toy.sample(model, cut)
-    narrow = [[tokens, {**settings, "pooled_output": torch.zeros(1, 8)}] for tokens, settings in to_conditioning(e)]
-    with pytest.raises(ValueError, match="pooled vector has width 8"):
-        toy.sample(model, narrow)
