@@ -23,7 +23,8 @@ class EmbeddingToConditioning(io.ComfyNode):
                     "text",
                     optional=True,
                     tooltip="A prompt (or another embedding's conditioning) that is read beside the embedding. Without it "
-                    "the embedding is all that Flux reads.",
+                    "the embedding is all that Flux reads. Join them here: Conditioning (Concat) and Conditioning (Average) "
+                    "lose or mix up the boxes.",
                 ),
             ],
             outputs=[io.Conditioning.Output(display_name="conditioning", tooltip="For KSampler's positive input.")],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from semantic_diffusion_adapter.kernels import (
 from semantic_diffusion_adapter.kernels.embedding import SemanticEmbedding  # noqa: E402
 from semantic_diffusion_adapter.nodes.host.conditioning import LAYOUT_KEY, MASKS_KEY, to_conditioning  # noqa: E402
 
+ROOT = Path(__file__).resolve().parents[2]
 UNIT = st.floats(0, 1, width=32)
 
 
@@ -85,6 +87,33 @@ def test_two_embeddings_are_decoded_together(embedding):
 def confined(e, *masks):
     """Tokens in turn in each of the masks and in none."""
     return dataclasses.replace(e, masks=torch.stack(masks), masked_by=torch.arange(e.token_count) % (len(masks) + 1) - 1)
+
+
+def test_core_s_concat_and_average_lose_boxes_as_the_help_says(embedding):
+    """What is lost cannot be seen afterwards, so the tooltip and the page warn of it: this is what they say."""
+    from nodes import ConditioningAverage, ConditioningConcat
+    from semantic_diffusion_adapter.nodes.decode import EmbeddingToConditioning
+
+    def layouts(conditioning):
+        return [settings["model_conds"][LAYOUT_KEY].cond for _, settings in conditioning if "model_conds" in settings]
+
+    one, two = (embedding("tree64", seed=seed) for seed in (1, 2))
+    x0, y0, x1, y1 = two.boxes.unbind(1)
+    mirrored = dataclasses.replace(two, boxes=torch.stack([1 - x1, y0, 1 - x0, y1], 1))
+    text = [[torch.randn(1, 5, 24), {"pooled_output": torch.randn(1, 24)}]]
+    first, second = to_conditioning(one), to_conditioning(mirrored)
+    concat, average = ConditioningConcat().concat, ConditioningAverage().addWeighted
+    assert layouts(concat(text, first)[0]) == []
+    assert torch.equal(layouts(concat(first, second)[0])[0], layouts(first)[0])
+    assert torch.equal(layouts(to_conditioning(one, second))[0], torch.cat([layouts(first)[0], layouts(second)[0]], 1))
+    mixed = average(first, second, 0.5)[0]
+    assert torch.equal(layouts(mixed)[0], layouts(first)[0]) and torch.equal(mixed[0][0], (one.tokens + two.tokens) / 2)
+
+    tooltip = next(i.tooltip for i in EmbeddingToConditioning.GET_SCHEMA().inputs if i.id == "text")
+    page = (ROOT / "web" / "docs" / "SDAEmbeddingToConditioning.md").read_text(encoding="utf-8")
+    for name in ("Conditioning (Concat)", "Conditioning (Average)"):
+        assert name in tooltip and name in page
+    assert "Blend Embeddings" in page and "Compose Embeddings" in page and "`text`" in page
 
 
 def test_masks_round_trip_as_bytes(embedding):

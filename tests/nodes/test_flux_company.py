@@ -184,9 +184,17 @@ def compile_by_core(toy) -> None:
     set_torch_compile_wrapper(toy.model, "eager")
 
 
+def a_style(arguments):
+    """A `post_input` patch that puts three tokens before the text."""
+    return arguments | {name: torch.cat([arguments[name][:, :3] * 0, arguments[name]], 1) for name in ("txt", "txt_ids")}
+
+
+@pytest.mark.parametrize("style", [False, True])
 @pytest.mark.parametrize("how", [compile_network, compile_blocks, compile_in_place, compile_by_core])
-def test_a_compiled_model_gives_the_same(toy, embedding, how):
+def test_a_compiled_model_gives_the_same(toy, embedding, how, style):
     positive = to_conditioning(embedding())
+    if style:
+        toy.model.set_model_post_input_patch(a_style)
     expected = toy.sample(flux.patch(toy.model), positive, steps=2)
     how(toy)
     model = flux.patch(toy.model)
