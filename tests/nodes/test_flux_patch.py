@@ -11,12 +11,7 @@ import torch
 pytest.importorskip("comfy.sd", reason="no ComfyUI here: set COMFYUI_PATH, or `python3 run.py test` makes one")
 
 import node_helpers  # noqa: E402
-from semantic_diffusion_adapter.kernels import (  # noqa: E402
-    algebra,
-    blocks,  # noqa: E402
-    regions,
-    visibility,
-)
+from semantic_diffusion_adapter.kernels import algebra, regions, visibility  # noqa: E402
 from semantic_diffusion_adapter.kernels.embedding import from_hierarchy  # noqa: E402
 from semantic_diffusion_adapter.kernels.hierarchy import hierarchy  # noqa: E402
 from semantic_diffusion_adapter.nodes.host import flux  # noqa: E402

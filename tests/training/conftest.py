@@ -103,3 +103,27 @@ def toml(parts, tmp_path):
         write_toml(config, tmp_path / "toy.toml")
         return tmp_path / "toy.toml"
     return make
+
+
+@pytest.fixture
+def both_routes(monkeypatch):
+    """both_routes(run) -> (run() as it is for short sequences on a CPU, run() by the route that a GPU trains on, *merge*).
+
+    run trains: the attention must come to *merge* with gradients, in the second run only.
+    """
+    from semantic_diffusion_adapter.kernels.attention import merge
+    from semantic_diffusion_adapter.training.frozen import region_attention
+
+    trained = []
+    apply = merge._Merge.apply
+    monkeypatch.setattr(merge._Merge, "apply", lambda *inputs: trained.append(0) or apply(*inputs))
+
+    def run_both(run):
+        short = run()
+        assert not trained
+        monkeypatch.setattr(region_attention, "SHORT", 0)
+        long = run()
+        assert trained
+        return short, long
+
+    return run_both

@@ -54,6 +54,20 @@ def test_a_batch_in_two_halves_has_the_same_loss(name, toy_assets, tmp_path, mon
     assert not torch.equal(*halves) and not torch.equal(parts(range(4), 6), whole)
 
 
+def test_the_route_of_a_gpu_learns_the_same(toy_assets, tmp_path, monkeypatch, both_routes):
+    """The stage whose loss goes through the frozen Flux; the editor's learns from the adapter's tokens."""
+    stage = make("adapter", toy_assets, tmp_path, monkeypatch)
+
+    def run():
+        stage.trainables.zero_grad()
+        loss, _ = stage.loss(Step(7, 10, 0, stage.name, CPU, range(4), 4))
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in stage.trainables.parameters() if p.grad is not None)]
+
+    for short, long in zip(*both_routes(run)):
+        torch.testing.assert_close(long, short, rtol=1e-3, atol=1e-6)
+
+
 def test_a_loss_over_pairs_is_not_cut(tmp_path):
     run = RunConfig(tmp_path, max_steps=1, batch=4, micro=2)
     stage = clip.ClipStage(clip.Config(run, tmp_path / "clip.safetensors"), CPU)

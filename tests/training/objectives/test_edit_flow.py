@@ -116,6 +116,21 @@ def test_every_visible_token_learns_and_flux_does_not(flow):
     assert all(p.grad is None for p in flow.flux.parameters())
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_route_of_a_gpu_learns_the_same(flow, checkpointing, both_routes):
+    def run():
+        tokens, *rest = arguments()
+        tokens.requires_grad_(True)
+        flow.loss(tokens, *rest, step()).backward()
+        return tokens.grad
+
+    if checkpointing:
+        flow.flux.enable_gradient_checkpointing()
+    short, long = both_routes(run)
+    flow.flux.disable_gradient_checkpointing()
+    torch.testing.assert_close(long, short, rtol=1e-4, atol=1e-7)
+
+
 def test_recomputing_flux_gives_the_gradients_of_keeping(flow):
     gradients = []
     for checkpointing in (False, True):

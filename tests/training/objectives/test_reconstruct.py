@@ -66,6 +66,18 @@ def test_one_step_reaches_the_adapter_and_nothing_else(preset, masked):
     assert all(p.grad is None for module in (toy.flux, toy.towers["dino"]) for p in module.parameters())
 
 
+@pytest.mark.parametrize("preset", ["tree64", "tree128"])
+def test_the_route_of_a_gpu_learns_the_same(preset, both_routes):
+    def run():
+        toy = objective(growth=((1.0, preset),))
+        loss, _ = toy.loss(batch(), step(5))
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in toy.adapter.parameters())]
+
+    for short, long in zip(*both_routes(run)):
+        torch.testing.assert_close(long, short, rtol=1e-3, atol=1e-6)
+
+
 def test_steps_lower_the_loss():
     toy = objective(growth=((1.0, "tree64"),), similarity=0.0)
     optimizer = torch.optim.Adam(toy.adapter.parameters(), lr=3e-3)
