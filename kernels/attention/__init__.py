@@ -59,9 +59,10 @@ def masked_attention(
     """softmax(q k^T / sqrt(d) + bias) v, the bias on the first T keys only, differentiable in q, k and v.
 
     q and the result are [B, H, S, d], k and v [B, H, L, d] (keys without queries come last), of one floating dtype and
-    device; under autocast they are cast as PyTorch's own attention casts them. `plain(q, k, v)` is the host's unmasked attention on such tensors (PyTorch's if not
-    given): called as it is where nothing is masked, and by *partition* for every group, with fewer queries than keys.
-    `keep_plain` says that the host runs another kernel than PyTorch's (SageAttention, flash) that is to be kept.
+    device; under autocast they are cast as PyTorch's own attention casts them. `plain(q, k, v)` is the host's unmasked
+    attention on such tensors (PyTorch's if not given): called as it is where nothing is masked, and by *partition* for
+    every group, with fewer queries than keys. `keep_plain` says that the host runs another kernel than PyTorch's
+    (SageAttention, flash) that is to be kept.
     """
     device = q.device.type
     if torch.is_autocast_enabled(device) and q.dtype != torch.float64:

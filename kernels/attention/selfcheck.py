@@ -1,7 +1,7 @@
 """Are the kernels that *merge* calls right on this machine? A small case against *dense* in float64, once for each.
 
-PyTorch's kernels differ by device and version (ROCm calls itself `cuda` too), and a log-sum-exp that means something else
-would give a plausible, wrong picture or gradient.
+PyTorch's kernels differ by device and version (ROCm calls itself `cuda` too), and a log-sum-exp that means something
+else would give a plausible, wrong picture or gradient.
 """
 
 from __future__ import annotations

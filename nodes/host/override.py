@@ -14,7 +14,7 @@ from .sequence import Sequence, to_front
 from .watch import Watch, unfit_sentence
 
 OVERRIDE_KEY = "optimized_attention_override"
-# Core's own exact attention functions; any other (SageAttention, flash, xformers) was asked for by the user and is kept.
+# Core's own exact attention functions; any other (SageAttention, flash, xformers) is the user's choice and is kept.
 _EXACT = {"attention_pytorch", "attention_basic", "attention_split", "attention_sub_quad"}
 
 
@@ -27,15 +27,20 @@ def regional_attention(
     watch: is told of every attention; without one, an attention in which our tokens cannot be found is a ValueError.
     """
 
-    def override(func, q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False, skip_output_reshape=False, **kwargs):
+    def override(
+        func, q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False, skip_output_reshape=False, **kwargs
+    ):
         def host(q, k, v, **more):
             arguments = {"attn_precision": attn_precision, **more, **kwargs}
-            return func(q, k, v, heads, **arguments) if previous is None else previous(func, q, k, v, heads, **arguments)
+            if previous is None:
+                return func(q, k, v, heads, **arguments)
+            return previous(func, q, k, v, heads, **arguments)
 
         axis = 2 if skip_reshape else 1
         sizes = (q.shape[axis], k.shape[axis])
-        # A mask that the conditioning brought along is for the sequence as core makes it.
-        fits = sequence.fits(*sizes) and (mask is None or (sequence.before == 0 and sizes[0] == sizes[1] == mask.shape[-1]))
+        fits = sequence.fits(*sizes)
+        if mask is not None:  # which the conditioning brought along, for the sequence as core makes it
+            fits = fits and sequence.before == 0 and sizes[0] == sizes[1] == mask.shape[-1]
         chosen = blocks is None or _among(blocks, kwargs.get("transformer_options"))
         if chosen and watch is not None:
             watch.told(None if fits else sizes)

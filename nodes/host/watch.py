@@ -1,9 +1,9 @@
 """That the boxes reach every block of Flux, watched while a forward runs.
 
-The attention override reaches a block only through core's `transformer_options`, and other packs replace core's forward
-by one that does not pass them on. So hooks on the blocks look whether a block that ran asked the override. A block that
-did not run (Skip Layer Guidance, a cached step) ignored nothing. A compiled model is not watched: hooks would be compiled
-into it or be left out of it.
+The attention override reaches a block only through core's `transformer_options`, and other packs replace core's
+forward by one that does not pass them on. So hooks on the blocks look whether a block that ran asked the override. A
+block that did not run (Skip Layer Guidance, a cached step) ignored nothing. A compiled model is not watched: hooks would
+be compiled into it or be left out of it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Watch:
         self._sizes: tuple[int, int] | None = None
 
     def told(self, unfit: tuple[int, int] | None) -> None:
-        """An attention has come and is masked, or it is of sizes (queries, keys) in which our tokens cannot be found."""
+        """An attention has come, and is masked or of sizes (queries, keys) in which our tokens cannot be found."""
         self._waiting = self._waiting and unfit is not None
         self._sizes = unfit
 
@@ -53,10 +53,10 @@ class Watch:
         names = packs(self._network, self._options)
         if self._sizes is not None:
             return unfit_sentence(*self._sizes, names)
+        who = names or "another node (such as TeaCache or PuLID)"
         return (
-            f"The boxes do not reach this model's attention, because {names or 'another node (such as TeaCache or PuLID)'} "
-            "runs its blocks past ComfyUI's hooks: remove that node, or Masked Attention to paint without "
-            "boxes."
+            f"The boxes do not reach this model's attention, because {who} runs its blocks past ComfyUI's hooks: remove "
+            "that node, or Masked Attention to paint without boxes."
         )
 
 
@@ -101,7 +101,7 @@ def compiled(network: nn.Module, transformer_options: dict) -> bool:
 
 
 def packs(network: nn.Module, transformer_options: dict) -> str:
-    """The custom nodes whose functions run within this network, by the folder that they were loaded from; "" if none."""
+    """The custom nodes whose functions run within this network, by the folders they were loaded from; "" if none."""
     modules = [network, *(block for _, block in _blocks(network))]
     running = [*(getattr(module, name, None) for module in modules for name in _FORWARDS), *map(type, modules)]
     for kind in ("post_input", "attn1_patch"):
