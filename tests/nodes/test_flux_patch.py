@@ -406,7 +406,8 @@ def test_another_kind_of_model_is_refused_by_name(toy, kind):
 
     if not hasattr(comfy.supported_models, kind):
         pytest.skip(f"this core does not know {kind}")
-    base = getattr(comfy.supported_models, kind)({"in_channels": 4, "disable_unet_model_creation": True}).get_model({})
+    config = {"in_channels": 4, "hidden_size": 64, "disable_unet_model_creation": True}
+    base = getattr(comfy.supported_models, kind)(config).get_model({})
     base.diffusion_model = toy.network
     if kind != "Flux2":
         base.diffusion_model = openaimodel.UNetModel(
