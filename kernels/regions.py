@@ -26,11 +26,12 @@ STRONGEST = 2.0
 
 
 def region(
-    x: float, y: float, width: float, height: float, mask: Tensor | None = None
+    boxes: Sequence[tuple[float, float, float, float]], mask: Tensor | None = None
 ) -> tuple[tuple[float, float, float, float], Tensor]:
-    """(box, mask [256, 256]) of a region as an artist gives it: a box, cut to the image, or a MASK of any size instead.
+    """(box, mask [256, 256]) of a region as an artist gives it: boxes, cut to the image, or a MASK of any size instead.
 
-    The box of a mask is its bounding box. ValueError for a box or a mask in which there is nothing.
+    boxes: (x, y, width, height) in units of the image; several are one region.
+    The box of a region is its bounding box. ValueError for boxes or a mask in which there is nothing.
     """
     if mask is not None:
         fitted = fit_mask(mask)
@@ -39,10 +40,12 @@ def region(
             raise ValueError("The mask of the region is empty: paint it white where the region is.")
         edges = cols[0], rows[0], cols[-1] + 1, rows[-1] + 1
         return tuple(int(edge) / MASK_SIDE for edge in edges), fitted
-    box = (max(x, 0.0), max(y, 0.0), min(x + width, 1.0), min(y + height, 1.0))
-    if box[2] - box[0] <= BOX_STEP or box[3] - box[1] <= BOX_STEP:
+    cut = [(max(x, 0.0), max(y, 0.0), min(x + width, 1.0), min(y + height, 1.0)) for x, y, width, height in boxes]
+    cut = [box for box in cut if box[2] - box[0] > BOX_STEP and box[3] - box[1] > BOX_STEP]
+    if not cut:
         raise ValueError("The box of the region is empty or outside the picture: give it a width and a height, and x and y below 1.")
-    return box, box_mask(box)
+    left, top, right, bottom = zip(*cut)
+    return (min(left), min(top), max(right), max(bottom)), torch.stack([box_mask(box) for box in cut]).amax(0)
 
 
 def box_mask(box: Sequence[float]) -> Tensor:

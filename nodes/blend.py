@@ -19,6 +19,7 @@ class BlendEmbeddings(io.ComfyNode):
             display_name="Blend Embeddings",
             description="Mix two semantic embeddings of the same adapter and preset.",
             search_aliases=["interpolate", "slerp", "mix"],
+            advanced=["mode"],
             inputs=[
                 types.Embedding.Input("embedding_a", tooltip="The embedding at amount 0."),
                 types.Embedding.Input("embedding_b", tooltip="The embedding at amount 1."),

@@ -44,6 +44,7 @@ class MaskedAttention(io.ComfyNode):
             description="Let every part of the picture see only the tokens whose box it lies in. Works on a copy of the "
             "model; conditionings without an embedding are left alone.",
             search_aliases=["regional attention", "region mask"],
+            advanced=["start_percent", "end_percent", "token_mixing", "blocks"],
             inputs=[
                 io.Model.Input("model", tooltip="A Flux model, in any format that core loads."),
                 io.Float.Input(

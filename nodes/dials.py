@@ -17,6 +17,7 @@ class EmbeddingStrength(io.ComfyNode):
             node_id="SDAStrength",
             display_name="Embedding Strength",
             description="How much an embedding counts: all of it, some levels, or single cells. 1 is as trained, 0 is off.",
+            has_intermediate_output=True,
             search_aliases=["weight", "attention bias", "level"],
             inputs=[
                 types.Embedding.Input("embedding", tooltip="The embedding to weigh."),

@@ -17,6 +17,7 @@ class EditEmbedding(io.ComfyNode):
             node_id="SDAEditEmbedding",
             display_name="Edit Embedding",
             description="Rewrite a semantic embedding as an instruction says. Edits can be chained.",
+            advanced=["mode"],
             inputs=[
                 types.Embedding.Input("embedding", tooltip="The embedding to edit."),
                 io.Clip.Input("clip", tooltip="The CLIP of the Flux model: its own T5 reads the instruction."),

@@ -16,6 +16,7 @@ class EditGuider(io.ComfyNode):
             display_name="Edit Guider",
             description="Sample anywhere between a source and its edit, or beyond the edit. For SamplerCustomAdvanced.",
             search_aliases=["edit strength", "edit slider", "edit guidance", "guider"],
+            advanced=["cfg"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that went through Masked Attention (Flux)."),
                 io.Conditioning.Input(

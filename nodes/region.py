@@ -1,11 +1,11 @@
-"""Regions are one language: text, another image or a placed image, each in a box or a soft mask of an embedding."""
+"""Regions are one language: text, another image or a placed image, each in boxes or a soft mask of an embedding."""
 
 from __future__ import annotations
 
 from comfy_api.latest import io
 
 from ..kernels import regions
-from . import canvas, prompt, queue, types
+from . import boxes, canvas, prompt, queue, types
 from .host.versions import schema
 
 
@@ -29,10 +29,28 @@ def _where(x: float, y: float, width: float, height: float) -> list:
     ]
 
 
-def _mask():
-    return io.Mask.Input(
-        "mask", optional=True, tooltip="A region of any shape and size, soft edges too. When connected it is used instead of the box."
-    )
+def _instead() -> list:
+    """The inputs that say in other ways where the region is."""
+    return [
+        io.Mask.Input(
+            "mask",
+            optional=True,
+            tooltip="A region of any shape and size, soft edges too. When connected it is used instead of the box.",
+        ),
+        types.BoundingBox.Input(
+            "bboxes",
+            optional=True,
+            extra_dict={"forceInput": True},  # without it the page makes a widget of the type
+            tooltip="Boxes from a detector such as SAM3 Detect, all of them one region. When connected they are used "
+            "instead of the box; a mask goes before them.",
+        ),
+        io.Image.Input("image", optional=True, tooltip="The picture that bboxes were found in; only its size counts."),
+    ]
+
+
+def _region(x: float, y: float, width: float, height: float, mask, bboxes, image) -> tuple:
+    box = [(x, y, width, height)] if bboxes is None or mask is not None else boxes.shares(bboxes, image)
+    return regions.region(box, mask)
 
 
 class RegionalPrompt(io.ComfyNode):
@@ -43,6 +61,7 @@ class RegionalPrompt(io.ComfyNode):
             display_name="Regional Prompt",
             description="A prompt that only one region of the picture reads. Chain as many as you like, on an embedding or on "
             "nothing; works with plain FLUX.1, without a checkpoint of this pack.",
+            has_intermediate_output=True,
             search_aliases=["regional prompting", "area prompt", "attention couple", "region"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The CLIP of the Flux model: its own T5 reads the prompt."),
@@ -51,7 +70,7 @@ class RegionalPrompt(io.ComfyNode):
                 types.Embedding.Input(
                     "embedding", optional=True, tooltip="What to add the prompt to: an image's embedding or other regional prompts."
                 ),
-                _mask(),
+                *_instead(),
             ],
             outputs=[types.Embedding.Output(display_name="embedding", tooltip="With the prompt's tokens in their region.")],
         )
@@ -61,8 +80,10 @@ class RegionalPrompt(io.ComfyNode):
         return queue.verdict((prompt.check, text))
 
     @classmethod
-    def execute(cls, clip, text, x, y, width, height, mode, embedding=None, mask=None) -> io.NodeOutput:
-        box, region = regions.region(x, y, width, height, mask)
+    def execute(
+        cls, clip, text, x, y, width, height, mode, embedding=None, mask=None, bboxes=None, image=None
+    ) -> io.NodeOutput:  # fmt: skip
+        box, region = _region(x, y, width, height, mask, bboxes, image)
         tokens, pooled = prompt.words(clip, text)
         source = {"prompt": text, "pooled_width": pooled.shape[-1]}
         return _result(embedding, regions.region_tokens(tokens, box, pooled, source), region, mode)
@@ -75,19 +96,20 @@ class PlaceEmbedding(io.ComfyNode):
             node_id="SDAPlace",
             display_name="Place Embedding",
             description="Shrink a whole embedding into a region of another: a picture inside the picture.",
+            has_intermediate_output=True,
             search_aliases=["insert image", "paste region", "picture in picture"],
             inputs=[
                 types.Embedding.Input("embedding", tooltip="The embedding that is placed into."),
                 types.Embedding.Input("other", tooltip="The embedding that is moved into the region, as a whole."),
                 *_where(0.5, 0.5, 0.5, 0.5),
-                _mask(),
+                *_instead(),
             ],
             outputs=[types.Embedding.Output(display_name="embedding", tooltip="Both, decoded together.")],
         )
 
     @classmethod
-    def execute(cls, embedding, other, x, y, width, height, mode, mask=None) -> io.NodeOutput:
-        box, region = regions.region(x, y, width, height, mask)
+    def execute(cls, embedding, other, x, y, width, height, mode, mask=None, bboxes=None, image=None) -> io.NodeOutput:
+        box, region = _region(x, y, width, height, mask, bboxes, image)
         return _result(embedding, regions.move_into(other, box), region, mode)
 
 
@@ -98,19 +120,20 @@ class ComposeEmbeddings(io.ComfyNode):
             node_id="SDACompose",
             display_name="Compose Embeddings",
             description="Take one region of the picture from another embedding; everything stays where it is. Chain for more.",
+            has_intermediate_output=True,
             search_aliases=["combine regions", "collage", "join embeddings"],
             inputs=[
                 types.Embedding.Input("embedding", tooltip="What is seen outside the region."),
                 types.Embedding.Input("other", tooltip="What is seen inside the region."),
                 *_where(0.5, 0.0, 0.5, 1.0),
-                _mask(),
+                *_instead(),
             ],
             outputs=[types.Embedding.Output(display_name="embedding", tooltip="Both, decoded together.")],
         )
 
     @classmethod
-    def execute(cls, embedding, other, x, y, width, height, mode, mask=None) -> io.NodeOutput:
-        _, region = regions.region(x, y, width, height, mask)
+    def execute(cls, embedding, other, x, y, width, height, mode, mask=None, bboxes=None, image=None) -> io.NodeOutput:
+        _, region = _region(x, y, width, height, mask, bboxes, image)
         return _result(embedding, other, region, mode)
 
 

@@ -75,6 +75,8 @@ class Latent(comfy.latent_formats.LatentFormat):
 def load_flux(path: str):
     """A MODEL of core's own Flux class. Detection fills what this core's Flux wants to know, the record the numbers."""
     tensors, record = checkpoint.load(path, "flux")
+    # Under the dynamic VRAM of newer cores a layer keeps the dtype of the tensor it is given, whatever the model's.
+    tensors = {name: tensor.float() for name, tensor in tensors.items()}
     numbers = record["config"]
     detected = comfy.model_detection.detect_unet_config(tensors, "")
     if detected is None or detected.get("image_model") != "flux":

@@ -60,17 +60,29 @@ def test_a_box_covers_its_share_of_every_pixel(box, row, col):
 
 
 def test_a_region_is_a_box_cut_to_the_picture_or_a_mask_with_its_bounding_box():
-    box, mask = regions.region(0.75, 0.5, 0.5, 0.25)
+    box, mask = regions.region([(0.75, 0.5, 0.5, 0.25)])
     assert box == (0.75, 0.5, 1.0, 0.75) and torch.equal(mask, regions.box_mask(box))
     painted = torch.zeros(1, 8, 16)
     painted[0, 2:4, 4] = 0.5
-    box, mask = regions.region(0.0, 0.0, 0.1, 0.1, painted)
+    box, mask = regions.region([(0.0, 0.0, 0.1, 0.1)], painted)
     assert box == (4 / 16, 2 / 8, 5 / 16, 4 / 8) and mask[80, 70] == 0.5 and mask[0, 0] == 0
-    for refused in (lambda: regions.region(0.5, 0.5, 0.0, 0.5), lambda: regions.region(1.0, 0.0, 0.5, 0.5)):
+    for empty in ([(0.5, 0.5, 0.0, 0.5)], [(1.0, 0.0, 0.5, 0.5)], [(math.nan, 0.0, 0.5, 0.5)], []):
         with pytest.raises(ValueError, match="empty or outside the picture"):
-            refused()
+            regions.region(empty)
     with pytest.raises(ValueError, match="mask of the region is empty"):
-        regions.region(0, 0, 1, 1, torch.zeros(4, 4))
+        regions.region([(0, 0, 1, 1)], torch.zeros(4, 4))
+
+
+@given(st.lists(boxes, min_size=1, max_size=4))
+@settings(deadline=None, max_examples=25)
+def test_several_boxes_are_one_region(several):
+    corners = [(x0, y0, x1 - x0, y1 - y0) for x0, y0, x1, y1 in several]
+    box, mask = regions.region([*corners, (2.0, 0.0, 1.0, 1.0)])
+    edges = torch.tensor(several, dtype=torch.float64)
+    assert box == pytest.approx((*edges[:, :2].amin(0).tolist(), *edges[:, 2:].amax(0).tolist()))
+    covers = torch.stack([regions.box_mask(each) for each in several])
+    assert (mask >= covers.amax(0) - 1e-6).all() and (mask <= covers.sum(0) + 1e-6).all()
+    assert torch.equal(mask == 1, (covers == 1).any(0)) and torch.equal(mask == 0, (covers == 0).all(0))
 
 
 def test_a_feather_softens_inwards():

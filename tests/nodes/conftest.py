@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import uuid
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -260,7 +261,8 @@ def queue() -> Callable:
     import execution
 
     listener = Listener()
-    executor = execution.PromptExecutor(listener, cache_args={"lru": 0, "ram": 0})
+    # Every core asks for other limits of its cache by name; none of them counts here.
+    executor = execution.PromptExecutor(listener, cache_args=defaultdict(int))
 
     def run(graph: dict, **extra) -> tuple[set[str], list[str]]:
         graph, identity = copy.deepcopy(graph), str(uuid.uuid4())

@@ -16,9 +16,11 @@ import torch
 
 pytest.importorskip("comfy.sd", reason="no ComfyUI here: set COMFYUI_PATH, or `python3 run.py test` makes one")
 
+import execution  # noqa: E402
 import folder_paths  # noqa: E402
 from comfy.cli_args import args  # noqa: E402
 from comfy_api.latest import io  # noqa: E402
+from comfy_execution.graph import DynamicPrompt  # noqa: E402
 from PIL import Image  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
@@ -28,10 +30,8 @@ from semantic_diffusion_adapter.nodes.files import LoadEmbedding, SaveEmbedding 
 
 import nodes as stock  # noqa: E402
 
-HIDDEN = {
-    io.Hidden.prompt: {"1": {"class_type": "X"}}, io.Hidden.extra_pnginfo: {"workflow": {"nodes": [1]}, "sda": 1},
-    io.Hidden.unique_id: "9",
-}  # fmt: skip
+PROMPT = {"1": {"class_type": "X"}}
+EXTRA = {"extra_pnginfo": {"workflow": {"nodes": [1]}, "sda": 1}}
 
 
 @pytest.fixture
@@ -44,9 +44,12 @@ def folders(tmp_path, monkeypatch) -> SimpleNamespace:
     return made
 
 
-def save(e, prefix="embeddings/embedding", image=None, hidden=None) -> str:
-    """Through the node, as core calls it; the text that it shows."""
-    node = SaveEmbedding if hidden is None else SaveEmbedding.PREPARE_CLASS_CLONE(hidden)
+def save(e, prefix="embeddings/embedding", image=None, within=None) -> str:
+    """Through the node, `within` a prompt as core calls it; the text that it shows."""
+    node = SaveEmbedding
+    if within is not None:
+        *_, hidden = execution.get_input_data({}, SaveEmbedding, "9", dynprompt=DynamicPrompt(within), extra_data=EXTRA)
+        node = SaveEmbedding.PREPARE_CLASS_CLONE(hidden)
     return node.execute(e, prefix, image).ui.as_dict()["text"][0]
 
 
@@ -100,13 +103,13 @@ def test_links_are_followed_but_not_in_circles(folders, embedding, tmp_path):
 
 
 def test_the_graph_is_found_from_the_file(folders, embedding, monkeypatch):
-    save(embedding(), "a", hidden=HIDDEN)
+    save(embedding(), "a", within=PROMPT)
     found = metadata(folders.output / "a_00001_.safetensors")
-    assert json.loads(found["prompt"]) == HIDDEN[io.Hidden.prompt]
+    assert json.loads(found["prompt"]) == PROMPT
     assert json.loads(found["workflow"]) == {"nodes": [1]}
     assert json.loads(found["sda"])["kind"] == "embedding", "another pack's entry must not hide our record"
     monkeypatch.setattr(args, "disable_metadata", True)
-    save(embedding(), "b", hidden=HIDDEN)
+    save(embedding(), "b", within=PROMPT)
     assert metadata(folders.output / "b_00001_.safetensors").keys() == {"sda"}
 
 
@@ -114,7 +117,7 @@ def test_name_and_size_are_written_into_the_node(folders, embedding, monkeypatch
     told = []
     server = SimpleNamespace(send_progress_text=lambda text, node: told.append((text, node)))
     monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=server)))
-    text = save(embedding(), "a", hidden=HIDDEN)
+    text = save(embedding(), "a", within=PROMPT)
     assert told == [(text, "9")]
 
 

@@ -146,6 +146,23 @@ def test_the_whole_job_through_the_loaders(assets):
     assert picture.shape == (2, 64, 64, 3) and torch.isfinite(picture).all()
 
 
+def test_dynamic_vram_paints_the_same_picture(assets, monkeypatch):
+    """Core switches it on where there is an NVIDIA card; layers then are built empty and keep the dtype of what is loaded."""
+    memory = pytest.importorskip("comfy.memory_management", reason="this core has no dynamic VRAM")
+
+    def paint() -> torch.Tensor:
+        model, clip, vae = miniature.load()
+        positive, negative = (stock.CLIPTextEncode().encode(clip, text)[0] for text in ("a red circle", ""))
+        (latent,) = stock.EmptyLatentImage().generate(64, 64)
+        with torch.inference_mode():
+            (result,) = stock.KSampler().sample(model, 0, 2, 1.5, "euler", "simple", positive, negative, latent, 1.0)
+            return stock.VAEDecode().decode(vae, result)[0]
+
+    expected = paint()
+    monkeypatch.setattr(memory, "aimdo_enabled", True)
+    assert torch.equal(paint(), expected)
+
+
 def test_a_missing_file_is_named(assets, tmp_path, monkeypatch):
     root = tmp_path / "miniature"
     shutil.copytree(assets, root)

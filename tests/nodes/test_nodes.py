@@ -326,7 +326,8 @@ def test_progress_is_shown_and_interruption_ends_the_work(loaded, monkeypatch):
     assert shown[-1] == (4, 4), "two encoders, two chunks of images"
     shown.clear()
     edit.EditEmbedding.execute(e, clip, editor, "a circle", "autoregressive")
-    assert shown[-1] == (64, 64) and len(shown) == 64
+    # Newer cores leave some out between the first and the last.
+    assert shown[0] == (1, 64) and shown[-1] == (64, 64) and shown == sorted(set(shown))
 
     def stop(value, total, preview, **kwargs):
         shown.append((value, total))

@@ -11,6 +11,7 @@ pytest.importorskip("comfy", reason="ComfyUI is not here: set COMFYUI_PATH or ru
 
 import comfy.ldm.flux.redux
 import comfy.sd
+from comfy_api.latest import io
 from semantic_diffusion_adapter.kernels import algebra, regions
 from semantic_diffusion_adapter.kernels.visibility import region_bias
 from semantic_diffusion_adapter.nodes import canvas
@@ -50,6 +51,62 @@ def test_a_mask_of_any_size_takes_the_place_of_the_box(clip):
     assert torch.equal(seen(e)[:, 0], torch.tensor([False, False, False, True]).repeat(4))
     with pytest.raises(ValueError, match="mask of the region is empty"):
         RegionalPrompt.execute(clip, "a red circle", *LEFT, mask=torch.zeros(8, 8))
+
+
+PICTURE = torch.zeros(1, 200, 100, 3)
+RIGHT_HALF = {"x": 50.0, "y": 0, "width": 50, "height": 200.0, "label": "dog", "score": 0.9}  # in pixels of PICTURE
+
+
+@pytest.mark.parametrize("found", [RIGHT_HALF, [RIGHT_HALF], [[RIGHT_HALF]]], ids=["one", "list", "picture by picture"])
+def test_a_detectors_box_takes_the_place_of_the_box(clip, embedding, found):
+    """In each form in which core's nodes give it."""
+    (told,) = RegionalPrompt.execute(clip, "a red circle", *LEFT, bboxes=found, image=PICTURE).result
+    (by_hand,) = RegionalPrompt.execute(clip, "a red circle", *RIGHT).result
+    assert torch.equal(told.boxes, by_hand.boxes) and told.masks is None, "one box stays a box: its border is exact"
+    a, b = embedding(seed=0), embedding(seed=1)
+    for node in (ComposeEmbeddings, PlaceEmbedding):
+        (told,), (by_hand,) = node.execute(a, b, *LEFT, bboxes=found, image=PICTURE).result, node.execute(a, b, *RIGHT).result
+        assert torch.equal(told.boxes, by_hand.boxes) and torch.equal(seen(told), seen(by_hand))
+    left = torch.ones(1, 8, 8)
+    left[:, :, 4:] = 0
+    (masked,) = RegionalPrompt.execute(clip, "a", *RIGHT, mask=left, bboxes=found, image=PICTURE).result
+    assert torch.equal(seen(masked)[:, 0], torch.tensor([True, True, False, False]).repeat(4)), "a mask goes before boxes"
+
+
+def test_all_boxes_of_a_detector_are_one_region(clip):
+    corner = {"x": 0, "y": 150, "width": 25, "height": 50}
+    (e,) = RegionalPrompt.execute(clip, "a red circle", *LEFT, bboxes=[[RIGHT_HALF, corner]], image=PICTURE).result
+    expected = torch.tensor([False, False, True, True]).repeat(4)
+    expected[12] = True
+    assert e.token_count == 4 and torch.equal(seen(e)[:, 0], expected)
+
+
+def test_a_box_that_core_makes(clip):
+    if not hasattr(io, "BoundingBox"):
+        pytest.skip("this core knows no bounding boxes")
+    from comfy_extras.nodes_images import BoundingBox
+
+    (box,) = BoundingBox.execute(x=50, y=0, width=50, height=200).result
+    (e,) = RegionalPrompt.execute(clip, "a red circle", *LEFT, bboxes=box, image=PICTURE).result
+    assert torch.equal(seen(e)[:, 0], torch.tensor([False, False, True, True]).repeat(4))
+
+
+@pytest.mark.parametrize(
+    ("found", "image", "message"),
+    [
+        (RIGHT_HALF, None, "connect the one that they were found in to image"),
+        ([], PICTURE, "The detector found nothing"),
+        ([[]], PICTURE, "The detector found nothing"),
+        ([[RIGHT_HALF], []], PICTURE, "boxes of 2 pictures"),
+        ([{"bbox": [0, 0, 1, 1]}], PICTURE, "this is something else"),
+        ((0, 0, 1, 1), PICTURE, "this is something else"),
+        ({**RIGHT_HALF, "x": 100}, PICTURE, "empty or outside the picture"),
+    ],
+)
+def test_boxes_that_are_no_region_are_refused(clip, found, image, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        RegionalPrompt.execute(clip, "a red circle", *LEFT, bboxes=found, image=image)
+    assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,10 @@ def check(nodes: list[dict], links: list[list], info: dict) -> None:
         assert there == wanted, node["type"]
         assert len(node["widgets_values"]) == values, node["type"]
         outputs = [(output["name"], output["type"]) for output in node["outputs"]]
-        assert outputs == list(zip(schema["output_name"], map(type_of, schema["output"]))), node["type"]
+        known = list(zip(schema["output_name"], map(type_of, schema["output"])))
+        if not node["type"].startswith("SDA"):
+            known = known[: len(outputs)]  # newer cores give their nodes more of them: the page adds those when it opens the file
+        assert outputs == known, node["type"]
 
 
 def validate(prompt: dict) -> None:
