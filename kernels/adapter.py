@@ -162,7 +162,7 @@ class Adapter(nn.Module):
         return self.pooled_head(coarsest.mean(dim=1)).float()
 
 
-def load_adapter(path: str | os.PathLike) -> tuple[Adapter, dict[str, Any]]:
+def read_adapter(path: str | os.PathLike) -> tuple[Adapter, dict[str, Any]]:
     """(adapter in float32 on the CPU, record) of a file. ValueError in one sentence where there is none or it does not fit."""
     tensors, record = checkpoint.load(path, "adapter")
     config = AdapterConfig.from_json(record["config"])

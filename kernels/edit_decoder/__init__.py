@@ -16,7 +16,7 @@ from .t5 import T5EditDecoder, T5EditDecoderConfig
 
 __all__ = [
     "ARCHITECTURES", "MODES", "EditDecoder", "EditDecoderConfig", "LLMEditDecoder", "LLMEditDecoderConfig", "T5EditDecoder",
-    "T5EditDecoderConfig", "build_edit_decoder", "load_edit_decoder", "read_config",
+    "T5EditDecoderConfig", "build_edit_decoder", "read_config", "read_edit_decoder",
 ]  # fmt: skip
 
 ARCHITECTURES: dict[str, tuple[type[EditDecoderConfig], type[EditDecoder]]] = {
@@ -41,7 +41,7 @@ def build_edit_decoder(config: EditDecoderConfig) -> EditDecoder:
     return ARCHITECTURES[config.architecture][1](config)
 
 
-def load_edit_decoder(path: str | os.PathLike) -> tuple[EditDecoder, dict[str, Any]]:
+def read_edit_decoder(path: str | os.PathLike) -> tuple[EditDecoder, dict[str, Any]]:
     """(edit decoder in float32 on the CPU, record) of a file. ValueError in one sentence where there is none or it does not fit."""
     tensors, record = checkpoint.load(path, "edit_decoder")
     config = read_config(record["config"])
