@@ -20,7 +20,7 @@ MAX_DEPTH = 200  # of lists and objects inside one another: what a blend of blen
 CLOSED = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 Flag = StrictBool
-Layers = Annotated[int, Field(strict=True, ge=1, le=512)]
+Layers = Annotated[int, Field(strict=True, ge=1, le=256)]
 Width = Annotated[int, Field(strict=True, ge=1, le=2**17)]
 Heads = Annotated[int, Field(strict=True, ge=1, le=1024)]
 Side = Annotated[int, Field(strict=True, ge=1, le=2**13)]  # pixels

@@ -21,9 +21,29 @@ FAMILIES = (
 _Length = Annotated[int, Field(strict=True, ge=1, le=2**24)]  # positions or tokens
 _Count = Annotated[int, Field(strict=True, ge=0, le=2**24)]
 _Share = Annotated[float, Field(strict=True, ge=0, le=1)]
-_PerLayer = Field(max_length=512)
+_PerLayer = Field(max_length=256)
 _Factors = Annotated[list[Number], Field(max_length=2**12)]
-_Rope = dict[Word, Flag | Number | Word | _Factors | None]
+
+
+class Rope(schema.Closed):
+    """Rotary positions, plain or stretched (transformers' `rope_parameters`, `rope_scaling` before release 5)."""
+
+    rope_type: Word | None = None
+    type: Word | None = None
+    rope_theta: Positive | None = None
+    factor: Positive | None = None
+    attention_factor: Positive | None = None
+    beta_fast: Positive | None = None
+    beta_slow: Positive | None = None
+    high_freq_factor: Positive | None = None
+    long_factor: _Factors | None = None
+    low_freq_factor: Positive | None = None
+    mscale: Number | None = None
+    mscale_all_dim: Number | None = None
+    original_max_position_embeddings: _Length | None = None
+    partial_rotary_factor: Positive | None = None
+    short_factor: _Factors | None = None
+    truncate: Flag | None = None
 
 
 class LLM(schema.Closed):
@@ -50,8 +70,8 @@ class LLM(schema.Closed):
     resid_pdrop: _Share | None = None
     # positions
     rope_theta: Positive | None = None
-    rope_scaling: _Rope | None = None
-    rope_parameters: _Rope | dict[Word, _Rope] | None = None
+    rope_scaling: Rope | None = None
+    rope_parameters: Rope | dict[Word, Rope] | None = None
     rope_local_base_freq: Positive | None = None
     partial_rotary_factor: Positive | None = None
     no_rope_layers: Annotated[list[Annotated[int, Field(strict=True, ge=0, le=1)]], _PerLayer] | None = None

@@ -49,7 +49,7 @@ class TowerConfig:
     width: schema.Width
     mean: tuple[schema.Number, schema.Number, schema.Number]
     std: tuple[schema.Positive, schema.Positive, schema.Positive]
-    layer: Annotated[int, Field(strict=True, ge=-512, le=-1)] = -1
+    layer: Annotated[int, Field(strict=True, ge=-256, le=-1)] = -1
     resize: str = "squash"
 
     def __post_init__(self):
@@ -200,7 +200,9 @@ def _internvit(config: TowerConfig) -> nn.Module:
 def _check_forward(tower: VisionTower) -> None:
     """On the meta device, where it costs nothing: a picture comes out as the patches that the configuration promises."""
     config, found = tower.config, None
-    if len(tower.blocks) + config.layer >= 0:
+    # Of transformers' networks the last tokens are taken for the patches, however many there are.
+    patch = config.architecture["patch_size"] if config.kind != "open_clip" else config.patch
+    if len(tower.blocks) + config.layer >= 0 and patch in (config.patch, [config.patch] * 2):
         try:
             found = tuple(tower(torch.empty(1, 3, config.image_size, config.image_size)).shape)
         except (RuntimeError, ValueError, AssertionError, IndexError):
@@ -244,7 +246,7 @@ def load_tower(config: TowerConfig, state_dict: dict[str, Tensor]) -> VisionTowe
     wanted = tower.model.state_dict()
     state_dict = library_layout(config.kind, state_dict, wanted)
     wrong = [f"lacks '{name}'" for name in wanted if name not in state_dict]
-    wrong += [f"has an unknown '{name}'" for name in state_dict if name not in wanted]
+    wrong += [f"has an unknown {schema.short(name)}" for name in state_dict if name not in wanted]
     wrong += [
         f"has {name!r} as {tensor.dtype}" for name, tensor in state_dict.items() if tensor.dtype not in _FLOATS and name in wanted
     ]
@@ -256,7 +258,7 @@ def load_tower(config: TowerConfig, state_dict: dict[str, Tensor]) -> VisionTowe
     if wrong:
         more = f" and {len(wrong) - 1} more differences" if len(wrong) > 1 else ""
         raise ValueError(
-            f"This file is not the vision tower '{config.id}': it {wrong[0]}{more}; choose the matching file or another tower id."
+            f"This file is not the vision tower {schema.short(config.id)}: it {wrong[0]}{more}; choose the matching file or another tower id."
         )
     tower.model.load_state_dict(state_dict, assign=True)
     return tower.to(reduce(torch.promote_types, {parameter.dtype for parameter in tower.parameters()})).eval()
