@@ -54,7 +54,10 @@ class AdapterConfig:
 
     @classmethod
     def from_json(cls, record: dict) -> AdapterConfig:
-        return schema.parse(cls, record, "The adapter record")
+        config = schema.parse(cls, record, "The adapter record")
+        for tower in config.towers:
+            tower.check_architecture()
+        return config
 
 
 class _Attention(nn.Module):

@@ -70,12 +70,18 @@ class TowerConfig:
         """(rows, cols) of the patch features."""
         return (self.image_size // self.patch,) * 2
 
+    def check_architecture(self) -> None:
+        """ValueError where the architecture says anything that describes none (`architectures`)."""
+        check_architecture(self.kind, self.architecture, f"The architecture of vision tower {schema.short(self.id)}")
+
     def to_json(self) -> dict:
         return asdict(self) | {"mean": list(self.mean), "std": list(self.std)}
 
     @classmethod
     def from_json(cls, record: dict) -> TowerConfig:
-        return schema.parse(cls, record, "The vision tower record")
+        config = schema.parse(cls, record, "The vision tower record")
+        config.check_architecture()
+        return config
 
 
 class VisionTower(nn.Module):
@@ -85,7 +91,7 @@ class VisionTower(nn.Module):
         """ValueError for an architecture that cannot be built, or says more than an architecture (`architectures`)."""
         super().__init__()
         self.config = config
-        check_architecture(config.kind, config.architecture, f"The architecture of vision tower {schema.short(config.id)}")
+        config.check_architecture()
         try:
             self.model = _BUILDERS[config.kind](config)
         except Exception as error:  # each library complains in its own way about numbers that do not go together

@@ -14,7 +14,8 @@ from semantic_diffusion_adapter.kernels.vision.towers import TowerConfig
 
 
 def tower(tower_id: str, size: int = 56, width: int = 24) -> TowerConfig:
-    return TowerConfig(tower_id, "dinov2", {}, size, 14, width, (0.5,) * 3, (0.5,) * 3)
+    architecture = {"hidden_size": width, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": size, "patch_size": 14}
+    return TowerConfig(tower_id, "dinov2", architecture, size, 14, width, (0.5,) * 3, (0.5,) * 3)
 
 
 def toy(preset: str = "tree128", **fields) -> AdapterConfig:
@@ -157,6 +158,7 @@ def test_config_and_weights_round_trip():
         ({"layers": 10**8}, "says 100000000 for 'layers'"), ({"layers": 256}, "lacks 'layers.2"), ({"width": 2**17}, "has shape|lacks"),
         ({"width": True}, "says True for 'width'"), ({"width": 24.0}, "says 24.0 for 'width'"), ({"heads": 5}, "cannot have 5 heads"),
         ({"heads": 16}, "head of 2 channels"), ({"towers": []}, "for 'towers'"), ({"towers": {}}, "for 'towers'"),
+        ({"towers": [tower("a").to_json() | {"architecture": {"auto_map": {}}}]}, "architecture of vision tower 'a'"),
         ({"hierarchy": [[1, 1, 10**9]]}, "tokens must be at most"), ({"hierarchy": [[1, 1]]}, "lacks 'hierarchy.0.2'"),
         ({"hierarchy": [[1, 1, 60000]]}, "'queries' has shape"), ({"out_dim": None}, "for 'out_dim'"), ({"future": 1}, "update the pack"),
     ],
