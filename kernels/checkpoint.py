@@ -33,7 +33,7 @@ FORMAT_VERSION = 1
 RECORD_KEY = "sda"
 KINDS = ("adapter", "edit_decoder", "vision_tower", "flux", "vae", "text_encoder", "embedding")
 QUICK = 2**28  # bytes that any machine hashes in less than a second
-_MAX_RECORD = 2**22  # characters; the largest part of a real one is a thumbnail
+_MAX_RECORD = 2**20  # characters; the largest part of a real one, a thumbnail, is a tenth
 
 
 class Digest(schema.Closed):
@@ -109,9 +109,12 @@ def save(
         raise ValueError(f"The record of {path} cannot be written ({error}): it takes JSON and finite numbers only.") from error
     table = {name: (header.DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in stored.items()}
     text = json.dumps(record | {"digest": {"layout": _layout(record, table), "content": _content(stored)}}, sort_keys=True)
+    metadata = {**(metadata or {}), RECORD_KEY: text}
+    if len(text) > _MAX_RECORD or len(json.dumps(metadata)) > header.MAX_BYTES // 2:
+        raise ValueError(f"{path} was not written (its record or workflow is too long to be read again): make the workflow smaller.")
     try:
         with replacing(Path(path)) as temporary:
-            save_file(stored, temporary, metadata={**(metadata or {}), RECORD_KEY: text})
+            save_file(stored, temporary, metadata=metadata)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{path} was not written ({reason}): make room on the disk or choose another folder.") from error

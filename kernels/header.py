@@ -17,8 +17,9 @@ from pydantic import Field
 
 from . import schema
 
-# The format allows 100 MB. The largest public files that name their tensors one by one need 2.
+# The format allows 100 MB of header. Most of a large one is a workflow; the largest public files have some thousand tensors.
 MAX_BYTES = 2**24
+MAX_TENSORS = 20_000
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F4": 4,
     "F6_E2M3": 6, "F6_E3M2": 6, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64,
@@ -75,6 +76,8 @@ def read(path: str | os.PathLike) -> Header:
         raise ValueError(f"{path} is not a safetensors file ({error}): only safetensors checkpoints are loaded.") from error
     what = f"The header of {path}"
     metadata = schema.parse(dict[str, str], header.pop("__metadata__", {}), what)
+    if len(header) > MAX_TENSORS:
+        raise ValueError(f"{path} has {len(header)} tensors where {MAX_TENSORS} are the most: choose another file.")
     tensors = schema.parse(dict[str, Entry], header, what)
     _check_bytes(tensors, size - 8 - length, path)
     return Header(metadata, tensors, size - 8 - length)

@@ -23,14 +23,15 @@ Flag = StrictBool
 Layers = Annotated[int, Field(strict=True, ge=1, le=256)]
 Width = Annotated[int, Field(strict=True, ge=1, le=2**17)]
 Heads = Annotated[int, Field(strict=True, ge=1, le=1024)]
-Side = Annotated[int, Field(strict=True, ge=1, le=2**13)]  # pixels
+Side = Annotated[int, Field(strict=True, ge=1, le=2**11)]  # pixels
 Patch = Annotated[int, Field(strict=True, ge=1, le=256)]  # pixels
 Number = Annotated[float, Field(strict=True, ge=-1e9, le=1e9)]
 Positive = Annotated[float, Field(strict=True, gt=0, le=1e9)]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 Word = Annotated[str, Field(max_length=64, pattern=r"^[a-z0-9_]+$")]  # an identifier of a library: no path, no address
 # The levels of a hierarchy; how many tokens they may come to is Hierarchy's own affair.
-Levels = Annotated[tuple[tuple[int, int, int], ...], Field(min_length=1, max_length=64)]
+_Count = Annotated[int, Field(strict=True)]
+Levels = Annotated[tuple[tuple[_Count, _Count, _Count], ...], Field(min_length=1, max_length=64)]
 
 
 class Closed(BaseModel):

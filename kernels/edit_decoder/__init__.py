@@ -1,6 +1,6 @@
 """The edit decoder: reads a semantic embedding and an instruction and writes the edited embedding.
 
-Two architectures behind one interface (`base.EditDecoder`): T5's decoder as in the original, and any causal LLM in its
+Two architectures behind one interface (`base.EditDecoder`): T5's decoder as in the original, and a causal LLM in its
 place. A checkpoint names its own; files from before there was a choice name none and are T5.
 """
 

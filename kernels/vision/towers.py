@@ -248,7 +248,6 @@ def load_tower(config: TowerConfig, state_dict: dict[str, Tensor]) -> VisionTowe
     """
     with torch.device("meta"):  # no time for random weights that the next line throws away
         tower = VisionTower(config)
-        _check_forward(tower)
     wanted = tower.model.state_dict()
     state_dict = library_layout(config.kind, state_dict, wanted)
     wrong = [f"lacks '{name}'" for name in wanted if name not in state_dict]
@@ -266,5 +265,7 @@ def load_tower(config: TowerConfig, state_dict: dict[str, Tensor]) -> VisionTowe
         raise ValueError(
             f"This file is not the vision tower {schema.short(config.id)}: it {wrong[0]}{more}; choose the matching file or another tower id."
         )
+    with torch.device("meta"):
+        _check_forward(tower)
     tower.model.load_state_dict(state_dict, assign=True)
     return tower.to(reduce(torch.promote_types, {parameter.dtype for parameter in tower.parameters()})).eval()

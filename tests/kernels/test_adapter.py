@@ -160,6 +160,7 @@ def test_config_and_weights_round_trip():
         ({"heads": 16}, "head of 2 channels"), ({"towers": []}, "for 'towers'"), ({"towers": {}}, "for 'towers'"),
         ({"towers": [tower("a").to_json() | {"architecture": {"auto_map": {}}}]}, "architecture of vision tower 'a'"),
         ({"hierarchy": [[1, 1, 10**9]]}, "tokens must be at most"), ({"hierarchy": [[1, 1]]}, "lacks 'hierarchy.0.2'"),
+        ({"hierarchy": [[True, 1, 4]]}, "says True for 'hierarchy.0.0'"), ({"hierarchy": [["1", 1, 4]]}, "says '1' for 'hierarchy.0.0'"),
         ({"hierarchy": [[1, 1, 60000]]}, "'queries' has shape"), ({"out_dim": None}, "for 'out_dim'"), ({"future": 1}, "update the pack"),
     ],
 )  # fmt: skip

@@ -229,6 +229,9 @@ def test_what_is_saved_can_be_loaded(tmp_path):
     for dtype in (torch.int8, torch.int32, torch.complex64, torch.float8_e4m3fn):
         with pytest.raises(ValueError, match="which checkpoints do not store"):
             checkpoint.save(path, {"x": torch.ones(2, 2).to(dtype)}, "adapter", {})
+    for fields in ({"thumbnail": "x" * 2**20}, {"metadata": {"workflow": "x" * 2**23}}):
+        with pytest.raises(ValueError, match="too long to be read again"):
+            checkpoint.save(path, tensors(), "adapter", {}, **fields)
     assert not any(tmp_path.iterdir())
 
 

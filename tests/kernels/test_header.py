@@ -75,6 +75,9 @@ def test_a_header_that_contradicts_itself_or_its_file_is_one_sentence(tmp_path, 
 
 
 def test_a_header_beyond_reason_is_not_parsed(tmp_path):
+    write(tmp_path / "a", {str(i): {} for i in range(20_001)}, b"")
+    with pytest.raises(ValueError, match="has 20001 tensors where 20000 are the most"):
+        header.read(tmp_path / "a")
     write(tmp_path / "a", b"{" + b" " * 2**24 + b"}", b"")
     with pytest.raises(ValueError, match="has a header of 16777218 bytes where 16777216 are the most"):
         header.read(tmp_path / "a")
