@@ -12,7 +12,8 @@ from semantic_diffusion_adapter.kernels.edit_decoder import (
     build_edit_decoder,
     read_config,
 )
-from semantic_diffusion_adapter.kernels.edit_decoder.llm import llm_record, new_llm
+from semantic_diffusion_adapter.kernels.edit_decoder.llm import new_llm
+from semantic_diffusion_adapter.kernels.edit_decoder.llm_record import llm_record
 from semantic_diffusion_adapter.kernels.hierarchy import PRESETS
 from transformers import AutoConfig, AutoModel
 
