@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from annotated_types import Len
 from torch import Tensor, nn
 
 from . import checkpoint, schema
@@ -31,7 +31,7 @@ class AdapterConfig:
     __pydantic_config__ = schema.CLOSED
 
     hierarchy: schema.Levels
-    towers: Annotated[tuple[TowerConfig, ...], Field(min_length=1, max_length=16)]
+    towers: Annotated[tuple[TowerConfig, ...], Len(1, 16)]
     width: schema.Width = 1024
     heads: schema.Heads = 16
     layers: schema.Layers = 12

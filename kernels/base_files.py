@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from annotated_types import Len
+from pydantic import model_validator
 from torch import Tensor
 
 from . import checkpoint, schema
-from .schema import Flag, Heads, Layers, Number, Patch, Positive, Side, Width
+from .schema import Flag, Heads, Layers, Number, Patch, Positive, Share, Side, Width, whole
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -33,12 +34,12 @@ class FluxConfig(schema.Closed):
     num_heads: Heads
     depth: Layers
     depth_single_blocks: Layers
-    axes_dim: Annotated[tuple[Width, ...], Field(min_length=1, max_length=4)]
+    axes_dim: Annotated[tuple[Width, ...], Len(1, 4)]
     context_in_dim: Width
     vec_in_dim: Width
     in_channels: Width
     mlp_ratio: Positive
-    theta: Annotated[int, Field(strict=True, ge=1, le=10**9)]
+    theta: whole(1, 10**9)
     qkv_bias: Flag
     guidance_embed: Flag
     patch_size: Patch
@@ -97,11 +98,11 @@ class VAEConfig(schema.Closed):
     out_channels: Literal[3] = 3
     latent_channels: Width
     sample_size: Side = 512
-    block_out_channels: Annotated[tuple[Width, ...], Field(min_length=1, max_length=8)]
-    layers_per_block: Annotated[int, Field(strict=True, ge=1, le=16)]
+    block_out_channels: Annotated[tuple[Width, ...], Len(1, 8)]
+    layers_per_block: whole(1, 16)
     norm_num_groups: Width = 32
-    down_block_types: Annotated[list[Literal["DownEncoderBlock2D"]], Field(max_length=8)]
-    up_block_types: Annotated[list[Literal["UpDecoderBlock2D"]], Field(max_length=8)]
+    down_block_types: Annotated[list[Literal["DownEncoderBlock2D"]], Len(0, 8)]
+    up_block_types: Annotated[list[Literal["UpDecoderBlock2D"]], Len(0, 8)]
     use_quant_conv: Flag = True
     use_post_quant_conv: Flag = True
 
@@ -171,19 +172,19 @@ class T5Config(schema.Closed):
     num_layers: Layers
     vocab_size: Width
     feed_forward_proj: schema.Name
-    relative_attention_num_buckets: Annotated[int, Field(strict=True, ge=2, le=1024)] = 32
-    relative_attention_max_distance: Annotated[int, Field(strict=True, ge=2, le=2**16)] = 128
-    dropout_rate: Annotated[float, Field(strict=True, ge=0, le=1)] = 0.1
-    pad_token_id: Annotated[int, Field(strict=True, ge=0)] = 0
-    eos_token_id: Annotated[int, Field(strict=True, ge=0)] = 1
+    relative_attention_num_buckets: whole(2, 1024) = 32
+    relative_attention_max_distance: whole(2, 2**16) = 128
+    dropout_rate: Share = 0.1
+    pad_token_id: whole(0, 2**63) = 0
+    eos_token_id: whole(0, 2**63) = 1
 
 
 class TextEncoderConfig(schema.Closed):
     """A T5 over words. length: tokens of a prompt, padded."""
 
     t5: T5Config
-    vocabulary: Annotated[list[schema.Name], Field(min_length=1, max_length=2**17)]
-    length: Annotated[int, Field(strict=True, ge=1, le=4096)]
+    vocabulary: Annotated[list[schema.Name], Len(1, 2**17)]
+    length: whole(1, 4096)
 
     @model_validator(mode="after")
     def _agrees(self) -> TextEncoderConfig:

@@ -17,10 +17,10 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ class Record(BaseModel):
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
-    format_version: Annotated[int, Field(strict=True, ge=1)]
+    format_version: schema.whole(1, 2**63)
     kind: str
     config: dict[str, Any]
     hierarchy: schema.Levels = None

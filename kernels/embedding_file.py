@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import base64
 import os
-from typing import Any, Annotated
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from annotated_types import Len
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from . import checkpoint, schema
@@ -34,12 +35,12 @@ class Source(BaseModel):
 
     adapter: schema.Name = None
     pooled_width: schema.Width = None
-    edits: Annotated[list[str], Field(max_length=10_000)] = None
+    edits: Annotated[list[str], Len(0, 10_000)] = None
 
 
 class Size(schema.Closed):
-    batch: Annotated[int, Field(strict=True, ge=1, le=4096)]
-    tokens: Annotated[int, Field(strict=True, ge=1, le=MAX_TOKENS)]
+    batch: schema.whole(1, 4096)
+    tokens: schema.whole(1, MAX_TOKENS)
 
 
 class Record(BaseModel):

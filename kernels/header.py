@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from annotated_types import Len
 
 from . import schema
 
@@ -31,7 +31,7 @@ DTYPES = {
     torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 
-_Size = Annotated[int, Field(strict=True, ge=0, lt=2**40)]
+_Size = schema.whole(0, 2**40)
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Entry:
     __pydantic_config__ = schema.CLOSED
 
     dtype: Literal[tuple(_BITS)]
-    shape: Annotated[tuple[_Size, ...], Field(max_length=8)]
+    shape: Annotated[tuple[_Size, ...], Len(0, 8)]
     data_offsets: tuple[_Size, _Size]
 
 

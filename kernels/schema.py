@@ -11,7 +11,8 @@ import math
 from functools import cache
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
+from annotated_types import Ge, Gt, Le, Len
+from pydantic import BaseModel, ConfigDict, Strict, StrictBool, StringConstraints, TypeAdapter, ValidationError
 
 T = TypeVar("T")
 
@@ -19,19 +20,27 @@ MAX_DEPTH = 200  # of lists and objects inside one another: what a blend of blen
 
 CLOSED = ConfigDict(extra="forbid", allow_inf_nan=False)
 
+
+def whole(least: int, most: int) -> Any:
+    """Whole numbers from `least` to `most`."""
+    # Not pydantic's Field: older releases keep the default of one field in it, for all that share the annotation.
+    return Annotated[int, Strict(), Ge(least), Le(most)]
+
+
 Flag = StrictBool
-Layers = Annotated[int, Field(strict=True, ge=1, le=256)]
-Width = Annotated[int, Field(strict=True, ge=1, le=2**17)]
-Heads = Annotated[int, Field(strict=True, ge=1, le=1024)]
-Side = Annotated[int, Field(strict=True, ge=1, le=2**11)]  # pixels
-Patch = Annotated[int, Field(strict=True, ge=1, le=256)]  # pixels
-Number = Annotated[float, Field(strict=True, ge=-1e9, le=1e9)]
-Positive = Annotated[float, Field(strict=True, gt=0, le=1e9)]
-Name = Annotated[str, Field(min_length=1, max_length=200)]
-Word = Annotated[str, Field(max_length=64, pattern=r"^[a-z0-9_]+$")]  # an identifier of a library: no path, no address
+Layers = whole(1, 256)
+Width = whole(1, 2**17)
+Heads = whole(1, 1024)
+Side = whole(1, 2**11)  # pixels
+Patch = whole(1, 256)  # pixels
+Number = Annotated[float, Strict(), Ge(-1e9), Le(1e9)]
+Positive = Annotated[float, Strict(), Gt(0), Le(1e9)]
+Share = Annotated[float, Strict(), Ge(0), Le(1)]
+Name = Annotated[str, Len(1, 200)]
+Word = Annotated[str, StringConstraints(max_length=64, pattern=r"^[a-z0-9_]+$")]  # an identifier of a library: no path, no address
 # The levels of a hierarchy; how many tokens they may come to is Hierarchy's own affair.
-_Count = Annotated[int, Field(strict=True)]
-Levels = Annotated[tuple[tuple[_Count, _Count, _Count], ...], Field(min_length=1, max_length=64)]
+_Count = whole(-(2**31), 2**31)
+Levels = Annotated[tuple[tuple[_Count, _Count, _Count], ...], Len(1, 64)]
 
 
 class Closed(BaseModel):

@@ -8,21 +8,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from annotated_types import Len
 
 from .. import schema
-from ..schema import Flag, Heads, Layers, Number, Positive, Width, Word
+from ..schema import Flag, Heads, Layers, Number, Positive, Share, Width, Word, whole
 
 # Dense causal decoders whose whole network torch builds: no experts, no kernels of their own.
 FAMILIES = (
     "gemma", "gemma2", "gemma3_text", "gpt2", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3",
 )  # fmt: skip
 
-_Length = Annotated[int, Field(strict=True, ge=1, le=2**24)]  # positions or tokens
-_Count = Annotated[int, Field(strict=True, ge=0, le=2**24)]
-_Share = Annotated[float, Field(strict=True, ge=0, le=1)]
-_PerLayer = Field(max_length=256)
-_Factors = Annotated[list[Number], Field(max_length=2**12)]
+_Length = whole(1, 2**24)  # positions or tokens
+_Count = whole(0, 2**24)
+_PerLayer = Len(0, 256)
+_Factors = Annotated[list[Number], Len(0, 2**12)]
 
 
 class Rope(schema.Closed):
@@ -65,16 +64,16 @@ class LLM(schema.Closed):
     tie_word_embeddings: Flag | None = None
     attention_bias: Flag | None = None
     mlp_bias: Flag | None = None
-    attention_dropout: _Share | None = None
-    embd_pdrop: _Share | None = None
-    resid_pdrop: _Share | None = None
+    attention_dropout: Share | None = None
+    embd_pdrop: Share | None = None
+    resid_pdrop: Share | None = None
     # positions
     rope_theta: Positive | None = None
     rope_scaling: Rope | None = None
     rope_parameters: Rope | dict[Word, Rope] | None = None
     rope_local_base_freq: Positive | None = None
     partial_rotary_factor: Positive | None = None
-    no_rope_layers: Annotated[list[Annotated[int, Field(strict=True, ge=0, le=1)]], _PerLayer] | None = None
+    no_rope_layers: Annotated[list[whole(0, 1)], _PerLayer] | None = None
     no_rope_layer_interval: _Count | None = None
     # which keys a query sees
     layer_types: Annotated[list[Word], _PerLayer] | None = None
@@ -93,13 +92,13 @@ class LLM(schema.Closed):
     residual_multiplier: Number | None = None
     # GPT-2
     activation_function: Word | None = None
-    attn_pdrop: _Share | None = None
+    attn_pdrop: Share | None = None
     layer_norm_epsilon: Positive | None = None
     n_embd: Width | None = None
     n_head: Heads | None = None
     n_inner: Width | None = None
     n_layer: Layers | None = None
-    n_positions: Annotated[int, Field(strict=True, ge=1, le=2**20)] | None = None
+    n_positions: whole(1, 2**20) | None = None
     scale_attn_by_inverse_layer_idx: Flag | None = None
     scale_attn_weights: Flag | None = None
     reorder_and_upcast_attn: Flag | None = None

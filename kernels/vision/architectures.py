@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import StringConstraints
 
 from .. import schema
-from ..schema import Flag, Heads, Layers, Patch, Positive, Side, Width
-
-_Ratio = Annotated[int, Field(strict=True, ge=1, le=16)]
+from ..schema import Flag, Heads, Layers, Patch, Positive, Side, Width, whole
 
 
 class _ClipVision(schema.Closed):
@@ -31,7 +29,7 @@ class _TimmVision(schema.Closed):
     """timm's SigLIP under open_clip: the name of a registered model, never an address (`hf-hub:`, `local-dir:`) or a tag."""
 
     image_size: Side
-    timm_model_name: Annotated[str, Field(pattern=r"^vit_[a-z0-9]+_patch[0-9]+_siglip_[0-9]+$", max_length=64)]
+    timm_model_name: Annotated[str, StringConstraints(max_length=64, pattern=r"^vit_[a-z0-9]+_patch[0-9]+_siglip_[0-9]+$")]
     timm_model_pretrained: Literal[False] = False
     timm_pool: Literal["map"]
     timm_proj: Literal["none"]
@@ -49,9 +47,9 @@ class _Dinov2(schema.Closed):
     num_attention_heads: Heads
     image_size: Side
     patch_size: Patch
-    mlp_ratio: _Ratio = 4
+    mlp_ratio: whole(1, 16) = 4
     use_swiglu_ffn: Flag = False
-    num_register_tokens: Annotated[int, Field(strict=True, ge=0, le=64)] = 0
+    num_register_tokens: whole(0, 64) = 0
 
 
 class _InternVit(schema.Closed):

@@ -10,11 +10,10 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, dataclass
 from functools import reduce
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
 from .. import checkpoint, schema
@@ -49,7 +48,7 @@ class TowerConfig:
     width: schema.Width
     mean: tuple[schema.Number, schema.Number, schema.Number]
     std: tuple[schema.Positive, schema.Positive, schema.Positive]
-    layer: Annotated[int, Field(strict=True, ge=-256, le=-1)] = -1
+    layer: schema.whole(-256, -1) = -1
     resize: str = "squash"
 
     def __post_init__(self):
