@@ -19,6 +19,10 @@ from collections import Counter
 from datetime import date
 from pathlib import Path
 
+from ..tests.kernels import fuzz
+from ..tests.kernels.mutations import NAMES, mutant
+from ..training.miniature.evaluation import table
+
 PAGE = Path(__file__).with_suffix(".md")
 MUTANTS = 10_000
 
@@ -28,16 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--mutants", type=int, default=MUTANTS)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
-    sys.path.insert(0, os.environ["COMFYUI_PATH"])
-    import comfy.cli_args
-
-    comfy.cli_args.args.cpu = True  # before anything looks for a device
-    from ..tests.kernels import fuzz
-    from ..tests.kernels.mutations import NAMES
-    from ..training.miniature.evaluation import table
-
     logging.disable(logging.WARNING)  # core and transformers comment on every network
-    rng, loaders = random.Random(options.seed), fuzz.through_core()
+    rng, loaders = random.Random(options.seed), fuzz.through_core(os.environ["COMFYUI_PATH"])
     found: Counter = Counter()
     wrong, slowest = [], 0.0
     with tempfile.TemporaryDirectory() as folder:
@@ -49,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         for number in range(options.mutants):
             kind, name = fuzz.KINDS[number % len(fuzz.KINDS)], NAMES[number // len(fuzz.KINDS) % len(NAMES)]
             seal = rng.choice(fuzz.SEALS)
-            changed.write_bytes(fuzz.mutant(fuzz.File.of(paths[kind]), name, seal, rng))
+            changed.write_bytes(mutant(fuzz.File.of(paths[kind]), name, seal, rng))
             start = time.perf_counter()
             outcome, said = fuzz.outcome(loaders[kind], changed, originals[kind])
             slowest = max(slowest, time.perf_counter() - start)
@@ -63,7 +59,10 @@ def main(argv: list[str] | None = None) -> int:
         def count(*wanted: str) -> int:
             return sum(times for key, times in found.items() if (key[place], key[3]) == wanted)
 
-        return table.rows([head, *fuzz.OUTCOMES], [[name, *(str(count(name, outcome)) for outcome in fuzz.OUTCOMES)] for name in names])
+        return table.rows(
+            [head, *fuzz.OUTCOMES],
+            [[name, *(str(count(name, outcome)) for outcome in fuzz.OUTCOMES)] for name in names],
+        )
 
     page = "\n".join([
         "# What becomes of a damaged or hostile file",

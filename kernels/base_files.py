@@ -67,7 +67,11 @@ class FluxConfig(schema.Closed):
             if bias:
                 found[f"{name}.bias"] = (out,)
 
-        embedded = [("time_in", 256), ("vector_in", self.vec_in_dim), *([("guidance_in", 256)] if self.guidance_embed else [])]
+        embedded = [
+            ("time_in", 256),
+            ("vector_in", self.vec_in_dim),
+            *([("guidance_in", 256)] if self.guidance_embed else []),
+        ]
         for name, into in embedded:
             linear(f"{name}.in_layer", h, into)
             linear(f"{name}.out_layer", h, h)
@@ -113,7 +117,8 @@ class VAEConfig(schema.Closed):
             raise ValueError(f"A VAE of {blocks} block widths needs as many down and up blocks: export the file again.")
         if any(width % self.norm_num_groups for width in self.block_out_channels):
             raise ValueError(
-                f"A VAE of widths {list(self.block_out_channels)} cannot have norms of {self.norm_num_groups} groups: export the file again."
+                f"A VAE of widths {list(self.block_out_channels)} cannot have norms of {self.norm_num_groups} groups: export "
+                "the file again."
             )
         return self
 
@@ -135,7 +140,9 @@ class VAEConfig(schema.Closed):
             if out != into:
                 conv(f"{name}.conv_shortcut", out, into, 1)
 
-        def half(name: str, order: tuple[int, ...], kind: str, resnets: int, sampler: str, ends: tuple[int, int]) -> None:
+        def half(
+            name: str, order: tuple[int, ...], kind: str, resnets: int, sampler: str, ends: tuple[int, int]
+        ) -> None:
             deepest = widths[-1]
             conv(f"{name}.conv_in", order[0], ends[0])
             for i, width in enumerate(order):
@@ -198,9 +205,16 @@ class TextEncoderConfig(schema.Closed):
         """Every tensor of the network, in transformers' names."""
         t5, inner = self.t5, self.t5.num_heads * self.t5.d_kv
         words = (t5.vocab_size, t5.d_model)
-        found: Shapes = {"shared.weight": words, "encoder.embed_tokens.weight": words, "encoder.final_layer_norm.weight": (t5.d_model,)}
+        found: Shapes = {
+            "shared.weight": words,
+            "encoder.embed_tokens.weight": words,
+            "encoder.final_layer_norm.weight": (t5.d_model,),
+        }
         attention = "encoder.block.{}.layer.0.SelfAttention"
-        found[f"{attention.format(0)}.relative_attention_bias.weight"] = (t5.relative_attention_num_buckets, t5.num_heads)
+        found[f"{attention.format(0)}.relative_attention_bias.weight"] = (
+            t5.relative_attention_num_buckets,
+            t5.num_heads,
+        )
         for i in range(t5.num_layers):
             found |= {f"{attention.format(i)}.{part}.weight": (inner, t5.d_model) for part in "qkv"}
             found[f"{attention.format(i)}.o.weight"] = (t5.d_model, inner)
@@ -222,7 +236,9 @@ def load(path: str | os.PathLike, kind: str) -> tuple[dict[str, Tensor], dict[st
         if name not in tensors:
             raise ValueError(f"{path} lacks {name!r}, which its record implies: export it again.")
         if name not in shapes:
-            raise ValueError(f"{path} has the tensor {schema.short(name)}, which its record does not imply: export it again.")
+            raise ValueError(
+                f"{path} has the tensor {schema.short(name)}, which its record does not imply: export it again."
+            )
         found = tensors[name]
         if tuple(found.shape) != shapes[name] or not found.is_floating_point():
             raise ValueError(

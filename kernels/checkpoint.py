@@ -93,7 +93,9 @@ def save(
             raise ValueError(f"The tensor name {name!r} ends with the reserved suffix {SCALE_SUFFIX!r}: rename it.")
         tensor = tensor.detach().cpu()
         if tensor.dtype not in header.DTYPES or tensor.dtype == torch.int8:  # that is what `pack` makes
-            raise ValueError(f"The tensor {name!r} is {tensor.dtype}, which checkpoints do not store: convert it first.")
+            raise ValueError(
+                f"The tensor {name!r} is {tensor.dtype}, which checkpoints do not store: convert it first."
+            )
         if not finite(tensor):
             raise ValueError(f"The tensor {name!r} has NaN or infinite values: the checkpoint {path} was not written.")
         for key, value in pack(name, tensor, dtype).items():
@@ -106,18 +108,26 @@ def save(
     try:
         record = schema.read_json(json.dumps(record))
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"The record of {path} cannot be written ({error}): it takes JSON and finite numbers only.") from error
+        raise ValueError(
+            f"The record of {path} cannot be written ({error}): it takes JSON and finite numbers only."
+        ) from error
     table = {name: (header.DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in stored.items()}
-    text = json.dumps(record | {"digest": {"layout": _layout(record, table), "content": _content(stored)}}, sort_keys=True)
+    text = json.dumps(
+        record | {"digest": {"layout": _layout(record, table), "content": _content(stored)}}, sort_keys=True
+    )
     metadata = {**(metadata or {}), RECORD_KEY: text}
     if len(text) > _MAX_RECORD or len(json.dumps(metadata)) > header.MAX_BYTES // 2:
-        raise ValueError(f"{path} was not written (its record or workflow is too long to be read again): make the workflow smaller.")
+        raise ValueError(
+            f"{path} was not written (its record or workflow is too long to be read again): make the workflow smaller."
+        )
     try:
         with replacing(Path(path)) as temporary:
             save_file(stored, temporary, metadata=metadata)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{path} was not written ({reason}): make room on the disk or choose another folder.") from error
+        raise ValueError(
+            f"{path} was not written ({reason}): make room on the disk or choose another folder."
+        ) from error
 
 
 def read_header(path: str | os.PathLike, kind: str | None = None) -> dict[str, Any]:
@@ -131,14 +141,18 @@ def read_table(path: str | os.PathLike, kind: str) -> tuple[dict[str, Any], dict
     return record, table
 
 
-def _read(path: str | os.PathLike, kind: str | None) -> tuple[dict[str, Any], dict[str, tuple[str, tuple[int, ...]]], Digest | None]:
+def _read(
+    path: str | os.PathLike, kind: str | None
+) -> tuple[dict[str, Any], dict[str, tuple[str, tuple[int, ...]]], Digest | None]:
     """The record without its digest, the table of the tensors, and the digest."""
     head = header.read(path)
     text = head.metadata.get(RECORD_KEY)
     if text is None:
         raise ValueError(f"{path} has no Semantic Diffusion Adapter record: choose a file that this pack made.")
     if len(text) > _MAX_RECORD:
-        raise ValueError(f"The record in {path} has {len(text)} characters where {_MAX_RECORD} are the most: choose another file.")
+        raise ValueError(
+            f"The record in {path} has {len(text)} characters where {_MAX_RECORD} are the most: choose another file."
+        )
     try:
         record = schema.read_json(text)
     except ValueError as error:
@@ -203,7 +217,13 @@ def load_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, KeyError, AttributeError, RuntimeError, OverflowError) as error:  # also a dtype that torch lacks
+    except (
+        SafetensorError,
+        KeyError,
+        AttributeError,
+        RuntimeError,
+        OverflowError,
+    ) as error:  # also a dtype that torch lacks
         raise ValueError(f"{path} is a damaged safetensors file: download or export it again.") from error
 
 
@@ -217,7 +237,9 @@ def load_parts(path: str | os.PathLike) -> dict[str, Tensor]:
     files = [path.with_name(f"{name}{i:0{digits}}-of-{count}.safetensors") for i in range(1, int(count) + 1)]
     lacking = [file.name for file in files if not file.is_file()]
     if lacking:
-        raise ValueError(f"{path.name} is one of {len(files)} parts and {lacking[0]} is not beside it: put all of them there.")
+        raise ValueError(
+            f"{path.name} is one of {len(files)} parts and {lacking[0]} is not beside it: put all of them there."
+        )
     return {key: tensor for file in files for key, tensor in load_tensors(file).items()}
 
 
@@ -258,7 +280,9 @@ def _compare(module: nn.Module, state_dict: dict[str, Tensor], what: str | os.Pa
                 "export the file again."
             )
         if given.is_floating_point() != tensor.is_floating_point():
-            raise ValueError(f"{name!r} is {given.dtype} in {what} where its record implies {tensor.dtype}: export the file again.")
+            raise ValueError(
+                f"{name!r} is {given.dtype} in {what} where its record implies {tensor.dtype}: export the file again."
+            )
 
 
 def _layout(record: dict[str, Any], table: dict[str, tuple[str, tuple[int, ...]]]) -> str:
@@ -277,4 +301,6 @@ def _content(stored: dict[str, Tensor]) -> str:
 
 def _check_content(stored: dict[str, Tensor], digest: Digest, path: str | os.PathLike) -> None:
     if _content(stored) != digest.content:
-        raise ValueError(f"{path} is not as it was saved (numbers in its tensors were changed): download or export it again.")
+        raise ValueError(
+            f"{path} is not as it was saved (numbers in its tensors were changed): download or export it again."
+        )

@@ -84,7 +84,9 @@ def save(
 def check(path: str | os.PathLike) -> None:
     """ValueError in one sentence if this is no whole embedding file that this pack reads. Does not look at the numbers."""
     record, table = checkpoint.read_table(path, KIND)
-    said = schema.parse(Record, {name: record[name] for name in Record.model_fields if name in record}, f"The record in {path}")
+    said = schema.parse(
+        Record, {name: record[name] for name in Record.model_fields if name in record}, f"The record in {path}"
+    )
     tokens, batch = said.config.tokens, said.config.batch
     masks = table.get("masks", ("U8", (0,)))[1][:1]
     expected = {
@@ -101,7 +103,9 @@ def check(path: str | os.PathLike) -> None:
         if name not in table:
             raise ValueError(f"{path} lacks {name!r}: save the embedding again.")
         if name not in expected:
-            raise ValueError(f"{path} has the tensor {schema.short(name)}, which its record does not speak of: save the embedding again.")
+            raise ValueError(
+                f"{path} has the tensor {schema.short(name)}, which its record does not speak of: save the embedding again."
+            )
         (dtypes, shape), (dtype, found) = expected[name], table[name]
         if dtype not in dtypes or found != shape:
             raise ValueError(

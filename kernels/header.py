@@ -73,7 +73,9 @@ def read(path: str | os.PathLike) -> Header:
     try:
         header = schema.read_json(text)
     except ValueError as error:
-        raise ValueError(f"{path} is not a safetensors file ({error}): only safetensors checkpoints are loaded.") from error
+        raise ValueError(
+            f"{path} is not a safetensors file ({error}): only safetensors checkpoints are loaded."
+        ) from error
     what = f"The header of {path}"
     metadata = schema.parse(dict[str, str], header.pop("__metadata__", {}), what)
     if len(header) > MAX_TENSORS:

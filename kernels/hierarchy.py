@@ -14,7 +14,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-
 MAX_LEVELS = 64
 MAX_SIDE = 1024  # cells
 MAX_TOKENS = 2**16  # far more than any model's attention takes; a file that says more is damaged

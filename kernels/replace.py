@@ -51,7 +51,9 @@ def sweep(folder: Path) -> None:
 def _abandoned(found: os.DirEntry, host: str, process: int) -> bool:
     if time.time() - found.stat(follow_symlinks=False).st_mtime > _OLD:
         return True
-    if host != _host() or os.name == "nt":  # another machine's process; on Windows os.kill would end the one that is asked
+    if (
+        host != _host() or os.name == "nt"
+    ):  # another machine's process; on Windows os.kill would end the one that is asked
         return False
     try:
         os.kill(process, 0)

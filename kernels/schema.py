@@ -37,7 +37,9 @@ Number = Annotated[float, Strict(), Ge(-1e9), Le(1e9)]
 Positive = Annotated[float, Strict(), Gt(0), Le(1e9)]
 Share = Annotated[float, Strict(), Ge(0), Le(1)]
 Name = Annotated[str, Len(1, 200)]
-Word = Annotated[str, StringConstraints(max_length=64, pattern=r"^[a-z0-9_]+$")]  # an identifier of a library: no path, no address
+Word = Annotated[
+    str, StringConstraints(max_length=64, pattern=r"^[a-z0-9_]+$")
+]  # an identifier of a library: no path, no address
 # The levels of a hierarchy; how many tokens they may come to is Hierarchy's own affair.
 _Count = whole(-(2**31), 2**31)
 Levels = Annotated[tuple[tuple[_Count, _Count, _Count], ...], Len(1, 64)]
@@ -77,7 +79,9 @@ def parse(kind: type[T], value: Any, what: str) -> T:
     if cause is not None:  # a sentence of ours already
         raise ValueError(str(cause))
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        raise ValueError(f"{what} has the field {short(where)}, which this version of the pack does not take: update the pack.")
+        raise ValueError(
+            f"{what} has the field {short(where)}, which this version of the pack does not take: update the pack."
+        )
     if first["type"] == "missing":
         raise ValueError(f"{what} lacks {short(where)}: download or export the file again, or update the pack.")
     reason = first["msg"].replace("Input should", "it should").rstrip(".")
@@ -115,4 +119,6 @@ def _finite(text: str) -> float:
 def _deeper(value: Any, depth: int) -> bool:
     if not isinstance(value, (dict, list)):
         return False
-    return depth == 0 or any(_deeper(child, depth - 1) for child in (value.values() if isinstance(value, dict) else value))
+    return depth == 0 or any(
+        _deeper(child, depth - 1) for child in (value.values() if isinstance(value, dict) else value)
+    )

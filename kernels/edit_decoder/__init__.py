@@ -31,7 +31,8 @@ def read_config(record: dict[str, Any]) -> EditDecoderConfig:
     architecture = fields.pop("architecture", T5EditDecoderConfig.architecture)
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise ValueError(
-            f"The edit decoder is a {schema.short(architecture)} and this version of the pack knows {', '.join(ARCHITECTURES)}; update the pack."
+            f"The edit decoder is a {schema.short(architecture)} and this version of the pack knows "
+            f"{', '.join(ARCHITECTURES)}; update the pack."
         )
     return schema.parse(ARCHITECTURES[architecture][0], fields, "The edit decoder record")
 

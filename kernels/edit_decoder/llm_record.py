@@ -125,7 +125,9 @@ def read_llm(record: dict[str, Any]) -> dict[str, Any]:
     from transformers import PretrainedConfig
 
     bare = PretrainedConfig().to_dict()
-    said = {key: value for key, value in record.items() if key in LLM.model_fields or key not in bare or value != bare[key]}
+    said = {
+        key: value for key, value in record.items() if key in LLM.model_fields or key not in bare or value != bare[key]
+    }
     schema.parse(LLM, said, "The LLM of the edit decoder")
     return {key: value for key, value in said.items() if value is not None}
 

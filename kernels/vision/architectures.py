@@ -29,7 +29,9 @@ class _TimmVision(schema.Closed):
     """timm's SigLIP under open_clip: the name of a registered model, never an address (`hf-hub:`, `local-dir:`) or a tag."""
 
     image_size: Side
-    timm_model_name: Annotated[str, StringConstraints(max_length=64, pattern=r"^vit_[a-z0-9]+_patch[0-9]+_siglip_[0-9]+$")]
+    timm_model_name: Annotated[
+        str, StringConstraints(max_length=64, pattern=r"^vit_[a-z0-9]+_patch[0-9]+_siglip_[0-9]+$")
+    ]
     timm_model_pretrained: Literal[False] = False
     timm_pool: Literal["map"]
     timm_proj: Literal["none"]

@@ -262,7 +262,8 @@ def load_tower(config: TowerConfig, state_dict: dict[str, Tensor]) -> VisionTowe
     if wrong:
         more = f" and {len(wrong) - 1} more differences" if len(wrong) > 1 else ""
         raise ValueError(
-            f"This file is not the vision tower {schema.short(config.id)}: it {wrong[0]}{more}; choose the matching file or another tower id."
+            f"This file is not the vision tower {schema.short(config.id)}: it {wrong[0]}{more}; choose the matching file or "
+            "another tower id."
         )
     with torch.device("meta"):
         _check_forward(tower)

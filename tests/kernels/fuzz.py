@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import random
 import signal
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,12 @@ from typing import Any
 import torch
 from semantic_diffusion_adapter.kernels import base_files, checkpoint, embedding_file
 from semantic_diffusion_adapter.kernels.adapter import Adapter, AdapterConfig, read_adapter
-from semantic_diffusion_adapter.kernels.edit_decoder import LLMEditDecoderConfig, T5EditDecoderConfig, build_edit_decoder, read_edit_decoder
+from semantic_diffusion_adapter.kernels.edit_decoder import (
+    LLMEditDecoderConfig,
+    T5EditDecoderConfig,
+    build_edit_decoder,
+    read_edit_decoder,
+)
 from semantic_diffusion_adapter.kernels.embedding import MASK_SIDE, SemanticEmbedding
 from semantic_diffusion_adapter.kernels.vision.towers import TowerConfig, build_tower, load_tower_file
 
@@ -30,13 +35,17 @@ SEALS = ("kept", "none", "new")
 TABLE = [[1, 1, 2], [2, 2, 1]]
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 TRANSFORMER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+VIT = {"image_size": 28, "layers": 2, "width": 16, "head_width": 8, "patch_size": 14}
+INTERN = {"intermediate_size": 32, "attention_bias": True, "image_size": [28, 28], "patch_size": [14, 14]}
+ARCHITECTURES = {
+    "open_clip": {"embed_dim": 8, "quick_gelu": True, "vision_cfg": VIT},
+    "dinov2": TRANSFORMER | {"image_size": 28, "patch_size": 14, "num_register_tokens": 2},
+    "internvit": TRANSFORMER | INTERN,
+}
 TOWERS = {
-    "clip": TowerConfig("clip", "open_clip", {"embed_dim": 8, "quick_gelu": True, "vision_cfg": {
-        "image_size": 28, "layers": 2, "width": 16, "head_width": 8, "patch_size": 14}}, 28, 14, 16, **HALF),
-    "dinov2": TowerConfig("dinov2", "dinov2", TRANSFORMER | {"image_size": 28, "patch_size": 14, "num_register_tokens": 2}, 28, 14, 16, **HALF),
-    "internvit": TowerConfig("internvit", "internvit", TRANSFORMER | {"intermediate_size": 32, "attention_bias": True, "image_size": [28, 28],
-                                                         "patch_size": [14, 14]}, 28, 14, 16, layer=-2, **HALF),
-}  # fmt: skip
+    kind: TowerConfig(kind, kind, architecture, 28, 14, 16, layer=-2 if kind == "internvit" else -1, **HALF)
+    for kind, architecture in ARCHITECTURES.items()
+}
 BASE = {
     "flux": {
         "hidden_size": 16, "num_heads": 2, "depth": 1, "depth_single_blocks": 1, "axes_dim": [4, 2, 2], "context_in_dim": 12,
@@ -67,12 +76,23 @@ def write(kind: str, path: Path) -> None:
             torch.rand(1, MASK_SIDE, MASK_SIDE), torch.tensor([0, -1, 0])), b"jpeg", {"workflow": "{}"})  # fmt: skip
     elif kind in BASE:
         shapes = base_files.CONFIGS[kind](**BASE[kind]).shapes()
-        checkpoint.save(path, {name: torch.randn(shape) for name, shape in shapes.items()}, kind, BASE[kind], dtype=torch.int8, step=3)
+        checkpoint.save(
+            path,
+            {name: torch.randn(shape) for name, shape in shapes.items()},
+            kind,
+            BASE[kind],
+            dtype=torch.int8,
+            step=3,
+        )
     elif kind in TOWERS:
         tower = TOWERS[kind]
-        checkpoint.save(path, build_tower(tower).model.state_dict(), "vision_tower", tower.to_json(), dtype=torch.float16, step=3)
+        checkpoint.save(
+            path, build_tower(tower).model.state_dict(), "vision_tower", tower.to_json(), dtype=torch.float16, step=3
+        )
     elif kind == "adapter":
-        config = AdapterConfig(TABLE, (TOWERS["clip"], TOWERS["dinov2"]), width=16, heads=2, layers=1, out_dim=12, pooled_dim=6)
+        config = AdapterConfig(
+            TABLE, (TOWERS["open_clip"], TOWERS["dinov2"]), width=16, heads=2, layers=1, out_dim=12, pooled_dim=6
+        )
         checkpoint.save(path, Adapter(config).state_dict(), kind, config.to_json(), dtype=torch.int8, hierarchy=TABLE,
                         widths={"text": 12, "pooled": 6})  # fmt: skip
     else:
@@ -80,7 +100,9 @@ def write(kind: str, path: Path) -> None:
         config = (T5EditDecoderConfig(12, 12, TABLE, width=16, heads=2, layers=1) if kind == "editor_t5"
                   else LLMEditDecoderConfig(12, 12, TABLE, llm))  # fmt: skip
         decoder = build_edit_decoder(config)
-        checkpoint.save(path, decoder.state_dict(), "edit_decoder", decoder.config.to_json(), dtype=torch.float16, hierarchy=TABLE)
+        checkpoint.save(
+            path, decoder.state_dict(), "edit_decoder", decoder.config.to_json(), dtype=torch.float16, hierarchy=TABLE
+        )
 
 
 @dataclass(frozen=True)
@@ -131,8 +153,13 @@ LOADERS: dict[str, Callable[[Path], Loaded]] = {
 }
 
 
-def through_core() -> dict[str, Callable[[Path], Loaded]]:
-    """LOADERS, with core building the base's networks. It needs a ComfyUI on sys.path."""
+def through_core(folder: str | None = None) -> dict[str, Callable[[Path], Loaded]]:
+    """LOADERS, with core building the base's networks. folder: of a ComfyUI, for a process that has none yet."""
+    if folder is not None:
+        sys.path.insert(0, folder)
+        import comfy.cli_args
+
+        comfy.cli_args.args.cpu = True  # before anything looks for a device
     from semantic_diffusion_adapter.nodes.host import miniature, text_encoder
 
     makers = {"flux": (miniature.load_flux, lambda model: model.model), "vae": (miniature.load_vae, lambda vae: vae.first_stage_model),
@@ -140,7 +167,9 @@ def through_core() -> dict[str, Callable[[Path], Loaded]]:
 
     def loader(kind: str) -> Callable[[Path], Loaded]:
         make, network = makers[kind]
-        return lambda path: describe(network(make(str(path))).state_dict(), checkpoint.read_header(path, kind)["config"])
+        return lambda path: describe(
+            network(make(str(path))).state_dict(), checkpoint.read_header(path, kind)["config"]
+        )
 
     return LOADERS | {kind: loader(kind) for kind in makers}
 
@@ -233,22 +262,3 @@ class File:
 
     def data(self) -> bytes:
         return b"".join(data for _, _, data in self.tensors.values())
-
-
-def whole(header: bytes, data: bytes) -> bytes:
-    return struct.pack("<Q", len(header)) + header + data
-
-
-def mutant(original: File, name: str, seal: str, rng: random.Random) -> bytes:
-    """The bytes of a file with one change of the kind `name`. `original` is used up."""
-    from semantic_diffusion_adapter.tests.kernels.mutations import HEADERS, RAW, STRUCTURED
-
-    if name in STRUCTURED:
-        STRUCTURED[name](original, rng)
-    original.seal(seal)
-    if name in HEADERS:
-        header = original.header()
-        header = HEADERS[name](header, rng) or header
-        return whole(header if isinstance(header, bytes) else json.dumps(header).encode(), original.data())
-    data = whole(json.dumps(original.header()).encode(), original.data())
-    return RAW[name](data, rng) if name in RAW else data

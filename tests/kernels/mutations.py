@@ -31,6 +31,7 @@ def _spots(value: Any) -> list[tuple[Any, Any]]:
 
 # The record
 
+
 def _word(file: File, rng: random.Random) -> None:
     spots = _spots(file.record)
     number = [spot for spot in spots if type(spot[0][spot[1]]) in (int, float)]
@@ -58,6 +59,7 @@ def _deep(file: File, rng: random.Random) -> None:
 
 
 # The tensors
+
 
 def _number(file: File, rng: random.Random) -> None:
     entry = file.tensors[rng.choice([name for name, entry in file.tensors.items() if entry[2]])]
@@ -104,7 +106,9 @@ def _tensor_gone(file: File, rng: random.Random) -> None:
 
 def _tensor_more(file: File, rng: random.Random) -> None:
     name = rng.choice(list(file.tensors))
-    file.tensors[rng.choice((f"{name}.more", "", "visual.x", "dinov2.x", "a\nb", "x" * 5000, f"{name}::scale::scale"))] = list(file.tensors[name])
+    file.tensors[
+        rng.choice((f"{name}.more", "", "visual.x", "dinov2.x", "a\nb", "x" * 5000, f"{name}::scale::scale"))
+    ] = list(file.tensors[name])
 
 
 def _renamed(file: File, rng: random.Random) -> None:
@@ -129,6 +133,7 @@ STRUCTURED = {
 
 
 # The header
+
 
 def _entry(header: dict, rng: random.Random) -> dict:
     return header[rng.choice([name for name in header if name != "__metadata__"])]
@@ -177,10 +182,17 @@ def _strange_json(header: dict, rng: random.Random) -> bytes:
     ))  # fmt: skip
 
 
-HEADERS = {"offsets": _offsets, "word of the header": _entry_word, "name twice": _twice, "metadata": _metadata, "strange JSON": _strange_json}
+HEADERS = {
+    "offsets": _offsets,
+    "word of the header": _entry_word,
+    "name twice": _twice,
+    "metadata": _metadata,
+    "strange JSON": _strange_json,
+}
 
 
 # The bytes
+
 
 def _bits(data: bytes, rng: random.Random) -> bytes:
     changed = bytearray(data)
@@ -192,13 +204,34 @@ def _bits(data: bytes, rng: random.Random) -> bytes:
 
 def _cut(data: bytes, rng: random.Random) -> bytes:
     at = rng.randrange(len(data))
-    return rng.choice((data[:at], data[:-1], data + b"\0", data + data[:at], data[:at] + b"\0" * 8 + data[at:], data[:8]))
+    return rng.choice(
+        (data[:at], data[:-1], data + b"\0", data + data[:at], data[:at] + b"\0" * 8 + data[at:], data[:8])
+    )
 
 
 def _length(data: bytes, rng: random.Random) -> bytes:
     length = struct.unpack("<Q", data[:8])[0]
-    return struct.pack("<Q", rng.choice((0, 1, length - 1, length + 1, length * 2, 2**24 + 1, 10**8, 2**40, 2**64 - 1))) + data[8:]
+    return (
+        struct.pack("<Q", rng.choice((0, 1, length - 1, length + 1, length * 2, 2**24 + 1, 10**8, 2**40, 2**64 - 1)))
+        + data[8:]
+    )
 
 
 RAW = {"bits": _bits, "cut or longer": _cut, "length": _length}
 NAMES = (*STRUCTURED, *HEADERS, *RAW)
+
+
+def whole(header: bytes, data: bytes) -> bytes:
+    return struct.pack("<Q", len(header)) + header + data
+
+
+def mutant(file: File, name: str, seal: str, rng: random.Random) -> bytes:
+    """The bytes of a file with one change of the kind `name` (any other: none) under a seal. `file` is used up."""
+    if name in STRUCTURED:
+        STRUCTURED[name](file, rng)
+    file.seal(seal)
+    header = file.header()
+    if name in HEADERS:
+        header = HEADERS[name](header, rng) or header
+    data = whole(header if isinstance(header, bytes) else json.dumps(header).encode(), file.data())
+    return RAW[name](data, rng) if name in RAW else data

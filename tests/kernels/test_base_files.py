@@ -31,7 +31,11 @@ def test_the_tensors_of_a_text_encoder_are_transformers(changes):
 
 
 def test_the_shipped_base_is_read(miniature):
-    for kind, name in (("flux", "diffusion_models/miniature_flux"), ("vae", "vae/miniature_vae"), ("text_encoder", "text_encoders/miniature_t5")):
+    for kind, name in (
+        ("flux", "diffusion_models/miniature_flux"),
+        ("vae", "vae/miniature_vae"),
+        ("text_encoder", "text_encoders/miniature_t5"),
+    ):
         tensors, record = base_files.load(miniature / f"{name}.safetensors", kind)
         assert tensors and record["kind"] == kind
 

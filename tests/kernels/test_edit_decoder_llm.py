@@ -199,7 +199,8 @@ def test_llms_that_cannot_be_built_are_refused():
         ("_attn_implementation", "owner/kernel"), ("attn_implementation", "owner/kernel"), ("auto_map", {"AutoModel": "a/b--c.D"}),
         ("_name_or_path", "owner/model"), ("quantization_config", {"quant_method": "bitsandbytes"}), ("torchscript", True),
         ("hidden_act", "owner/kernel"), ("num_hidden_layers", 10**8), ("num_hidden_layers", True), ("hidden_size", 2.0),
-        ("rope_parameters", {"rope_type": "hf-hub:a/b"}), ("rope_scaling", {"future": 1}), ("layer_types", ["full_attention"] * 10**4), ("vocab_size", 10**9),
+        ("rope_parameters", {"rope_type": "hf-hub:a/b"}), ("rope_scaling", {"future": 1}),
+        ("layer_types", ["full_attention"] * 10**4), ("vocab_size", 10**9),
     ],
 )  # fmt: skip
 def test_what_is_no_architecture_is_refused_by_name(field, value):

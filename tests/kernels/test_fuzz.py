@@ -7,7 +7,7 @@ import random
 
 import pytest
 from semantic_diffusion_adapter.tests.kernels import fuzz
-from semantic_diffusion_adapter.tests.kernels.mutations import NAMES
+from semantic_diffusion_adapter.tests.kernels.mutations import NAMES, mutant
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="a load is given up by SIGALRM")
 
@@ -20,7 +20,7 @@ def test_no_change_to_a_file_does_harm(kind, tmp_path):
     original, found = fuzz.LOADERS[kind](path), set()
     for name in (*NAMES, *NAMES):
         seal = rng.choice(fuzz.SEALS)
-        changed.write_bytes(fuzz.mutant(fuzz.File.of(path), name, seal, rng))
+        changed.write_bytes(mutant(fuzz.File.of(path), name, seal, rng))
         outcome, said = fuzz.outcome(fuzz.LOADERS[kind], changed, original)
         assert not fuzz.faults(seal, name, outcome), (name, seal, outcome, said)
         found.add(outcome)
@@ -33,7 +33,7 @@ def test_what_is_not_changed_is_not_refused(tmp_path):
         path, again = tmp_path / f"{kind}.safetensors", tmp_path / "again.safetensors"
         fuzz.write(kind, path)
         for seal in fuzz.SEALS:
-            again.write_bytes(fuzz.mutant(fuzz.File.of(path), "nothing", seal, random.Random(0)))
+            again.write_bytes(mutant(fuzz.File.of(path), "nothing", seal, random.Random(0)))
             assert fuzz.outcome(fuzz.LOADERS[kind], again, fuzz.LOADERS[kind](path)) == ("unchanged", ""), (kind, seal)
 
 
@@ -48,7 +48,13 @@ def test_the_fuzzer_knows_a_fault_when_it_sees_one(tmp_path):
 
         return load
 
-    for error in (KeyError("x"), RecursionError("x."), UnicodeDecodeError("utf-8", b"", 0, 1, "x."), ValueError("two\nlines."), ValueError("")):
+    for error in (
+        KeyError("x"),
+        RecursionError("x."),
+        UnicodeDecodeError("utf-8", b"", 0, 1, "x."),
+        ValueError("two\nlines."),
+        ValueError(""),
+    ):
         assert fuzz.outcome(raises(error), path, original)[0] == "traceback"
     assert fuzz.outcome(raises(ValueError("A sentence.")), path, original)[0] == "refused"
     assert fuzz.outcome(raises(fuzz.Hang()), path, original)[0] == "hang"

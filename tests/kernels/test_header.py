@@ -21,7 +21,12 @@ def entry(begin: int, end: int, shape: list[int], dtype: str = "F32") -> dict:
 
 
 def test_what_the_library_writes_is_read(tmp_path):
-    tensors = {"a": torch.ones(2, 3), "b": torch.ones((), dtype=torch.float16), "none": torch.ones(0, 4), "c": torch.ones(5, dtype=torch.bool)}
+    tensors = {
+        "a": torch.ones(2, 3),
+        "b": torch.ones((), dtype=torch.float16),
+        "none": torch.ones(0, 4),
+        "c": torch.ones(5, dtype=torch.bool),
+    }
     save_file(tensors, tmp_path / "a", metadata={"x": "y"})
     read = header.read(tmp_path / "a")
     assert read.metadata == {"x": "y"} and read.tensor_bytes == 24 + 2 + 5

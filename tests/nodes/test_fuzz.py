@@ -7,7 +7,7 @@ import random
 
 import pytest
 from semantic_diffusion_adapter.tests.kernels import fuzz
-from semantic_diffusion_adapter.tests.kernels.mutations import NAMES
+from semantic_diffusion_adapter.tests.kernels.mutations import NAMES, mutant
 
 pytest.importorskip("comfy")
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="a load is given up by SIGALRM")
@@ -21,6 +21,6 @@ def test_no_change_to_a_file_of_the_base_does_harm(kind, tmp_path):
     original = load(path)
     for name in NAMES:
         seal = rng.choice(fuzz.SEALS)
-        changed.write_bytes(fuzz.mutant(fuzz.File.of(path), name, seal, rng))
+        changed.write_bytes(mutant(fuzz.File.of(path), name, seal, rng))
         outcome, said = fuzz.outcome(load, changed, original)
         assert not fuzz.faults(seal, name, outcome), (name, seal, outcome, said)
