@@ -83,6 +83,8 @@ def save(
     """
     if kind not in KINDS:
         raise ValueError(f"Cannot save a checkpoint of kind {kind!r}: use one of {', '.join(KINDS)}.")
+    if "\0" in os.fspath(path):
+        raise ValueError(f"The file name {os.fspath(path)!r} has a NUL character: choose another name.")
     reserved = {"format_version", "kind", "config", "digest"} & fields.keys()
     if reserved:
         raise ValueError(f"The checkpoint field {sorted(reserved)[0]!r} is reserved: choose another name.")

@@ -54,6 +54,8 @@ class Header:
 
 def read(path: str | os.PathLike) -> Header:
     """The header of a safetensors file. ValueError in one sentence: no such file, no safetensors, cut short, contradicting."""
+    if "\0" in os.fspath(path):
+        raise ValueError(f"The file name {os.fspath(path)!r} has a NUL character: choose another file.")
     try:
         size = os.path.getsize(path)
         with open(path, "rb") as file:

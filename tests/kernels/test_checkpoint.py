@@ -105,6 +105,9 @@ def test_refusals_are_one_sentence(tmp_path):
         assert str(path) in text and text.endswith(".") and "\n" not in text
 
     refused("no checkpoint at")
+    for function in (lambda: checkpoint.load("a\0b", "adapter"), lambda: checkpoint.save("a\0b", tensors(), "adapter", {})):
+        with pytest.raises(ValueError, match=r"The file name 'a\\x00b' has a NUL character"):
+            function()
     path.write_bytes(b"")
     refused("not a safetensors file")
     path.write_bytes(b"PK\x03\x04 a pickle in a zip, long enough to have a header")
