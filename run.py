@@ -8,6 +8,7 @@
     python3 run.py bench decoders       compare the edit decoders of the miniature
     python3 run.py bench training       speed and memory of a training step through FLUX.1's full shape
     python3 run.py bench plan           what `sda plan` predicts and what this machine takes
+    python3 run.py bench files          load ten thousand damaged and hostile files
 
 The first start makes .venv and .host beside this file; later ones reuse them. COMFYUI_PATH (and COMFYUI_PYTHON) name
 another ComfyUI to run in.

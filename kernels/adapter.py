@@ -7,12 +7,16 @@ cross-attention in every layer). Rotary positions (x, y, level) on queries and o
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Len
 from torch import Tensor, nn
 
+from . import checkpoint, schema
 from .hierarchy import Hierarchy
 from .rope import axis_dims, box_positions, patch_positions, rotary_angles, rotate
 from .vision.fusion import Fusion
@@ -24,19 +28,23 @@ class AdapterConfig:
     """hierarchy: the full query table as ((rows, cols, tokens), ...); out_dim: width of the text space (4096 for FLUX.1);
     pooled_dim: width of the pooled vector (768 for FLUX.1) or None for an adapter without a pooled head."""
 
-    hierarchy: tuple[tuple[int, int, int], ...]
-    towers: tuple[TowerConfig, ...]
-    width: int = 1024
-    heads: int = 16
-    layers: int = 12
-    out_dim: int = 4096
-    pooled_dim: int | None = None
+    __pydantic_config__ = schema.CLOSED
+
+    hierarchy: schema.Levels
+    towers: Annotated[tuple[TowerConfig, ...], Len(1, 16)]
+    width: schema.Width = 1024
+    heads: schema.Heads = 16
+    layers: schema.Layers = 12
+    out_dim: schema.Width = 4096
+    pooled_dim: schema.Width | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "hierarchy", tuple(tuple(level) for level in self.hierarchy))
         object.__setattr__(self, "towers", tuple(self.towers))
         if self.width % self.heads:
             raise ValueError(f"An adapter of width {self.width} cannot have {self.heads} heads; use a divisor of the width.")
+        axis_dims(self.width // self.heads)
+        Hierarchy.from_json(self.hierarchy)
 
     def to_json(self) -> dict:
         return asdict(self) | {
@@ -46,10 +54,10 @@ class AdapterConfig:
 
     @classmethod
     def from_json(cls, record: dict) -> AdapterConfig:
-        try:
-            return cls(**(record | {"towers": [TowerConfig.from_json(tower) for tower in record["towers"]]}))
-        except (TypeError, KeyError) as error:
-            raise ValueError(f"The adapter record does not fit this version of the pack ({error}); update the pack.") from None
+        config = schema.parse(cls, record, "The adapter record")
+        for tower in config.towers:
+            tower.check_architecture()
+        return config
 
 
 class _Attention(nn.Module):
@@ -155,6 +163,16 @@ class Adapter(nn.Module):
             return None
         coarsest = x[:, levels == levels.min()]
         return self.pooled_head(coarsest.mean(dim=1)).float()
+
+
+def read_adapter(path: str | os.PathLike) -> tuple[Adapter, dict[str, Any]]:
+    """(adapter in float32 on the CPU, record) of a file. ValueError in one sentence where there is none or it does not fit."""
+    tensors, record = checkpoint.load(path, "adapter")
+    config = AdapterConfig.from_json(record["config"])
+    levels, width = record.get("hierarchy"), record.get("widths", {}).get("text")
+    if levels not in (None, config.to_json()["hierarchy"]) or width not in (None, config.out_dim):
+        raise ValueError(f"{path} says two things of its hierarchy or its text width: export the file again.")
+    return checkpoint.build(lambda: Adapter(config), tensors, path), record
 
 
 def token_similarity(tokens: Tensor) -> Tensor:

@@ -1,30 +1,64 @@
 """Checkpoint files: safetensors with one JSON record that says what the file is.
 
-The record is the value of the safetensors metadata key ``sda``. It always has ``format_version``, ``kind`` and
-``config``; other fields (hierarchy, widths, towers, base_sha256, step, licence, ...) are kept as given. Every reader checks
-the record before it touches a tensor, and every refusal is one sentence that names the file and what to do about it.
+The record is the value of the safetensors metadata key ``sda``. It always has ``format_version``, ``kind`` and ``config``;
+other fields (hierarchy, widths, towers, base_sha256, step, licence, ...) are kept as given. Every reader checks the record
+before it touches a tensor, and every refusal is one sentence that names the file and what to do about it.
+
+``digest`` (files from before it was written have none) holds two BLAKE2b hashes. ``layout``, of the record and of the names,
+dtypes and shapes of the tensors, is checked whenever the record is read. ``content``, of the tensors' bytes, is checked on
+loading up to QUICK bytes, beyond that on request (`verify`). They find damage; they prove nothing about who made a file.
 """
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import json
 import os
 import re
-import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from . import header, schema
+from .replace import replacing
+from .storage import SCALE_SUFFIX, check_storage, finite, pack, unpack
+
 FORMAT_VERSION = 1
 RECORD_KEY = "sda"
 KINDS = ("adapter", "edit_decoder", "vision_tower", "flux", "vae", "text_encoder", "embedding")
-SCALE_SUFFIX = "::scale"
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+QUICK = 2**28  # bytes that any machine hashes in less than a second
+_MAX_RECORD = 2**20  # characters; the largest part of a real one, a thumbnail, is a tenth
+
+
+class Digest(schema.Closed):
+    layout: str
+    content: str
+
+
+class Widths(BaseModel):
+    """Channels of the text space and of the pooled vector, null where there is none."""
+
+    text: schema.Width
+    pooled: schema.Width | None
+
+
+class Record(BaseModel):
+    """What every record says, and what some say and the nodes read. None stands for a field that is not there."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+    format_version: schema.whole(1, 2**63)
+    kind: str
+    config: dict[str, Any]
+    hierarchy: schema.Levels = None
+    widths: Widths = None
+    digest: Digest = None
 
 
 def save(
@@ -44,96 +78,154 @@ def save(
         that rows of any magnitude keep seven bits) and the others as float16.
     metadata: text for other readers, put beside the record (a ComfyUI page finds `workflow` there).
     fields: further entries of the record, JSON only.
-    Raises ValueError for an unknown kind, a reserved field, a tensor that is not finite or a file that cannot be written.
+    Raises ValueError for an unknown kind, a reserved field, a tensor or number that is not finite, a dtype that is not stored,
+    or a file that cannot be written.
     """
     if kind not in KINDS:
         raise ValueError(f"Cannot save a checkpoint of kind {kind!r}: use one of {', '.join(KINDS)}.")
-    reserved = {"format_version", "kind", "config"} & fields.keys()
+    if "\0" in os.fspath(path):
+        raise ValueError(f"The file name {os.fspath(path)!r} has a NUL character: choose another name.")
+    reserved = {"format_version", "kind", "config", "digest"} & fields.keys()
     if reserved:
         raise ValueError(f"The checkpoint field {sorted(reserved)[0]!r} is reserved: choose another name.")
-    record = {"format_version": FORMAT_VERSION, "kind": kind, "config": config, **fields}
     stored: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in state_dict.items():
         if name.endswith(SCALE_SUFFIX):
             raise ValueError(f"The tensor name {name!r} ends with the reserved suffix {SCALE_SUFFIX!r}: rename it.")
         tensor = tensor.detach().cpu()
-        if not _finite(tensor):
+        if tensor.dtype not in header.DTYPES or tensor.dtype == torch.int8:  # that is what `pack` makes
+            raise ValueError(
+                f"The tensor {name!r} is {tensor.dtype}, which checkpoints do not store: convert it first."
+            )
+        if not finite(tensor):
             raise ValueError(f"The tensor {name!r} has NaN or infinite values: the checkpoint {path} was not written.")
-        for key, value in _pack(name, tensor, dtype).items():
+        for key, value in pack(name, tensor, dtype).items():
             value = value.contiguous()
             # safetensors refuses tensors that share memory (tied weights): store such a one twice.
             memory = value.untyped_storage().data_ptr()
             stored[key] = value.clone() if memory in seen else value
             seen.add(memory)
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    record = {"format_version": FORMAT_VERSION, "kind": kind, "config": config, **fields}
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        save_file(stored, temporary, metadata={**(metadata or {}), RECORD_KEY: json.dumps(record, sort_keys=True)})
-        # Some releases of safetensors make files that only their owner can read; a server often runs as someone else.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, target)
+        record = schema.read_json(json.dumps(record))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"The record of {path} cannot be written ({error}): it takes JSON and finite numbers only."
+        ) from error
+    table = {name: (header.DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in stored.items()}
+    text = json.dumps(
+        record | {"digest": {"layout": _layout(record, table), "content": _content(stored)}}, sort_keys=True
+    )
+    metadata = {**(metadata or {}), RECORD_KEY: text}
+    if len(text) > _MAX_RECORD or len(json.dumps(metadata)) > header.MAX_BYTES // 2:
+        raise ValueError(
+            f"{path} was not written (its record or workflow is too long to be read again): make the workflow smaller."
+        )
+    try:
+        with replacing(Path(path)) as temporary:
+            save_file(stored, temporary, metadata=metadata)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{path} was not written ({reason}): make room on the disk or choose another folder.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        raise ValueError(
+            f"{path} was not written ({reason}): make room on the disk or choose another folder."
+        ) from error
 
 
 def read_header(path: str | os.PathLike, kind: str | None = None) -> dict[str, Any]:
     """The record of a checkpoint (of this kind), read without loading a tensor. ValueError in one sentence if it will not do."""
-    metadata, _ = _safetensors_header(path)
-    text = metadata.get(RECORD_KEY)
+    return _read(path, kind)[0]
+
+
+def read_table(path: str | os.PathLike, kind: str) -> tuple[dict[str, Any], dict[str, tuple[str, tuple[int, ...]]]]:
+    """`read_header`, and the dtype (as the header spells it) and shape of every tensor as stored."""
+    record, table, _ = _read(path, kind)
+    return record, table
+
+
+def _read(
+    path: str | os.PathLike, kind: str | None
+) -> tuple[dict[str, Any], dict[str, tuple[str, tuple[int, ...]]], Digest | None]:
+    """The record without its digest, the table of the tensors, and the digest."""
+    head = header.read(path)
+    text = head.metadata.get(RECORD_KEY)
     if text is None:
         raise ValueError(f"{path} has no Semantic Diffusion Adapter record: choose a file that this pack made.")
-    try:
-        record = json.loads(text)
-        version, found, config = record["format_version"], record["kind"], record["config"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"The record in {path} is damaged: download or export the file again.") from error
-    if not isinstance(version, int) or not isinstance(found, str) or not isinstance(config, dict):
-        raise ValueError(f"The record in {path} is damaged: download or export the file again.")
-    if version > FORMAT_VERSION:
+    if len(text) > _MAX_RECORD:
         raise ValueError(
-            f"{path} has format version {version} and this pack reads up to {FORMAT_VERSION}: update the pack."
+            f"The record in {path} has {len(text)} characters where {_MAX_RECORD} are the most: choose another file."
         )
-    if kind not in (None, found):
-        raise ValueError(f"{path} holds a checkpoint of kind {found!r} where {kind!r} is needed: choose another file.")
-    return record
+    try:
+        record = schema.read_json(text)
+    except ValueError as error:
+        raise ValueError(f"The record in {path} is damaged ({error}): download or export the file again.") from error
+    version = record.get("format_version")
+    if type(version) is int and version > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {schema.short(version)} and this pack reads up to {FORMAT_VERSION}: update the pack."
+        )
+    typed = schema.parse(Record, record, f"The record in {path}")
+    if kind not in (None, typed.kind):
+        raise ValueError(
+            f"{path} holds a checkpoint of kind {schema.short(typed.kind)} where {kind!r} is needed: choose another file."
+        )
+    record.pop("digest", None)
+    table = {name: (entry.dtype, entry.shape) for name, entry in head.tensors.items()}
+    if typed.digest is not None and typed.digest.layout != _layout(record, table):
+        raise ValueError(
+            f"{path} is not as it was saved (its record, or a tensor's name, dtype or shape, was changed): download or export "
+            "it again."
+        )
+    check_storage(table, typed.digest is not None or typed.kind == "embedding", path)
+    return record, table, typed.digest
 
 
 def has_record(path: str | os.PathLike) -> bool:
     """Whether a safetensors file carries our record; public weights (vision towers) do not."""
-    return RECORD_KEY in _safetensors_header(path)[0]
+    return RECORD_KEY in header.read(path).metadata
 
 
 def load(path: str | os.PathLike, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(state dict on the CPU, record) of a checkpoint of this kind; int8 tensors come back as float32.
 
-    Raises ValueError in one sentence: no safetensors file, truncated, no record, newer version, another kind, not finite.
+    Raises ValueError in one sentence: no safetensors file, truncated, no record, newer version, another kind, dtypes that the
+    format does not store, not finite, and up to QUICK bytes changed numbers.
     """
-    record = read_header(path, kind)
+    record, _, digest = _read(path, kind)
     stored = load_tensors(path)
-    tensors = {
-        name: _unpack(stored, name) for name in stored if not name.endswith(SCALE_SUFFIX)
-    }
+    if digest is not None and sum(tensor.nbytes for tensor in stored.values()) <= QUICK:
+        _check_content(stored, digest, path)
+    tensors = {name: unpack(stored, name) for name in stored if not name.endswith(SCALE_SUFFIX)}
     for name, tensor in tensors.items():
-        if not _finite(tensor):
-            raise ValueError(f"The tensor {name!r} in {path} has NaN or infinite values: download or export the file again.")
+        if not finite(tensor):
+            raise ValueError(
+                f"The tensor {schema.short(name)} in {path} has NaN or infinite values: download or export the file again."
+            )
     return tensors, record
+
+
+def verify(path: str | os.PathLike) -> bool:
+    """Read a whole checkpoint, of any size, against its digest. False for one without; ValueError if it was changed."""
+    _, _, digest = _read(path, None)
+    if digest is None:
+        return False
+    _check_content(load_tensors(path), digest, path)
+    return True
 
 
 def load_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     """The tensors of any safetensors file as stored, on the CPU, whether or not it carries our record."""
-    _safetensors_header(path)
+    header.read(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
+    except (
+        SafetensorError,
+        KeyError,
+        AttributeError,
+        RuntimeError,
+        OverflowError,
+    ) as error:  # also a dtype that torch lacks
         raise ValueError(f"{path} is a damaged safetensors file: download or export it again.") from error
 
 
@@ -147,86 +239,70 @@ def load_parts(path: str | os.PathLike) -> dict[str, Tensor]:
     files = [path.with_name(f"{name}{i:0{digits}}-of-{count}.safetensors") for i in range(1, int(count) + 1)]
     lacking = [file.name for file in files if not file.is_file()]
     if lacking:
-        raise ValueError(f"{path.name} is one of {len(files)} parts and {lacking[0]} is not beside it: put all of them there.")
+        raise ValueError(
+            f"{path.name} is one of {len(files)} parts and {lacking[0]} is not beside it: put all of them there."
+        )
     return {key: tensor for file in files for key, tensor in load_tensors(file).items()}
+
+
+def build(make: Callable[[], nn.Module], state_dict: dict[str, Tensor], what: str | os.PathLike) -> nn.Module:
+    """The module that `make` builds, with every tensor of `state_dict`; `what` (a path) names the source in the errors.
+
+    It is built on the meta device first, where it takes no memory, and compared: a record may ask for more than its file holds.
+    """
+    with torch.device("meta"):
+        _compare(make(), state_dict, what)
+    module = make()
+    module.load_state_dict(state_dict)
+    return module
 
 
 def fill(module: nn.Module, state_dict: dict[str, Tensor], what: str | os.PathLike) -> None:
     """Load every tensor of `module` from `state_dict`, exactly; `what` (a path) names the source in the errors."""
+    _compare(module, state_dict, what)
+    module.load_state_dict(state_dict)
+
+
+def _compare(module: nn.Module, state_dict: dict[str, Tensor], what: str | os.PathLike) -> None:
     own = module.state_dict()
     missing = [name for name in own if name not in state_dict]
     unexpected = [name for name in state_dict if name not in own]
     if missing or unexpected:
-        which = f"lacks {missing[0]!r}" if missing else f"has the unknown tensor {unexpected[0]!r}"
+        which = f"lacks {missing[0]!r}" if missing else f"has the unknown tensor {schema.short(unexpected[0])}"
         count = len(missing) + len(unexpected)
         raise ValueError(
             f"{what} {which} ({count} tensors do not match in all): its record and its tensors belong to different "
             "models, export the file again."
         )
     for name, tensor in own.items():
-        if state_dict[name].shape != tensor.shape:
+        given = state_dict[name]
+        if given.shape != tensor.shape:
             raise ValueError(
-                f"{name!r} has shape {tuple(state_dict[name].shape)} in {what} where its record implies "
-                f"{tuple(tensor.shape)}: export the file again."
+                f"{name!r} has shape {tuple(given.shape)} in {what} where its record implies {tuple(tensor.shape)}: "
+                "export the file again."
             )
-    module.load_state_dict(state_dict)
+        if given.is_floating_point() != tensor.is_floating_point():
+            raise ValueError(
+                f"{name!r} is {given.dtype} in {what} where its record implies {tensor.dtype}: export the file again."
+            )
 
 
-def _finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+def _layout(record: dict[str, Any], table: dict[str, tuple[str, tuple[int, ...]]]) -> str:
+    """The hash of what a file says of itself: the record without the digest, and every tensor's name, dtype and shape."""
+    text = json.dumps([record, sorted((name, dtype, *shape) for name, (dtype, shape) in table.items())], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _pack(name: str, tensor: Tensor, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    if dtype is None or not tensor.is_floating_point():
-        return {name: tensor}
-    if dtype != torch.int8:
-        return {name: _cast(name, tensor, dtype)}
-    if tensor.ndim < 2 or tensor.numel() == 0:
-        return {name: _cast(name, tensor, torch.float16)}
-    rows = tensor.float().flatten(1)
-    scale = rows.abs().amax(dim=1) / 127
-    divisor = torch.where(scale > 0, scale, torch.ones_like(scale))
-    packed = (rows / divisor[:, None]).round().clamp(-127, 127).to(torch.int8)
-    return {name: packed.reshape(tensor.shape), name + SCALE_SUFFIX: scale}
+def _content(stored: dict[str, Tensor]) -> str:
+    """The hash of the tensors' bytes, in the order of their names."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for name in sorted(stored):
+        hashed.update(stored[name].reshape(-1).view(torch.uint8).numpy())
+    return hashed.hexdigest()
 
 
-def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    cast = tensor.to(dtype)
-    if not _finite(cast):
-        raise ValueError(f"The tensor {name!r} does not fit {dtype}: store it in bfloat16 or float32.")
-    return cast
-
-
-def _unpack(stored: dict[str, Tensor], name: str) -> Tensor:
-    scale = stored.get(name + SCALE_SUFFIX)
-    if scale is None:
-        return stored[name]
-    shape = (-1,) + (1,) * (stored[name].ndim - 1)
-    return stored[name].float() * scale.reshape(shape)
-
-
-def _safetensors_header(path: str | os.PathLike) -> tuple[dict[str, str], dict[str, Any]]:
-    """(metadata, tensor table) of a safetensors file, checked against the size of the file."""
-    try:
-        size = os.path.getsize(path)
-        with open(path, "rb") as file:
-            head = file.read(8)
-            length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-            text = file.read(length) if 0 < length <= _MAX_HEADER_BYTES else b""
-    except FileNotFoundError as error:
-        raise ValueError(f"There is no checkpoint at {path}: put the file there or choose another.") from error
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}): check the file and its permissions.") from error
-    if not text.startswith(b"{"):
-        raise ValueError(f"{path} is not a safetensors file: only safetensors checkpoints are loaded.")
-    if 8 + length > size:
-        raise ValueError(f"{path} is cut short: download or export it again.")
-    try:
-        header = json.loads(text)
-        metadata = dict(header.pop("__metadata__", {}))
-        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise ValueError(f"{path} is not a safetensors file: only safetensors checkpoints are loaded.") from error
-    if end > size:
-        raise ValueError(f"{path} is cut short: download or export it again.")
-    return metadata, header
+def _check_content(stored: dict[str, Tensor], digest: Digest, path: str | os.PathLike) -> None:
+    if _content(stored) != digest.content:
+        raise ValueError(
+            f"{path} is not as it was saved (numbers in its tensors were changed): download or export it again."
+        )

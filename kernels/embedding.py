@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .area import resample, settled
-from .hierarchy import Hierarchy
+from .hierarchy import MAX_LEVELS, Hierarchy
 
 MASK_SIDE = 256  # masks are kept at one size whatever the aspect: two pixels to a patch at 2048x2048
 
@@ -20,7 +20,7 @@ class SemanticEmbedding:
 
     tokens:    [B, T, D] floating, finite; D is the width of the text space (4096 for FLUX.1).
     boxes:     [T, 4] float32, (x0, y0, x1, y1) in units of the image, 0 <= x0 < x1 <= 1 and the same in y.
-    levels:    [T] int64, 0 is the coarsest.
+    levels:    [T] int64 in 0..63, 0 is the coarsest.
     strengths: [T] float32, additive log-bias on the attention logits: 0 = as trained, -inf = off.
     pooled:    [B, P] floating or None, the vector that Flux takes beside the sequence.
     source:    where it came from, JSON values only (adapter, pooled_width, edits, ...).
@@ -57,12 +57,15 @@ class SemanticEmbedding:
             raise ValueError("A box of the embedding is empty or outside the image: boxes are x0 < x1 and y0 < y1 in 0..1.")
         if (self.levels < 0).any():
             raise ValueError("A level of the embedding is negative: levels count from 0, the coarsest.")
+        if (self.levels >= MAX_LEVELS).any():
+            raise ValueError(f"A level of the embedding is {int(self.levels.max())}: levels count from 0, below {MAX_LEVELS}.")
         if not (self.strengths < torch.inf).all():
             raise ValueError("A strength of the embedding is NaN or +inf: use a finite log-bias, or -inf to switch a token off.")
         if self.pooled is not None:
-            if self.pooled.ndim != 2 or self.pooled.shape[0] != tokens.shape[0]:
+            shape = self.pooled.shape
+            if len(shape) != 2 or shape[0] != tokens.shape[0] or not shape[1] or not self.pooled.is_floating_point():
                 raise ValueError(
-                    f"The pooled vector must be [{tokens.shape[0]}, P] like the tokens' batch, not {_describe(self.pooled)}."
+                    f"The pooled vector must be floating [{tokens.shape[0]}, P] like the tokens' batch, not {_describe(self.pooled)}."
                 )
             if not torch.isfinite(self.pooled).all():
                 raise ValueError("The embedding has a NaN or infinite pooled vector: encode the image again.")

@@ -14,6 +14,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+MAX_LEVELS = 64
+MAX_SIDE = 1024  # cells
+MAX_TOKENS = 2**16  # far more than any model's attention takes; a file that says more is damaged
+
 
 @dataclass(frozen=True)
 class Level:
@@ -28,6 +32,9 @@ class Level:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"A level's {name} must be a whole number of at least 1, not {value!r}.")
+            most = MAX_TOKENS if name == "tokens" else MAX_SIDE
+            if value > most:
+                raise ValueError(f"A level's {name} must be at most {most}, not {value}: write a smaller hierarchy.")
 
     @property
     def token_count(self) -> int:
@@ -43,6 +50,11 @@ class Hierarchy:
     def __post_init__(self) -> None:
         if not self.levels:
             raise ValueError("A hierarchy needs at least one level.")
+        if len(self.levels) > MAX_LEVELS or self.token_count > MAX_TOKENS:
+            raise ValueError(
+                f"The hierarchy has {len(self.levels)} levels and {self.token_count} tokens, where {MAX_LEVELS} and {MAX_TOKENS} "
+                "are the most: write a smaller one."
+            )
         grids = [(level.rows, level.cols) for level in self.levels]
         for grid in grids:
             if grids.count(grid) > 1:

@@ -14,10 +14,10 @@ ROOT = Path(__file__).resolve().parents[1]
 TOWERS = {
     "training": (("kernels",), ("training/config.py", "training/files.py"), ("training/engine", "training/frozen"),
                  ("training/data", "training/objectives"), ("training/judge", "training/stages"), ("training/plan",),
-                 ("training/miniature", "training/cli.py"), ("benchmarks",)),
+                 ("training/miniature", "training/cli.py"), ("tests/kernels",), ("benchmarks",)),  # one of them runs the fuzzer
     "nodes": (("kernels",), ("nodes/host",), ("nodes",)),
 }
-LIBRARIES = {"einops", "numpy", "open_clip", "safetensors", "torch", "transformers"}  # what kernels may use
+LIBRARIES = {"annotated_types", "einops", "numpy", "open_clip", "pydantic", "safetensors", "torch", "transformers"}  # what kernels may use
 CORE = {"comfy", "comfy_extras", "folder_paths", "node_helpers"}  # ComfyUI, beside its public comfy_api
 
 

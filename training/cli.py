@@ -19,6 +19,7 @@ COMMANDS = {
     "train editor": ("stages.editor", "the edit decoder"),
     "plan": ("plan.plan", "memory, FLOPs, speed and cost of a training, before it starts"),
     "export": ("stages.export", "a run's averaged weights as the file that the nodes load"),
+    "check": ("stages.check", "whether files are as they were saved"),
     "evaluate": ("judge.evaluate", "reconstructions or edits of any pictures, measured and shown side by side"),
 }
 # stage of the miniature -> (module, TOML file), in the order in which they build on one another

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .. import schema
 from ..hierarchy import Hierarchy
 from .places import TokenPlaces
 
@@ -20,14 +21,16 @@ class EditDecoderConfig:
     """dim: width of the embedding (4096 for FLUX.1); text_dim: width of the instruction encoding (4096 for its T5);
     hierarchy: the query table of the adapter, ((rows, cols, tokens), ...)."""
 
+    __pydantic_config__ = schema.CLOSED
     architecture: ClassVar[str]
 
-    dim: int
-    text_dim: int
-    hierarchy: tuple[tuple[int, int, int], ...]
+    dim: schema.Width
+    text_dim: schema.Width
+    hierarchy: schema.Levels
 
     def __post_init__(self):
         object.__setattr__(self, "hierarchy", tuple(tuple(level) for level in self.hierarchy))
+        Hierarchy.from_json(self.hierarchy)
 
     def to_json(self) -> dict[str, Any]:
         hierarchy = [list(level) for level in self.hierarchy]

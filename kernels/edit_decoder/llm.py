@@ -1,4 +1,4 @@
-"""The edit decoder on a causal LLM: any decoder of transformers (Qwen, Llama, ...) in place of T5's.
+"""The edit decoder on a causal LLM: a dense decoder of transformers (Qwen, Llama, ...) in place of T5's.
 
 The LLM reads one sequence of vectors, [instruction ; source tokens ; queries], under its own causal mask: sources know
 the instruction, every query knows both and the queries before it. The queries are written out in one parallel pass, since a
@@ -15,12 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import EditDecoder, EditDecoderConfig
-
-# What a transformers configuration says beyond the network itself.
-_HOUSEKEEPING = {
-    "_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "id2label", "label2id", "pad_token_id",
-    "quantization_config", "torch_dtype", "transformers_version", "use_cache", "vocab_size",
-}  # fmt: skip
+from .llm_record import llm_record, read_llm
 
 
 @dataclass(frozen=True)
@@ -74,34 +69,15 @@ class LLMEditDecoder(EditDecoder):
         return self._finish(normed, self._cast(hidden[:, -source.shape[1] :]))
 
 
-def llm_record(config: Any) -> dict[str, Any]:
-    """A transformers configuration as JSON that every release reads alike: complete, so that no default can change it."""
-    record = {key: value for key, value in config.to_dict().items() if value is not None and key not in _HOUSEKEEPING}
-    rope = record.get("rope_parameters")
-    if isinstance(rope, dict) and "rope_theta" in rope:  # releases before 5 know it by two other names
-        record["rope_theta"] = rope["rope_theta"]
-        if rope.get("rope_type", "default") != "default":
-            record["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
-    return record
-
-
 def new_llm(record: dict[str, Any]) -> nn.Module:
-    """An untrained causal decoder that knows one word. ValueError where the installed transformers has none such."""
+    """An untrained causal decoder that knows one word. ValueError where it is not to be built, or not by the installed transformers."""
     import transformers
     from transformers import AutoConfig, AutoModel
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    kind = record.get("model_type")
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ValueError(
-            f"The edit decoder is made of a causal LLM of type {kind!r} and transformers {transformers.__version__} has none such; "
-            "update transformers."
-        )
+    fields = read_llm(record)
+    kind = fields.pop("model_type")
     try:
-        fields = {key: value for key, value in record.items() if key != "model_type"}
         config = AutoConfig.for_model(kind, **fields | {"vocab_size": 1, "pad_token_id": None})
-        if not hasattr(config, "hidden_size"):
-            raise ValueError("it has no hidden_size")
         return AutoModel.from_config(config)
     except Exception as error:  # each class of transformers complains in its own way
         reason = " ".join(str(error).split()).rstrip(".")

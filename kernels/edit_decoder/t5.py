@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .. import schema
 from .base import MODES, EditDecoder, EditDecoderConfig
 
 
@@ -22,9 +23,9 @@ from .base import MODES, EditDecoder, EditDecoderConfig
 class T5EditDecoderConfig(EditDecoderConfig):
     architecture = "t5"
 
-    width: int = 1024
-    heads: int = 16
-    layers: int = 12
+    width: schema.Width = 1024
+    heads: schema.Heads = 16
+    layers: schema.Layers = 12
 
     def __post_init__(self):
         super().__post_init__()

@@ -63,7 +63,7 @@ def _dinov2(state_dict: dict[str, Tensor], newer: bool) -> dict[str, Tensor]:
             name = name.replace(published, other) if newer else name.replace(other, published)
         if newer and fused in name:
             result |= {name.replace(fused, part): chunk for part, chunk in zip(parts, tensor.chunk(2))}
-        elif not newer and parts[0] in name:
+        elif not newer and parts[0] in name and name.replace(*parts) in state_dict:
             result[name.replace(parts[0], fused)] = torch.cat([tensor, state_dict[name.replace(*parts)]])
         elif newer or parts[1] not in name:
             result[name] = tensor

@@ -7,16 +7,18 @@ choice of layer, and the removal of the class and register tokens.
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
 from functools import reduce
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import checkpoint, schema
+from .architectures import KINDS, check_architecture
 from .layouts import library_layout
-
-KINDS = ("open_clip", "dinov2", "internvit")
 
 
 @dataclass(frozen=True)
@@ -36,15 +38,17 @@ class TowerConfig:
     resize        "squash": both sides to image_size whatever the aspect, so that unit coordinates stay unit coordinates
     """
 
-    id: str
+    __pydantic_config__ = schema.CLOSED
+
+    id: schema.Name
     kind: str
-    architecture: dict
-    image_size: int
-    patch: int
-    width: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    layer: int = -1
+    architecture: dict[str, Any]
+    image_size: schema.Side
+    patch: schema.Patch
+    width: schema.Width
+    mean: tuple[schema.Number, schema.Number, schema.Number]
+    std: tuple[schema.Positive, schema.Positive, schema.Positive]
+    layer: schema.whole(-256, -1) = -1
     resize: str = "squash"
 
     def __post_init__(self):
@@ -65,24 +69,33 @@ class TowerConfig:
         """(rows, cols) of the patch features."""
         return (self.image_size // self.patch,) * 2
 
+    def check_architecture(self) -> None:
+        """ValueError where the architecture says anything that describes none (`architectures`)."""
+        check_architecture(self.kind, self.architecture, f"The architecture of vision tower {schema.short(self.id)}")
+
     def to_json(self) -> dict:
         return asdict(self) | {"mean": list(self.mean), "std": list(self.std)}
 
     @classmethod
     def from_json(cls, record: dict) -> TowerConfig:
-        try:
-            return cls(**record)
-        except TypeError as error:
-            raise ValueError(f"The vision tower record does not fit this version of the pack ({error}); update the pack.") from None
+        config = schema.parse(cls, record, "The vision tower record")
+        config.check_architecture()
+        return config
 
 
 class VisionTower(nn.Module):
     """A frozen-by-convention encoder; `model` is the library's own network and keeps the library's own key layout."""
 
     def __init__(self, config: TowerConfig):
+        """ValueError for an architecture that cannot be built, or says more than an architecture (`architectures`)."""
         super().__init__()
         self.config = config
-        self.model = _BUILDERS[config.kind](config)
+        config.check_architecture()
+        try:
+            self.model = _BUILDERS[config.kind](config)
+        except Exception as error:  # each library complains in its own way about numbers that do not go together
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise ValueError(f"The vision tower {schema.short(config.id)} cannot be built ({reason}).") from error
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -168,7 +181,7 @@ def _open_clip(config: TowerConfig) -> nn.Module:
     text = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
     visual = open_clip.CLIP(text_cfg=text, **config.architecture).visual
     if not hasattr(visual, "forward_intermediates"):
-        raise ValueError(f"open_clip {open_clip.__version__} is too old for this pack: update open_clip_torch.")
+        raise ValueError(f"open_clip {open_clip.__version__} is too old for this pack: update open_clip_torch")
     return visual
 
 
@@ -184,17 +197,43 @@ def _internvit(config: TowerConfig) -> nn.Module:
     import transformers
 
     if not hasattr(transformers, "InternVLVisionModel"):
-        raise ValueError(f"transformers {transformers.__version__} has no InternViT: update transformers, or use another encoder.")
+        raise ValueError(f"transformers {transformers.__version__} has no InternViT: update transformers, or use another encoder")
     # Mean pooling only drops a final norm that InternViT's published files do not have.
     return transformers.InternVLVisionModel(transformers.InternVLVisionConfig(use_mean_pooling=True, **config.architecture))
 
 
+def _check_forward(tower: VisionTower) -> None:
+    """On the meta device, where it costs nothing: a picture comes out as the patches that the configuration promises."""
+    config, found = tower.config, None
+    # Of transformers' networks the last tokens are taken for the patches, however many there are.
+    patch = config.architecture["patch_size"] if config.kind != "open_clip" else config.patch
+    if len(tower.blocks) + config.layer >= 0 and patch in (config.patch, [config.patch] * 2):
+        try:
+            found = tuple(tower(torch.empty(1, 3, config.image_size, config.image_size)).shape)
+        except (RuntimeError, ValueError, AssertionError, IndexError):
+            pass
+    rows, cols = config.grid
+    if found != (1, rows * cols, config.width):
+        raise ValueError(
+            f"The vision tower {schema.short(config.id)} does not give {rows}x{cols} patches of width {config.width} at layer "
+            f"{config.layer}, as its record says: export the file again."
+        )
+
+
+# What a network's weights are stored in; anything else is a damaged file, or one of a quantised network.
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BUILDERS = {"open_clip": _open_clip, "dinov2": _dinov2, "internvit": _internvit}
 
 
 def build_tower(config: TowerConfig) -> VisionTower:
     """A tower with random weights, in eval mode."""
     return VisionTower(config).eval()
+
+
+def load_tower_file(path: str | os.PathLike) -> tuple[VisionTower, dict[str, Any]]:
+    """(tower in eval mode, record) of a file of our own. ValueError in one sentence where there is none or it does not fit."""
+    tensors, record = checkpoint.load(path, "vision_tower")
+    return load_tower(TowerConfig.from_json(record["config"]), tensors), record
 
 
 def load_tower(config: TowerConfig, state_dict: dict[str, Tensor]) -> VisionTower:
@@ -211,7 +250,10 @@ def load_tower(config: TowerConfig, state_dict: dict[str, Tensor]) -> VisionTowe
     wanted = tower.model.state_dict()
     state_dict = library_layout(config.kind, state_dict, wanted)
     wrong = [f"lacks '{name}'" for name in wanted if name not in state_dict]
-    wrong += [f"has an unknown '{name}'" for name in state_dict if name not in wanted]
+    wrong += [f"has an unknown {schema.short(name)}" for name in state_dict if name not in wanted]
+    wrong += [
+        f"has {name!r} as {tensor.dtype}" for name, tensor in state_dict.items() if tensor.dtype not in _FLOATS and name in wanted
+    ]
     wrong += [
         f"has '{name}' of shape {list(tensor.shape)} instead of {list(wanted[name].shape)}"
         for name, tensor in state_dict.items()
@@ -220,7 +262,10 @@ def load_tower(config: TowerConfig, state_dict: dict[str, Tensor]) -> VisionTowe
     if wrong:
         more = f" and {len(wrong) - 1} more differences" if len(wrong) > 1 else ""
         raise ValueError(
-            f"This file is not the vision tower '{config.id}': it {wrong[0]}{more}; choose the matching file or another tower id."
+            f"This file is not the vision tower {schema.short(config.id)}: it {wrong[0]}{more}; choose the matching file or "
+            "another tower id."
         )
+    with torch.device("meta"):
+        _check_forward(tower)
     tower.model.load_state_dict(state_dict, assign=True)
     return tower.to(reduce(torch.promote_types, {parameter.dtype for parameter in tower.parameters()})).eval()

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ...kernels import checkpoint
+from ...kernels import base_files
 from . import folders
 from .text_encoder import load_clip
 
@@ -74,13 +74,11 @@ class Latent(comfy.latent_formats.LatentFormat):
 
 def load_flux(path: str):
     """A MODEL of core's own Flux class. Detection fills what this core's Flux wants to know, the record the numbers."""
-    tensors, record = checkpoint.load(path, "flux")
+    tensors, record = base_files.load(path, "flux")
     # Under the dynamic VRAM of newer cores a layer keeps the dtype of the tensor it is given, whatever the model's.
     tensors = {name: tensor.float() for name, tensor in tensors.items()}
     numbers = record["config"]
     detected = comfy.model_detection.detect_unet_config(tensors, "")
-    if detected is None or detected.get("image_model") != "flux":
-        raise ValueError(f"{path} is not a Flux model in ComfyUI's key layout: export it again.")
     detected.update({name: numbers[name] for name in _OVERRIDDEN}, out_channels=numbers["in_channels"])
     config = comfy.supported_models.Flux(detected)
     latent = numbers["latent"]
@@ -90,11 +88,8 @@ def load_flux(path: str):
     offload = comfy.model_management.unet_offload_device()
     model = config.get_model(tensors, "").to(offload)
     named = config.process_unet_state_dict(tensors)
-    try:
-        # Core's own way: newer cores build layers without weights, which only this creates.
-        model.load_model_weights(dict(tensors), "")
-    except RuntimeError as error:
-        raise ValueError(f"{path} has tensors of other shapes than its record says: export it again.") from error
+    # Core's own way: newer cores build layers without weights, which only this creates.
+    model.load_model_weights(dict(tensors), "")
     _check_names(model.diffusion_model, named, path)
     device = comfy.model_management.get_torch_device()
     return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload)
@@ -102,7 +97,7 @@ def load_flux(path: str):
 
 def load_vae(path: str):
     """A VAE of core's AutoencoderKL from a diffusers one, in float32."""
-    tensors, record = checkpoint.load(path, "vae")
+    tensors, record = base_files.load(path, "vae")
     settings = record["config"]
     blocks, channels = settings["block_out_channels"], settings["latent_channels"]
     if any(width % blocks[0] or width % 32 for width in blocks) or len(blocks) != 4:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels import checkpoint
-from ...kernels.adapter import Adapter, AdapterConfig
-from ...kernels.edit_decoder import build_edit_decoder, read_config
+from ...kernels.adapter import AdapterConfig, read_adapter
+from ...kernels.edit_decoder import read_edit_decoder
 from ...kernels.embedding import SemanticEmbedding, from_hierarchy
 from ...kernels.hierarchy import hierarchy
 from ...kernels.vision.known import KNOWN_TOWERS
-from ...kernels.vision.towers import TowerConfig, load_tower
+from ...kernels.vision.towers import load_tower, load_tower_file
 
 # Below this many weights half precision saves nothing worth its rounding.
 SMALL = 50_000_000
@@ -57,24 +57,19 @@ def load_vision_tower(path: str, model: str | None) -> Network:
             raise ValueError(
                 f"{Path(path).name} does not say which encoder it is: choose its model in the widget below the file."
             )
-        tensors, record = checkpoint.load(path, "vision_tower")
-        config = TowerConfig.from_json(record["config"])
+        tower, record = load_tower_file(path)
     else:
-        tensors, record, config = checkpoint.load_parts(path), {}, KNOWN_TOWERS[model]
-    return hold(load_tower(config, tensors), path, record)
+        tower, record = load_tower(KNOWN_TOWERS[model], checkpoint.load_parts(path)), {}
+    return hold(tower, path, record)
 
 
 def load_adapter(path: str) -> Network:
-    tensors, record = checkpoint.load(path, "adapter")
-    adapter = Adapter(AdapterConfig.from_json(record["config"]))
-    checkpoint.fill(adapter, tensors, path)
+    adapter, record = read_adapter(path)
     return hold(adapter, path, record)
 
 
 def load_edit_decoder(path: str) -> Network:
-    tensors, record = checkpoint.load(path, "edit_decoder")
-    decoder = build_edit_decoder(read_config(record["config"]))
-    checkpoint.fill(decoder, tensors, path)
+    decoder, record = read_edit_decoder(path)
     return hold(decoder, path, record)
 
 

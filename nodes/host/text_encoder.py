@@ -10,7 +10,7 @@ import comfy.supported_models_base
 import comfy.text_encoders.t5
 import torch
 
-from ...kernels import checkpoint
+from ...kernels import base_files
 from ...kernels.words import END, PAD, UNKNOWN, split
 
 
@@ -74,7 +74,7 @@ class MiniatureTextModel(torch.nn.Module):
 
 def load_clip(path: str):
     """The CLIP of a text encoder file. ValueError where core's T5 could not compute what was trained."""
-    tensors, record = checkpoint.load(path, "text_encoder")
+    tensors, record = base_files.load(path, "text_encoder")
     config = record["config"]
     t5 = config["t5"]
     fixed = {"relative_attention_num_buckets": 32, "relative_attention_max_distance": 128, "feed_forward_proj": "gated-gelu"}

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load, save
-from semantic_diffusion_adapter.kernels.adapter import Adapter, AdapterConfig, token_similarity
+from semantic_diffusion_adapter.kernels import checkpoint
+from semantic_diffusion_adapter.kernels.adapter import Adapter, AdapterConfig, read_adapter, token_similarity
 from semantic_diffusion_adapter.kernels.hierarchy import PRESETS, Hierarchy
 from semantic_diffusion_adapter.kernels.rope import axis_dims, box_positions, patch_positions, rotary_angles, rotate
 from semantic_diffusion_adapter.kernels.vision.fusion import Fusion
@@ -13,7 +14,8 @@ from semantic_diffusion_adapter.kernels.vision.towers import TowerConfig
 
 
 def tower(tower_id: str, size: int = 56, width: int = 24) -> TowerConfig:
-    return TowerConfig(tower_id, "dinov2", {}, size, 14, width, (0.5,) * 3, (0.5,) * 3)
+    architecture = {"hidden_size": width, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": size, "patch_size": 14}
+    return TowerConfig(tower_id, "dinov2", architecture, size, 14, width, (0.5,) * 3, (0.5,) * 3)
 
 
 def toy(preset: str = "tree128", **fields) -> AdapterConfig:
@@ -148,6 +150,37 @@ def test_config_and_weights_round_trip():
     assert torch.equal(adapter(inputs)[0], again(inputs)[0])
     with pytest.raises(ValueError, match="update the pack"):
         AdapterConfig.from_json(config.to_json() | {"future": 1})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": 10**8}, "says 100000000 for 'layers'"), ({"layers": 256}, "lacks 'layers.2"), ({"width": 2**17}, "has shape|lacks"),
+        ({"width": True}, "says True for 'width'"), ({"width": 24.0}, "says 24.0 for 'width'"), ({"heads": 5}, "cannot have 5 heads"),
+        ({"heads": 16}, "head of 2 channels"), ({"towers": []}, "for 'towers'"), ({"towers": {}}, "for 'towers'"),
+        ({"towers": [tower("a").to_json() | {"architecture": {"auto_map": {}}}]}, "architecture of vision tower 'a'"),
+        ({"hierarchy": [[1, 1, 10**9]]}, "tokens must be at most"), ({"hierarchy": [[1, 1]]}, "lacks 'hierarchy.0.2'"),
+        ({"hierarchy": [[True, 1, 4]]}, "says True for 'hierarchy.0.0'"), ({"hierarchy": [["1", 1, 4]]}, "says '1' for 'hierarchy.0.0'"),
+        ({"hierarchy": [[1, 1, 60000]]}, "'queries' has shape"), ({"out_dim": None}, "for 'out_dim'"), ({"future": 1}, "update the pack"),
+    ],
+)  # fmt: skip
+def test_a_record_that_asks_for_more_than_its_file_holds_is_refused_at_once(tmp_path, change, message):
+    config = toy(layers=2)
+    path = tmp_path / "a.safetensors"
+    checkpoint.save(path, Adapter(config).state_dict(), "adapter", config.to_json(), dtype=torch.int8)
+    assert read_adapter(path)[0].config == config
+    checkpoint.save(path, Adapter(config).state_dict(), "adapter", config.to_json() | change)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_adapter(path)
+    assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
+
+
+@pytest.mark.parametrize("fields", [{"hierarchy": [[1, 1, 4]]}, {"widths": {"text": 5, "pooled": None}}])
+def test_a_record_that_says_two_things_is_refused(tmp_path, fields):
+    config = toy(layers=1)
+    checkpoint.save(tmp_path / "a.safetensors", Adapter(config).state_dict(), "adapter", config.to_json(), **fields)
+    with pytest.raises(ValueError, match="says two things of its hierarchy or its text width"):
+        read_adapter(tmp_path / "a.safetensors")
 
 
 def test_towers_that_do_not_fit_are_named():

@@ -105,6 +105,9 @@ def test_refusals_are_one_sentence(tmp_path):
         assert str(path) in text and text.endswith(".") and "\n" not in text
 
     refused("no checkpoint at")
+    for function in (lambda: checkpoint.load("a\0b", "adapter"), lambda: checkpoint.save("a\0b", tensors(), "adapter", {})):
+        with pytest.raises(ValueError, match=r"The file name 'a\\x00b' has a NUL character"):
+            function()
     path.write_bytes(b"")
     refused("not a safetensors file")
     path.write_bytes(b"PK\x03\x04 a pickle in a zip, long enough to have a header")
@@ -113,6 +116,16 @@ def test_refusals_are_one_sentence(tmp_path):
     refused("no Semantic Diffusion Adapter record")
     write(path, {"sda": "{"})
     refused("record in .* is damaged")
+    for version in (0, -1, True, 1.5, "1", None, [1]):
+        write(path, {"sda": json.dumps({"format_version": version, "kind": "adapter", "config": {}})})
+        refused("for 'format_version'")
+    for text in ('{"kind": "adapter", "kind": "vae"}', '{"a": NaN}', '{"a": 1e999}', '{"a": ' + "[" * 500, '[1]', '{"a": ' + "[" * 10**5):
+        write(path, {"sda": text})
+        refused("record in .* is damaged")
+    write(path, {"sda": json.dumps({"format_version": 1, "kind": "adapter", "config": {}, "widths": 5})})
+    refused("for 'widths'")
+    write(path, {"sda": json.dumps({"format_version": 1, "kind": "adapter"})})
+    refused("lacks 'config'")
     write(path, {"sda": json.dumps({"format_version": 2, "kind": "adapter", "config": {}})})
     refused("format version 2 .*update the pack")
     good = {"sda": json.dumps({"format_version": 1, "kind": "adapter", "config": {}})}
@@ -141,6 +154,106 @@ def test_malformed_headers_never_raise_anything_else(tmp_path, header):
         checkpoint.load(path, "adapter")
 
 
+def resaved(path, change) -> None:
+    """The file again with a change to its header and its bytes, its record as it was."""
+    whole = path.read_bytes()
+    start = 8 + struct.unpack("<Q", whole[:8])[0]
+    header, data = json.loads(whole[8:start]), bytearray(whole[start:])
+    change(header, data)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(data))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda header, data: header["bias"].update(dtype="I32"), "not as it was saved .*dtype"),
+        (lambda header, data: header["weight"].update(shape=[5, 6]), "not as it was saved .*shape"),
+        (lambda header, data: header.update(other=header.pop("weight")), "not as it was saved .*name"),
+        (lambda header, data: header["__metadata__"].update(
+            sda=header["__metadata__"]["sda"].replace('"heads": 4', '"heads": 2')), "not as it was saved .*record"),
+        (lambda header, data: data.__setitem__(-1, data[-1] ^ 1), "not as it was saved .*numbers"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_not_as_it_was_saved_is_refused(tmp_path, change, message):
+    path = tmp_path / "a.safetensors"
+    checkpoint.save(path, tensors(), "adapter", {"heads": 4, "scale": 0.1})
+    resaved(path, lambda header, data: header.update(dict(reversed(header.items()))))
+    assert checkpoint.verify(path), "the order of the names in the header is no change"
+    resaved(path, change)
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load(path, "adapter")
+
+
+def test_beyond_what_is_quickly_hashed_numbers_are_checked_on_request(tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    checkpoint.save(path, tensors(), "adapter", {})
+    resaved(path, lambda header, data: data.__setitem__(-1, data[-1] ^ 1))
+    monkeypatch.setattr(checkpoint, "QUICK", 16)
+    checkpoint.load(path, "adapter")
+    with pytest.raises(ValueError, match="numbers in its tensors were changed"):
+        checkpoint.verify(path)
+    write(path, {"sda": json.dumps({"format_version": 1, "kind": "adapter", "config": {}})})
+    assert not checkpoint.verify(path), "a file from before there were digests"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("weight::scale"), r"'weight' .* is I8 \[6, 5\] with no scale"),
+        (lambda t: t.update({"weight::scale": torch.ones(1)}), r"with a scale of F32 \[1\]"),
+        (lambda t: t.update({"weight::scale": torch.ones(6, 1)}), r"with a scale of F32 \[6, 1\]"),
+        (lambda t: t.update({"weight::scale": torch.ones(6).half()}), r"with a scale of F16 \[6\]"),
+        (lambda t: t.pop("weight"), "'weight::scale' without the tensor that it scales"),
+        (lambda t: t.update(weight=t["weight"].view(torch.uint8)), r"is U8 \[6, 5\] with a scale"),
+        (lambda t: t.update(bias=t["bias"].view(torch.int16)), "is I16, which no file of this pack stores"),
+        (lambda t: t.update(bias=t["bias"].view(torch.bfloat16)), "'kernel_bias' as F16 and 'bias' as BF16|'bias' as BF16 and"),
+        (lambda t: t.update(weight=t["weight"].view(torch.float8_e4m3fn)), "is F8_E4M3"),
+    ],
+)
+def test_without_a_digest_the_dtypes_must_be_those_that_are_stored(tmp_path, change, message):
+    path = tmp_path / "a.safetensors"
+    checkpoint.save(path, tensors() | {"kernel_bias": torch.ones(4)}, "flux", {}, dtype=torch.int8)
+    stored = checkpoint.load_tensors(path)
+    record = {"sda": json.dumps({"format_version": 1, "kind": "flux", "config": {}})}
+    save_file(stored, path, metadata=record)
+    assert torch.equal(checkpoint.load(path, "flux")[0]["bias"], stored["bias"])
+    change(stored)
+    save_file(stored, path, metadata=record)
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load(path, "flux")
+
+
+def test_what_is_saved_can_be_loaded(tmp_path):
+    path = tmp_path / "a.safetensors"
+    for fields, message in (({"figure": float("nan")}, "NaN"), ({"what": torch.ones(1)}, "not JSON serializable")):
+        with pytest.raises(ValueError, match=f"record of .* cannot be written .*{message}"):
+            checkpoint.save(path, tensors(), "adapter", {}, **fields)
+    for dtype in (torch.int8, torch.int32, torch.complex64, torch.float8_e4m3fn):
+        with pytest.raises(ValueError, match="which checkpoints do not store"):
+            checkpoint.save(path, {"x": torch.ones(2, 2).to(dtype)}, "adapter", {})
+    for fields in ({"thumbnail": "x" * 2**20}, {"metadata": {"workflow": "x" * 2**23}}):
+        with pytest.raises(ValueError, match="too long to be read again"):
+            checkpoint.save(path, tensors(), "adapter", {}, **fields)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_module_is_compared_before_it_takes_memory():
+    """A record may ask for a network of terabytes: its tensors say that there is none."""
+    made = []
+
+    def make() -> torch.nn.Module:
+        module = torch.nn.Linear(2**20, 2**20, bias=False)
+        made.append(module.weight.device.type)
+        return module
+
+    with pytest.raises(ValueError, match="'weight' has shape .* where its record implies"):
+        checkpoint.build(make, {"weight": torch.ones(2, 2)}, "file")
+    assert made == ["meta"]
+    module = checkpoint.build(lambda: torch.nn.Linear(2, 2, bias=False), {"weight": torch.ones(2, 2).half()}, "file")
+    assert torch.equal(module.weight, torch.ones(2, 2))
+
+
 def test_fill_names_what_does_not_fit():
     module = torch.nn.Linear(3, 2)
     state = {"weight": torch.ones(2, 3, dtype=torch.float16), "bias": torch.zeros(2)}
@@ -150,5 +263,7 @@ def test_fill_names_what_does_not_fit():
         checkpoint.fill(module, {"weight": state["weight"]}, "file.safetensors")
     with pytest.raises(ValueError, match="unknown tensor 'extra'"):
         checkpoint.fill(module, state | {"extra": torch.ones(1)}, "file.safetensors")
+    with pytest.raises(ValueError, match="'bias' is torch.int64 in file.safetensors where its record implies torch.float32"):
+        checkpoint.fill(module, state | {"bias": torch.zeros(2, dtype=torch.int64)}, "file.safetensors")
     with pytest.raises(ValueError, match=r"'weight' has shape \(3, 2\)"):
         checkpoint.fill(module, state | {"weight": torch.ones(3, 2)}, "file.safetensors")

@@ -12,7 +12,8 @@ from semantic_diffusion_adapter.kernels.edit_decoder import (
     build_edit_decoder,
     read_config,
 )
-from semantic_diffusion_adapter.kernels.edit_decoder.llm import llm_record, new_llm
+from semantic_diffusion_adapter.kernels.edit_decoder.llm import new_llm
+from semantic_diffusion_adapter.kernels.edit_decoder.llm_record import llm_record
 from semantic_diffusion_adapter.kernels.hierarchy import PRESETS
 from transformers import AutoConfig, AutoModel
 
@@ -183,14 +184,47 @@ def test_what_it_cannot_do_is_said(decoder):
 
 
 def test_llms_that_cannot_be_built_are_refused():
-    with pytest.raises(ValueError, match="type 'qwen99' and transformers .* has none such; update transformers"):
-        new_llm({"model_type": "qwen99"})
-    with pytest.raises(ValueError, match="type 't5'"):
-        new_llm({"model_type": "t5"})
-    with pytest.raises(ValueError, match="type None"):
-        new_llm({})
-    with pytest.raises(ValueError, match="cannot build the edit decoder's 'qwen3'"):
+    for kind in ("qwen99", "t5", "mamba", "qwen3_moe", None, ["qwen3"]):
+        with pytest.raises(ValueError, match="of type .* builds .*qwen3.*: update the pack"):
+            new_llm({"model_type": kind})
+    with pytest.raises(ValueError, match="says 'wide' for 'hidden_size'"):
         new_llm({"model_type": "qwen3", "hidden_size": "wide"})
+    with pytest.raises(ValueError, match="cannot build the edit decoder's 'qwen3'"):
+        new_llm({"model_type": "qwen3", "hidden_size": 32, "hidden_act": "no_such"})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("_attn_implementation", "owner/kernel"), ("attn_implementation", "owner/kernel"), ("auto_map", {"AutoModel": "a/b--c.D"}),
+        ("_name_or_path", "owner/model"), ("quantization_config", {"quant_method": "bitsandbytes"}), ("torchscript", True),
+        ("hidden_act", "owner/kernel"), ("num_hidden_layers", 10**8), ("num_hidden_layers", True), ("hidden_size", 2.0),
+        ("rope_parameters", {"rope_type": "hf-hub:a/b"}), ("rope_scaling", {"future": 1}),
+        ("layer_types", ["full_attention"] * 10**4), ("vocab_size", 10**9),
+    ],
+)  # fmt: skip
+def test_what_is_no_architecture_is_refused_by_name(field, value):
+    """A file may come from anybody: no field of it reaches the network or foreign code, and no number takes minutes."""
+    for function in (new_llm, lambda record: build_edit_decoder(toy(llm=record))):
+        with pytest.raises(ValueError, match=field) as caught:
+            function({"model_type": "qwen3", **SIZES, field: value})
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_an_llm_whose_network_a_record_does_not_hold_is_not_trained():
+    config = AutoConfig.for_model("qwen3", **KINDS["qwen3"])
+    config.num_experts = 8
+    with pytest.raises(ValueError, match="'num_experts'"):
+        llm_record(config)
+    with pytest.raises(ValueError, match="type 'qwen3_moe'"):
+        llm_record(AutoConfig.for_model("qwen3_moe"))
+
+
+def test_a_record_of_an_older_release_builds():
+    """It holds what every configuration of transformers says."""
+    config = AutoConfig.for_model("qwen3", **KINDS["qwen3"])
+    old = {key: value for key, value in config.to_dict().items() if value is not None and key in ("return_dict", "output_hidden_states")}
+    assert old and new_llm(llm_record(config) | old).config.hidden_size == 32
 
 
 def test_the_record_names_the_architecture_and_without_one_it_is_t5(decoder):

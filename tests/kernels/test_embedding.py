@@ -77,7 +77,9 @@ def with_value(tensor, index, value):
         (lambda e: {"levels": e.levels - 1}, "negative"),
         (lambda e: {"strengths": with_value(e.strengths, 0, torch.inf)}, "NaN or \\+inf"),
         (lambda e: {"strengths": with_value(e.strengths, 0, torch.nan)}, "NaN or \\+inf"),
+        (lambda e: {"levels": e.levels + 10**9}, "level of the embedding is 10000000"),
         (lambda e: {"pooled": e.pooled[:1]}, "pooled"),
+        (lambda e: {"pooled": e.pooled.long()}, "pooled vector must be floating"),
         (lambda e: {"pooled": e.pooled * torch.nan}, "pooled"),
     ],
 )

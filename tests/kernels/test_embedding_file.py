@@ -88,17 +88,18 @@ def test_the_file_may_change_after_loading(tmp_path):
 @pytest.mark.parametrize("thumbnail", ["not base 64!", 7])
 def test_a_damaged_thumbnail_is_no_reason_to_refuse(tmp_path, thumbnail):
     path = tmp_path / "a.safetensors"
-    write(path, thumbnail=thumbnail)
+    write(path, said={"thumbnail": thumbnail})
     assert embedding_file.load(path)[1] is None
 
 
-def write(path, kind="embedding", without=(), source=(), thumbnail=None, **changes):
-    """An embedding file by other means than ours."""
+def write(path, without=(), said=None, **changes):
+    """An embedding file by other means than ours, without a digest. said: further or other entries of the record."""
     e = embedding()
-    tensors = {name: getattr(e, name) for name in ("tokens", "boxes", "levels")} | {"strengths": torch.zeros(2)} | changes
-    source = {} if source == () else source
+    tensors = {name: getattr(e, name) for name in ("tokens", "boxes", "levels", "pooled")} | {"strengths": torch.zeros(2)} | changes
     kept = {name: tensor for name, tensor in tensors.items() if name not in without}
-    record = {"format_version": 1, "kind": kind, "config": {}, "source": source, "thumbnail": thumbnail}
+    record = {
+        "format_version": 1, "kind": "embedding", "config": {"batch": 3, "tokens": 2}, "widths": {"text": 8, "pooled": 5}, "source": {},
+    } | (said or {})  # fmt: skip
     save_file(kept, path, metadata={checkpoint.RECORD_KEY: json.dumps(record)})
 
 
@@ -127,18 +128,52 @@ def test_refusals_are_one_sentence(tmp_path):
     refused_early("format version 2 .*update the pack")
     save_file({"x": torch.ones(2)}, path)
     refused_early("no Semantic Diffusion Adapter record")
-    write(path, tokens=torch.full((1, 2, 8), torch.nan))
+    write(path, tokens=torch.full((3, 2, 8), torch.nan))
     refused("'tokens' .* NaN")
-    write(path, without=["levels"])
-    refused("lacks 'levels'")
-    write(path, boxes=THIRDS[:1])
-    refused("boxes")
-    write(path, tokens=torch.ones(1, 2, 8, dtype=torch.int32))
-    refused("floating")
-    write(path, masked_by=torch.zeros(2, dtype=torch.int64))
-    refused("masks")
-    write(path, source="me")
-    refused("came from")
+    write(path, boxes=THIRDS * torch.nan)
+    refused("'boxes' .* NaN")
+    write(path, levels=torch.tensor([0, 10**9]))
+    refused("level of the embedding is 1000000000")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"without": ["levels"]}, "lacks 'levels'"),
+        ({"without": ["pooled"]}, "lacks 'pooled'"),
+        ({"said": {"widths": {"text": 8, "pooled": None}}}, "tensor 'pooled', which its record does not speak of"),
+        ({"pooled": torch.ones(3, 5, dtype=torch.int64)}, r"'pooled' .* is I64 \[3, 5\] where its record implies F16 or F32"),
+        ({"boxes": THIRDS[:1]}, r"'boxes' .* is F32 \[1, 4\] where"),
+        ({"tokens": torch.ones(3, 2, 8, dtype=torch.int64)}, "'tokens' .* is I64"),
+        ({"tokens": torch.ones(3, 2, 8, dtype=torch.bfloat16)}, "'tokens' .* is BF16"),
+        ({"masked_by": torch.zeros(2, dtype=torch.int64)}, "lacks 'masks'"),
+        ({"extra": torch.ones(2)}, "tensor 'extra'"),
+        ({"said": {"config": {"batch": 3, "tokens": 10**9}}}, "says 1000000000 for 'config.tokens'"),
+        ({"said": {"config": {"batch": 3}}}, "lacks 'config.tokens'"),
+        ({"said": {"widths": {"text": 8}}}, "lacks 'widths.pooled'"),
+        ({"said": {"widths": 5}}, "says 5 for 'widths'"),
+        ({"said": {"source": "me"}}, "says 'me' for 'source'"),
+        ({"said": {"source": {"edits": 3}}}, "says 3 for 'source.edits'"),
+        ({"said": {"source": {"pooled_width": True}}}, "says True for 'source.pooled_width'"),
+    ],
+)
+def test_a_record_and_tensors_that_disagree_are_refused_before_a_tensor_is_read(tmp_path, changes, message):
+    path = tmp_path / "a.safetensors"
+    write(path)
+    assert embedding_file.load(path)[0].width == 8, "a file from before there were digests loads"
+    write(path, **changes)
+    for function in (embedding_file.check, embedding_file.load):
+        with pytest.raises(ValueError, match=message) as caught:
+            function(path)
+        assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
+
+
+def test_an_embedding_of_many_blends_is_saved_and_loaded(tmp_path):
+    source = {"adapter": "a"}
+    for _ in range(60):
+        source = {"blend": [source, {"adapter": "b"}]}
+    embedding_file.save(tmp_path / "a.safetensors", embedding(source=source))
+    assert embedding_file.load(tmp_path / "a.safetensors")[0].source == source
 
 
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):

@@ -72,6 +72,10 @@ def test_one_table_holds_every_preset(name):
         ([[1, 0, 4]], "cols"),
         ([[1, 1, 2.5]], "tokens"),
         ([[2, 2, 4], [2, 2, 1]], "two levels of 2x2"),
+        ([[10**9, 1, 1]], "rows must be at most 1024"),
+        ([[1, 1, 10**9]], "tokens must be at most 65536"),
+        ([[1000, 1000, 1]], "1 levels and 1000000 tokens, where 64 and 65536 are the most"),
+        ([[1, 1 + i, 1] for i in range(65)], "65 levels"),
     ],
 )
 def test_wrong_hierarchies_are_refused_in_one_sentence(levels, words):

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ...kernels import checkpoint
-from ...kernels.vision.towers import TowerConfig, load_tower
+from ...kernels.vision.towers import load_tower_file
 from ..files import file_hash
 
 BATCH = 16
@@ -89,8 +88,7 @@ class TowerEncoder(Encoder):
     """A vision tower of this pack: CLIP's projected image feature, DINOv2's class token."""
 
     def __init__(self, path: Path, device: torch.device):
-        tensors, record = checkpoint.load(path, "vision_tower")
-        tower = load_tower(TowerConfig.from_json(record["config"]), tensors).float()
+        tower = load_tower_file(path)[0].float()
         super().__init__(tower.model, path, device)
         self.tower = tower
 

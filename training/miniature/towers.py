@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels import checkpoint
-from ...kernels.vision.towers import TowerConfig, VisionTower, load_tower
+from ...kernels.vision.towers import TowerConfig, VisionTower, load_tower_file
 from .vae import images
 
 _HALF = (0.5, 0.5, 0.5)
@@ -34,6 +34,5 @@ def save_tower(path: Path, config: TowerConfig, model: nn.Module, step: int) -> 
 
 def read_tower(path: Path, device: torch.device) -> VisionTower:
     """A frozen tower from one of our files, in float32."""
-    state, record = checkpoint.load(path, "vision_tower")
-    tower = load_tower(TowerConfig.from_json(record["config"]), {k: v.float() for k, v in state.items()})
-    return tower.to(device).requires_grad_(False)
+    tower, _ = load_tower_file(path)
+    return tower.float().to(device).requires_grad_(False)

@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...kernels import checkpoint
-from ...kernels.edit_decoder import EditDecoder, build_edit_decoder, read_config
+from ...kernels.edit_decoder import EditDecoder, read_edit_decoder
 from ..engine.stage import Step
 
 
@@ -29,9 +28,7 @@ class EditorTraining:
 
 def load_editor(path: Path, device: torch.device) -> tuple[EditDecoder, dict]:
     """A frozen edit decoder of either architecture in float32, and its record."""
-    state, record = checkpoint.load(path, "edit_decoder")
-    editor = build_edit_decoder(read_config(record["config"]))
-    checkpoint.fill(editor, {name: tensor.float() for name, tensor in state.items()}, path)
+    editor, record = read_edit_decoder(path)
     return editor.to(device).eval().requires_grad_(False), record
 
 

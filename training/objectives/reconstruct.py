@@ -14,8 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ...kernels import checkpoint
-from ...kernels.adapter import Adapter, AdapterConfig, token_similarity
+from ...kernels.adapter import Adapter, read_adapter, token_similarity
 from ...kernels.attention import Regions
 from ...kernels.hierarchy import PRESETS, Hierarchy, Level
 from ...kernels.visibility import region_bias
@@ -99,9 +98,7 @@ def named_hierarchy(name: str) -> Hierarchy:
 
 def load_adapter(path: Path, device: torch.device) -> tuple[Adapter, dict]:
     """A frozen adapter in float32, and its record."""
-    state, record = checkpoint.load(path, "adapter")
-    adapter = Adapter(AdapterConfig.from_json(record["config"]))
-    checkpoint.fill(adapter, {k: v.float() for k, v in state.items()}, path)
+    adapter, record = read_adapter(path)
     return adapter.to(device).eval().requires_grad_(False), record
 
 

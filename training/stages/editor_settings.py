@@ -14,7 +14,7 @@ from ...kernels.edit_decoder import (
     T5EditDecoder,
     T5EditDecoderConfig,
 )
-from ...kernels.edit_decoder.llm import llm_record
+from ...kernels.edit_decoder.llm_record import llm_record
 from ..config import RunConfig, free
 from ..engine import World
 from ..frozen.base import Precision

@@ -241,6 +241,66 @@ def test_impossible_configs_are_refused():
         TowerConfig.from_json(toy("dinov2").to_json() | {"future": 1})
 
 
+SIGLIP = KNOWN_TOWERS["siglip2-so400m-16-512"].architecture
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture", "field"),
+    [
+        ("open_clip", SIGLIP | {"vision_cfg": SIGLIP["vision_cfg"] | {"timm_model_name": "hf-hub:owner/model"}}, "timm_model_name"),
+        ("open_clip", SIGLIP | {"vision_cfg": SIGLIP["vision_cfg"] | {"timm_model_name": "local-dir:/tmp"}}, "timm_model_name"),
+        ("open_clip", SIGLIP | {"vision_cfg": SIGLIP["vision_cfg"] | {"timm_model_name": "resnet50"}}, "timm_model_name"),
+        ("open_clip", SIGLIP | {"vision_cfg": SIGLIP["vision_cfg"] | {"timm_model_pretrained": True}}, "timm_model_pretrained"),
+        ("open_clip", SIGLIP | {"vision_cfg": SIGLIP["vision_cfg"] | {"hf_model_name": "owner/model"}}, "hf_model_name"),
+        ("open_clip", SIGLIP | {"text_cfg": {"hf_model_name": "owner/model"}}, "text_cfg"),
+        ("open_clip", {"embed_dim": 16, "vision_cfg": 3}, "vision_cfg"),
+        ("dinov2", toy("dinov2").architecture | {"_attn_implementation": "owner/kernel"}, "_attn_implementation"),
+        ("dinov2", toy("dinov2").architecture | {"auto_map": {"AutoModel": "a--b.C"}}, "auto_map"),
+        ("dinov2", toy("dinov2").architecture | {"num_hidden_layers": 10**8}, "num_hidden_layers"),
+        ("dinov2", toy("dinov2").architecture | {"hidden_size": 32.0}, "hidden_size"),
+        ("internvit", INTERNVIT | {"attn_implementation": "owner/kernel"}, "attn_implementation"),
+        ("internvit", INTERNVIT | {"norm_type": "owner/norm"}, "norm_type"),
+    ],
+)
+def test_what_is_no_architecture_is_refused_by_name(kind, architecture, field):
+    """A file may come from anybody: it names no model to fetch, no folder, no code."""
+    config = TowerConfig("a", kind, architecture, 56, 14, 32, MEAN, STD)
+    for function in (build_tower, lambda config: load_tower(config, {})):
+        with pytest.raises(ValueError, match=f"The architecture of vision tower 'a'.*{field}") as caught:
+            function(config)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("change", [{"layer": -4}, {"patch": 7}, {"patch": 28}, {"width": 31}], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_record_that_belies_its_network_is_refused(kind, change):
+    tower = build_tower(toy(kind))
+    with pytest.raises(ValueError, match="does not give .* patches of width .*, as its record says: export the file again"):
+        load_tower(dataclasses.replace(tower.config, **change), tower.model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"id": 7}, "'id'"), ({"image_size": 56.0}, "'image_size'"), ({"image_size": 10**9}, "'image_size'"), ({"patch": 0}, "'patch'"),
+        ({"mean": [0.5, 0.5, "x"]}, "'mean.2'"), ({"std": [0.0, 0.5, 0.5]}, "'std.0'"), ({"layer": 0}, "'layer'"),
+        ({"architecture": []}, "'architecture'"),
+        ({"layer": True}, "'layer'"), ({"kind": None}, "'kind'"),
+    ],
+)  # fmt: skip
+def test_words_of_a_record_are_typed_and_bounded(change, field):
+    with pytest.raises(ValueError, match=f"The vision tower record says .* for {field}.*: download or export"):
+        TowerConfig.from_json(toy("dinov2").to_json() | change)
+
+
+def test_weights_of_no_floating_dtype_are_refused():
+    tower = build_tower(toy("dinov2"))
+    state = tower.model.state_dict()
+    state["layernorm.weight"] = state["layernorm.weight"].to(torch.int32)
+    with pytest.raises(ValueError, match="'layernorm.weight' as torch.int32"):
+        load_tower(tower.config, state)
+
+
 @pytest.mark.parametrize("gated", [False, True])
 def test_dinov2_loads_under_the_names_of_every_release(tmp_path, gated):
     """The published names, which the library itself writes, and those that newer releases hold in memory; both ways."""

@@ -206,11 +206,11 @@ def test_captions_bring_the_measures_of_text(encoders, tmp_path, prepared_edits)
 
 def spoiled(source: Path, target: Path, **changes) -> Path:
     """A copy of a checkpoint with other entries in its record."""
-    tensors, record = checkpoint.load_tensors(source), checkpoint.read_header(source)
+    kind = checkpoint.read_header(source)["kind"]
+    tensors, record = checkpoint.load(source, kind)
     fields = {key: value for key, value in record.items() if key not in ("kind", "config", "format_version")}
     fields = {key: value for key, value in {**fields, **changes}.items() if value is not None}
-    checkpoint.save(target, {k: v for k, v in tensors.items() if not k.endswith(checkpoint.SCALE_SUFFIX)}, record["kind"],
-                    record["config"], **fields)
+    checkpoint.save(target, tensors, kind, record["config"], **fields)
     return target
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from semantic_diffusion_adapter.kernels.edit_decoder import LLMEditDecoder, LLMEditDecoderConfig, build_edit_decoder
-from semantic_diffusion_adapter.kernels.edit_decoder.llm import llm_record
+from semantic_diffusion_adapter.kernels.edit_decoder.llm_record import llm_record
 from semantic_diffusion_adapter.kernels.hierarchy import PRESETS
 
 pytest.importorskip("peft", reason="peft is not installed: pip install -e '.[training]'")
