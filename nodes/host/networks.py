@@ -17,6 +17,7 @@ from ...kernels.adapter import Adapter, AdapterConfig
 from ...kernels.edit_decoder import build_edit_decoder, read_config
 from ...kernels.embedding import SemanticEmbedding, from_hierarchy
 from ...kernels.hierarchy import hierarchy
+from ...kernels.picture import over_white
 from ...kernels.vision.known import KNOWN_TOWERS
 from ...kernels.vision.towers import TowerConfig, load_tower
 
@@ -80,8 +81,8 @@ def load_edit_decoder(path: str) -> Network:
 
 @torch.no_grad()
 def encode_image(vision: tuple[Network, ...], image: Tensor) -> dict[str, Tensor]:
-    """IMAGE [B, H, W, 3 or 4] in 0..1 -> tower id -> patch features [B, N, C] float32."""
-    pixels = image[..., :3].movedim(-1, 1)
+    """IMAGE [B, H, W, 3 or 4] in 0..1, over white -> tower id -> patch features [B, N, C] float32."""
+    pixels = over_white(image).movedim(-1, 1)
     chunks = pixels.split(IMAGES_AT_ONCE)
     progress = comfy.utils.ProgressBar(len(vision) * len(chunks))
     features = {}
