@@ -9,6 +9,7 @@ import gc
 import importlib
 import os
 import re
+import sys
 import weakref
 from functools import partial
 from pathlib import Path
@@ -164,6 +165,14 @@ def test_fingerprints_follow_the_files(assets, monkeypatch):
         os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
     # A linked name is not known when core asks.
     assert load.LoadAdapter.fingerprint_inputs() == "" and load.LoadVisionEncoders.fingerprint_inputs(model_1="x") == "||"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows stores no such name")
+def test_a_name_that_the_page_may_take_for_html_is_not_offered(assets, tmp_path):
+    for name in ("a", "<b>"):
+        (tmp_path / f"{name}.safetensors").touch()
+    folder_paths.folder_names_and_paths["semantic_adapters"][0].append(str(tmp_path))
+    assert folders.files("semantic_adapters") == ["a.safetensors", "miniature_tree128.safetensors"]
 
 
 def test_the_fingerprint_of_a_file_in_parts_follows_all_of_them(assets, tmp_path):
