@@ -128,14 +128,15 @@ def inside(name: str, arguments: list[str], needs: tuple[str, ...] = ()) -> int:
     """Runs a module in the environment, with ComfyUI's place in COMFYUI_PATH; its exit code is ours."""
     environment = prepare(needs)
     variables = {**os.environ, "COMFYUI_PATH": str(environment.comfyui), "COMFYUI_PYTHON": str(environment.python)}
-    process = subprocess.Popen(module(environment.python, name, arguments), env=variables)
+    # A group of its own: whoever ends run.py, a key or a `kill`, the child hears of it once, from here.
+    alone = os.name != "nt"
+    process = subprocess.Popen(module(environment.python, name, arguments), env=variables, start_new_session=alone)
     while True:
         try:
             return process.wait()
-        except Terminated:
-            process.send_signal(signal.SIGINT)
-        except KeyboardInterrupt:  # the child got it too, and ends in its own way, with its ComfyUI
-            continue
+        except KeyboardInterrupt:  # the child ends in its own way, with its ComfyUI
+            if alone:  # on Windows the key has reached it too
+                process.send_signal(signal.SIGINT)
 
 
 def main() -> int:
@@ -167,16 +168,20 @@ def main() -> int:
     return demo(arguments)
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, so that it ends a run like Ctrl-C does."""
+def listen() -> None:
+    """Let Ctrl-C, `kill` and a closed terminal end a run alike, with all that it has started.
 
-
-def terminate(number: int, frame: object) -> None:
-    raise Terminated
+    SIGINT is set too: what starts under nohup or in the background inherits it as ignored. SIGHUP stays as nohup left it.
+    """
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    for number in numbers:
+        signal.signal(number, signal.default_int_handler)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, terminate)
+    listen()
     try:
         sys.exit(main())
     except Failure as failure:

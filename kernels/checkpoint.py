@@ -231,18 +231,24 @@ def load_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
 
 def load_parts(path: str | os.PathLike) -> dict[str, Tensor]:
     """`load_tensors` of a file or, where it is one of several (`...-00001-of-00003.safetensors`), of all of them."""
-    path = Path(path)
-    part = re.fullmatch(r"(.*-)(\d+)-of-(\d+)\.safetensors", path.name)
-    if part is None:
-        return load_tensors(path)
-    name, digits, count = part[1], len(part[2]), part[3]
-    files = [path.with_name(f"{name}{i:0{digits}}-of-{count}.safetensors") for i in range(1, int(count) + 1)]
+    files = parts(path)
     lacking = [file.name for file in files if not file.is_file()]
-    if lacking:
+    if lacking and len(files) > 1:
         raise ValueError(
-            f"{path.name} is one of {len(files)} parts and {lacking[0]} is not beside it: put all of them there."
+            f"{Path(path).name} is one of {len(files)} parts and {lacking[0]} is not beside it: put all of them there."
         )
     return {key: tensor for file in files for key, tensor in load_tensors(file).items()}
+
+
+def parts(path: str | os.PathLike) -> list[Path]:
+    """The files that hold what this one does a part of, by its name, in their order; itself alone if it is whole."""
+    path = Path(path)
+    part = re.fullmatch(r"(.*-)(\d{1,5})-of-(\d{1,5})\.safetensors", path.name)
+    if part is None:
+        return [path]
+    name, digits, count = part[1], len(part[2]), part[3]
+    files = [path.with_name(f"{name}{i:0{digits}}-of-{count}.safetensors") for i in range(1, int(count) + 1)]
+    return files if path in files else [path]
 
 
 def build(make: Callable[[], nn.Module], state_dict: dict[str, Tensor], what: str | os.PathLike) -> nn.Module:

@@ -61,10 +61,17 @@ def draw(e: SemanticEmbedding, values: Tensor, image: Tensor | None = None) -> T
         masks = F.interpolate(e.masks[None].to(image.device), (height, width), mode="bilinear", antialias=True)[0]
     tint = _tint(e, values.to(image.device), masks, height, width)[..., None]
     colour = torch.where(tint > 0, tint.new_tensor(_MORE), tint.new_tensor(_LESS))
-    picture = image[..., :3].float().clamp(0, 1).expand(batch, -1, -1, -1)
+    picture = over_white(image.float()).clamp(0, 1).expand(batch, -1, -1, -1)
     picture = torch.lerp(picture, colour.expand_as(picture), (_OPACITY * tint.abs()).expand_as(picture))
     _lines(picture, e, masks)
     return picture
+
+
+def over_white(image: Tensor) -> Tensor:
+    """IMAGE [..., 3 or 4] in 0..1 -> [..., 3]: what is transparent shows white, as in training, whatever colour it hides."""
+    if image.shape[-1] < 4:
+        return image
+    return torch.lerp(torch.ones_like(image[..., :3]), image[..., :3], image[..., 3:4].clamp(0, 1))
 
 
 def seen(e: SemanticEmbedding, grid: tuple[int, int], level: int | None = None, token: int | None = None) -> Tensor:

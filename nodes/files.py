@@ -35,6 +35,10 @@ class SaveEmbedding(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, filename_prefix=None) -> bool | str:
+        return queue.verdict((embedding_files.check_prefix, filename_prefix))
+
+    @classmethod
     def execute(cls, embedding, filename_prefix, image=None) -> io.NodeOutput:
         return io.NodeOutput(ui=ui.PreviewText(embedding_files.save(embedding, filename_prefix, image, cls.hidden)))
 

@@ -49,8 +49,8 @@ class LoadVisionEncoders(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, encoder_1=None, encoder_2=None, encoder_3=None) -> bool | str:
-        chosen = (name for name in (encoder_1, encoder_2, encoder_3) if name != NONE)
-        return queue.verdict(*((partial(folders.find, "clip_vision"), name) for name in chosen))
+        chosen = [name for name in (encoder_1, encoder_2, encoder_3) if name != NONE]
+        return queue.verdict((_check_any, chosen), *((partial(folders.find, "clip_vision"), name) for name in chosen))
 
     @classmethod
     def fingerprint_inputs(cls, **widgets) -> str:
@@ -58,13 +58,10 @@ class LoadVisionEncoders(io.ComfyNode):
 
     @classmethod
     def execute(cls, **widgets) -> io.NodeOutput:
-        towers = []
-        for slot in (1, 2, 3):
-            name, model = widgets[f"encoder_{slot}"], widgets[f"model_{slot}"]
-            if name != NONE:
-                path = folders.find("clip_vision", name)
-                towers.append(networks.load_vision_tower(path, None if model == FROM_FILE else model))
-        return io.NodeOutput(tuple(towers))
+        slots = [(widgets[f"encoder_{slot}"], widgets[f"model_{slot}"]) for slot in (1, 2, 3)]
+        chosen = [(folders.find("clip_vision", name), _model(model)) for name, model in slots if name != NONE]
+        _check_any(chosen)
+        return io.NodeOutput(tuple(networks.load_vision_tower(path, model) for path, model in chosen))
 
 
 class LoadAdapter(io.ComfyNode):
@@ -131,3 +128,15 @@ class LoadEditDecoder(io.ComfyNode):
 def _check(folder: str, kind: str) -> Callable[[str], object]:
     """A check that a file of this name is there and holds this kind of network. It reads the file's record, no tensor."""
     return lambda name: checkpoint.read_header(folders.find(folder, name), kind)
+
+
+def _check_any(chosen: list) -> None:
+    if not chosen:
+        raise ValueError("No vision encoder is chosen: choose a file in encoder_1, the DINOv2 that the adapter was trained with.")
+
+
+def _model(name: str) -> str | None:
+    """The id of a known encoder, None if the file shall say. A linked text is checked by nobody else."""
+    if name not in (FROM_FILE, *KNOWN_TOWERS):
+        raise ValueError(f"There is no encoder model {name!r}: write one of {', '.join((FROM_FILE, *KNOWN_TOWERS))}.")
+    return None if name == FROM_FILE else name

@@ -11,9 +11,13 @@ INK, FAINT, PAPER = (24, 24, 27), (113, 113, 122), (250, 250, 249)
 
 
 def check(source: str, target: str) -> None:
-    """Writes any readable picture as an upright RGB PNG."""
+    """Writes any readable picture as an upright RGB PNG, over white where it is transparent, as training does."""
     with Image.open(source) as image:
-        ImageOps.exif_transpose(image).convert("RGB").save(target)
+        image = ImageOps.exif_transpose(image)
+        if "A" in image.getbands() or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image.convert("RGB").save(target)
 
 
 def sheet(target: str, instruction: str, *paths: str) -> None:

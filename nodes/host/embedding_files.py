@@ -21,27 +21,43 @@ from torch import Tensor
 
 from ...kernels import embedding_file
 from ...kernels.embedding import SemanticEmbedding
+from ...kernels.picture import over_white
+from .names import fault, leads_out, shown
+from .walk import Walk
 
 OUTPUT = " [output]"  # core's mark for a name in the output folder
 THUMBNAIL = 256
 
 
+def _is_ours(path: str) -> bool:
+    try:
+        embedding_file.check(path)
+    except ValueError:
+        return False
+    return True
+
+
+_walk = Walk(embedding_file.SUFFIX, _is_ours)
+
+
 def files() -> list[str]:
-    """The safetensors files of the input folder, then those of the output folder with core's mark; subfolders included."""
-    ours = _below(folder_paths.get_input_directory())
-    return [*ours, *(name + OUTPUT for name in _below(folder_paths.get_output_directory()))]
+    """The embedding files of the input folder, then those of the output folder with core's mark; subfolders included."""
+    given, made = map(_walk.below, (folder_paths.get_input_directory(), folder_paths.get_output_directory()))
+    return [name for name in (*given, *(name + OUTPUT for name in made)) if fault(name) is None]
 
 
 def find(file: str) -> Path:
     """The file that a name of `files` means. ValueError if it leads elsewhere or is not there."""
     name, folder = folder_paths.annotated_filepath(file)
+    if not name.strip():
+        raise ValueError("No embedding is chosen: upload a file with the button below, or save one and refresh the page (R).")
     folders = folder_paths.get_input_directory(), folder_paths.get_output_directory()
     folder = folder or folders[0]
-    if folder not in folders or _leads_out(name):
-        raise ValueError(f"{file!r} is outside ComfyUI's input and output folders: copy the file into one of them.")
+    if folder not in folders or leads_out(name):
+        raise ValueError(f"{shown(file)} is outside ComfyUI's input and output folders: copy the file into one of them.")
     path = Path(folder, name)
-    if not path.is_file():
-        raise ValueError(f"There is no embedding {name!r} in {folder}: put the file there and refresh the page (R).")
+    if not os.path.isfile(path):  # which, unlike Path's own, no name can make raise
+        raise ValueError(f"There is no embedding {shown(name)} in {folder}: put the file there and refresh the page (R).")
     return path
 
 
@@ -64,14 +80,14 @@ def save(embedding: SemanticEmbedding, prefix: str, image: Tensor | None, hidden
 
     image: IMAGE whose first picture becomes the thumbnail. hidden: the node's PROMPT, EXTRA_PNGINFO and UNIQUE_ID, or None.
     """
-    if _leads_out(prefix) or not PureWindowsPath(prefix).parts:
-        raise ValueError(f"The file name {prefix!r} leads out of the output folder: write a name such as embeddings/mine.")
+    check_prefix(prefix)
+    prefix = PureWindowsPath(prefix).as_posix()  # one name for one graph, whatever system runs it
     height, width = (0, 0) if image is None else image.shape[1:3]
     root = folder_paths.get_output_directory()
     try:
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, root, width, height)
     except OSError as error:
-        raise ValueError(f"The folder of {prefix!r} cannot be used ({error.strerror}): choose another name.") from error
+        raise ValueError(f"The folder of {shown(prefix)} cannot be used ({error.strerror}): choose another name.") from error
     path = Path(folder, f"{name}_{counter:05}_{embedding_file.SUFFIX}")
     embedding_file.save(path, embedding, None if image is None else _jpeg(image), _workflow(hidden))
     text = f"{Path(subfolder, path.name).as_posix()} ({path.stat().st_size / 1024:.0f} KB)"
@@ -79,24 +95,20 @@ def save(embedding: SemanticEmbedding, prefix: str, image: Tensor | None, hidden
     return text
 
 
-def _below(folder: str) -> list[str]:
-    found, seen = [], set()
-    for place, below, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(place) in seen:  # a link back to a folder above
-            below.clear()
-            continue
-        seen.add(os.path.realpath(place))
-        found += [Path(place, name) for name in names if name.endswith(embedding_file.SUFFIX)]
-    return sorted(path.relative_to(folder).as_posix() for path in found)
-
-
-def _leads_out(name: str) -> bool:
-    path = PureWindowsPath(name)  # knows both slashes and drives, on any system
-    return bool(path.anchor) or ".." in path.parts
+def check_prefix(prefix: str) -> None:
+    """ValueError for a name of `save` that is empty, leads out of the output folder or cannot be stored everywhere."""
+    if not prefix.strip():
+        raise ValueError("The file name is empty: write a name such as embeddings/mine.")
+    if leads_out(prefix) or not PureWindowsPath(prefix).parts:
+        raise ValueError(
+            f"The file name {shown(prefix)} leads out of the output folder: write a name such as embeddings/mine."
+        )
+    if reason := fault(prefix):
+        raise ValueError(f"The file name {shown(prefix)} {reason}.")
 
 
 def _jpeg(image: Tensor) -> bytes:
-    pixels = image[:1, ..., :3].float().movedim(-1, 1)
+    pixels = over_white(image[:1].float()).movedim(-1, 1)
     scale = min(1.0, THUMBNAIL / max(pixels.shape[-2:]))
     size = [max(1, round(side * scale)) for side in pixels.shape[-2:]]
     pixels = F.interpolate(pixels, size=size, mode="area")[0].movedim(0, -1)

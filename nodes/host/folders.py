@@ -6,8 +6,13 @@ from pathlib import Path
 
 import folder_paths
 
+from ...kernels.checkpoint import parts
+from .names import fault
+
 MINIATURE = Path(__file__).resolve().parents[2] / "assets" / "miniature"
 OURS = ("semantic_adapters", "edit_decoders")
+# Searched beside core's folder, by our nodes alone: core's Load CLIP Vision would offer the miniature's towers first of all.
+BESIDE = {"clip_vision": "miniature_vision"}
 EXTENSIONS = {".safetensors"}
 SOURCES = {
     "semantic_adapters": "`sda` trains one; Load Miniature brings one along",
@@ -17,32 +22,33 @@ SOURCES = {
 
 
 def register() -> None:
-    """Make `semantic_adapters` and `edit_decoders` known and list the miniature's files; calling it again changes nothing."""
+    """Make our folders known and list the miniature's files; calling it again changes nothing."""
     for folder in OURS:
         _add(folder, Path(folder_paths.models_dir) / folder)
-    for folder in (*OURS, "clip_vision"):
         _add(folder, MINIATURE / folder)
+    for folder, ours in BESIDE.items():
+        _add(ours, MINIATURE / folder)
 
 
 def files(folder: str) -> list[str]:
-    """The safetensors files that a combo of this model folder offers."""
-    return [name for name in folder_paths.get_filename_list(folder) if name.endswith(".safetensors")]
+    """The safetensors files that a combo of this model folder offers, by name."""
+    known = {name for place in _places(folder) for name in folder_paths.get_filename_list(place)}
+    return sorted(name for name in known if name.endswith(".safetensors") and fault(name) is None)
 
 
 def find(folder: str, name: str) -> str:
     """The full path of a model file. ValueError says which folder it belongs into, and where such files come from."""
-    path = folder_paths.get_full_path(folder, name)
+    path = _path(folder, name)
     if path is None:
-        raise ValueError(
-            f"There is no {name!r} in models/{folder}: put the file there ({SOURCES[folder]}) and refresh the page (R)."
-        )
+        missing = f"There is no {name!r} in models/{folder}" if name.strip() else f"No file of models/{folder} is chosen"
+        raise ValueError(f"{missing}: put the file there ({SOURCES[folder]}) and refresh the page (R).")
     return path
 
 
 def fingerprint(folder: str, name: str | None) -> str:
-    """Changes when the file does. Empty for a missing file or a linked name, which core does not know yet."""
-    path = folder_paths.get_full_path(folder, name) if name else None
-    return stamp(Path(path)) if path else ""
+    """Changes when the file does, or one of its parts. Empty for a missing file or a linked name, not known to core yet."""
+    path = _path(folder, name) if name else None
+    return "+".join(map(stamp, parts(path))) if path else ""
 
 
 def stamp(path: Path) -> str:
@@ -51,6 +57,15 @@ def stamp(path: Path) -> str:
         return ""
     state = path.stat()
     return f"{path}:{state.st_size}:{state.st_mtime_ns}"
+
+
+def _places(folder: str) -> list[str]:
+    return [folder, BESIDE[folder]] if folder in BESIDE else [folder]
+
+
+def _path(folder: str, name: str) -> str | None:
+    found = (folder_paths.get_full_path(place, name) for place in _places(folder))
+    return next((path for path in found if path is not None), None)
 
 
 def _add(folder: str, path: Path) -> None:

@@ -17,6 +17,7 @@ from ...kernels.adapter import AdapterConfig, read_adapter
 from ...kernels.edit_decoder import read_edit_decoder
 from ...kernels.embedding import SemanticEmbedding, from_hierarchy
 from ...kernels.hierarchy import hierarchy
+from ...kernels.picture import over_white
 from ...kernels.vision.known import KNOWN_TOWERS
 from ...kernels.vision.towers import load_tower, load_tower_file
 
@@ -75,8 +76,8 @@ def load_edit_decoder(path: str) -> Network:
 
 @torch.no_grad()
 def encode_image(vision: tuple[Network, ...], image: Tensor) -> dict[str, Tensor]:
-    """IMAGE [B, H, W, 3 or 4] in 0..1 -> tower id -> patch features [B, N, C] float32."""
-    pixels = image[..., :3].movedim(-1, 1)
+    """IMAGE [B, H, W, 3 or 4] in 0..1, over white -> tower id -> patch features [B, N, C] float32."""
+    pixels = over_white(image).movedim(-1, 1)
     chunks = pixels.split(IMAGES_AT_ONCE)
     progress = comfy.utils.ProgressBar(len(vision) * len(chunks))
     features = {}

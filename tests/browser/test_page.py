@@ -155,8 +155,9 @@ def test_every_help_page_is_shown_in_the_help_panel(desks: dict[str, Desk], node
 
 
 @pytest.mark.parametrize("language", ("zh", "ja"))
-def test_the_canvas_speaks_the_language_of_the_page(language: str, desks: dict[str, Desk]) -> None:
+def test_nodes_and_canvas_speak_the_language_of_the_page(language: str, desks: dict[str, Desk]) -> None:
     desk = desks["Nodes 2.0"]
+    node = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))["SDAStrength"]
     try:
         desk.settings(Locale=language)
         desk.open()
@@ -164,6 +165,11 @@ def test_the_canvas_speaks_the_language_of_the_page(language: str, desks: dict[s
         texts = json.loads((ROOT / "locales" / language / "main.json").read_text(encoding="utf-8"))["semanticDiffusion"]
         desk.page.get_by_text(texts["cellHint"]).wait_for()
         desk.page.get_by_role("button", name=texts["undoTip"]).wait_for()
+        desk.page.get_by_text(node["display_name"], exact=True).first.wait_for()
+        for socket in (*node["inputs"].values(), *node["outputs"].values()):
+            desk.page.get_by_text(socket["name"], exact=True).first.wait_for()
+        desk.page.get_by_text(node["display_name"], exact=True).first.hover()
+        desk.page.get_by_text(node["description"]).wait_for()
         desk.photograph(f"language {language}")
     finally:
         desk.settings(Locale="en")

@@ -61,8 +61,9 @@ def told(client: Client, prompt: dict, kind: str, words: str) -> None:
             "SDABuildEmbedding",
             "load 'miniature-dinov2' in Load Vision Encoders",
         ),
+        ({"vision": node("SDALoadVisionEncoders", **ENCODERS)}, "SDALoadVisionEncoders", "No vision encoder is chosen"),
     ],
-    ids=["no adapter", "no adapter but a decoder", "no encoder", "an encoder too few"],
+    ids=["no adapter", "no adapter but a decoder", "no encoder", "an encoder too few", "no encoder at all"],
 )
 def test_the_wrong_file(client: Client, miniature: Path, spoilt: dict, kind: str, words: str) -> None:
     told(client, ENCODED | spoilt | {"end": node("SDAPreviewEmbedding", embedding=["built", 0], measure="strength")}, kind, words)
@@ -80,6 +81,29 @@ def loaded(client: Client, tmp_path: Path):
         return node("SDALoadEmbedding", file=client.upload(path))
 
     return make
+
+
+@pytest.mark.parametrize(
+    ("prefix", "words"),
+    [
+        ("", "is empty: write a name"),
+        ("../mine", "leads out of the output folder: write a name"),
+        ("a" * 300, "is too long (300 bytes): shorten it"),
+        ("a\0b", "a character that cannot be seen: type it again"),
+        ("mine/<img src=x>", "the sign <, which Windows cannot store in a name: leave it out"),
+        ("con", "'con', which Windows keeps for a device: choose another word"),
+        ("...", "nothing but dots and spaces: give it letters"),
+    ],
+)
+def test_a_name_that_cannot_be_saved(client: Client, loaded, prefix: str, words: str) -> None:
+    save = node("SDASaveEmbedding", embedding=["embedding", 0], filename_prefix=prefix)
+    told(client, {"embedding": loaded(24, "one.safetensors"), "end": save}, "SDASaveEmbedding", words)
+
+
+def test_core_offers_no_tower_of_the_miniature(nodes: dict) -> None:
+    offered = nodes["CLIPVisionLoader"]["input"]["required"]["clip_name"]
+    assert "miniature_clip" not in str(offered)
+    assert "miniature_clip" in str(nodes["SDALoadVisionEncoders"]["input"]["required"]["encoder_1"])
 
 
 def test_embeddings_of_different_adapters(client: Client, loaded) -> None:

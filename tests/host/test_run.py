@@ -71,9 +71,15 @@ def test_the_demo_writes_its_pictures(miniature: Path, tmp_path: Path) -> None:
     assert phases["total"] >= sum(value for name, value in phases.items() if name != "total") - 0.1
 
 
+def ignore_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="a test cannot press Ctrl-C on Windows")
 def test_ctrl_c_leaves_no_server_behind(miniature: Path, tmp_path: Path) -> None:
-    demo = subprocess.Popen([*DEMO, "--out", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    """Nor where SIGINT was ignored at the start, as under nohup or in the background."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    demo = subprocess.Popen([*DEMO, "--out", str(tmp_path)], preexec_fn=ignore_ctrl_c, **pipes)
     port = next(int(found[1]) for line in demo.stdout if (found := re.search(r"http://127\.0\.0\.1:(\d+)", line)))
     demo.send_signal(signal.SIGINT)
     assert demo.wait(30) == 130

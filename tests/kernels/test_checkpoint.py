@@ -43,9 +43,18 @@ def test_a_file_in_parts_is_read_as_a_whole(tmp_path):
     for file in files:
         read = checkpoint.load_parts(file)
         assert read.keys() == whole.keys() and all(torch.equal(read[name], whole[name]) for name in whole)
+        assert checkpoint.parts(file) == files
     files[1].unlink()
     with pytest.raises(ValueError, match=f"{files[1].name} is not beside it: put all of them there"):
         checkpoint.load_parts(files[0])
+
+
+@pytest.mark.parametrize("name", ["a", "a-00001-of-00000", "a-00004-of-00003", "a-1-of-9999999999"])
+def test_a_name_that_counts_no_parts_is_a_whole_file(tmp_path, name):
+    path = tmp_path / f"{name}.safetensors"
+    assert checkpoint.parts(path) == [path]
+    save_file(tensors(), path)
+    assert checkpoint.load_parts(path).keys() == tensors().keys()
 
 
 def test_eight_bit_rows_are_within_half_a_step(tmp_path):

@@ -179,3 +179,10 @@ def test_seen_of_a_box_of_a_mask_and_of_what_is_off():
     assert torch.allclose(picture.seen(off, (1, 4)), torch.tensor([[0.25, 0.25, 0.375, 0.375]]))
     masked = confined(embedding("global16"), half_mask(0.25))
     assert torch.allclose(picture.seen(masked, (1, 4)), torch.tensor([[0.25, 0.25, 0, 0]]))
+
+
+def test_what_is_transparent_shows_white():
+    hidden_red, half_blue, opaque_green = [1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.5], [0.0, 1.0, 0.0, 1.0]
+    image = torch.tensor([[[hidden_red, half_blue, opaque_green]]])
+    assert picture.over_white(image).tolist() == [[[[1.0, 1.0, 1.0], [0.5, 0.5, 1.0], [0.0, 1.0, 0.0]]]]
+    assert picture.over_white(image[..., :3]).equal(image[..., :3])

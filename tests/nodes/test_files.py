@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 import sys
 from functools import partial
@@ -123,13 +124,18 @@ def test_name_and_size_are_written_into_the_node(folders, embedding, monkeypatch
 
 def test_the_thumbnail_is_small_and_keeps_its_aspect(folders, embedding):
     image = torch.zeros(2, 300, 900, 4)
-    image[0, :, 450:, 0] = 1
+    image[0, :, 450:, 0], image[..., 3] = 1, 1
     save(embedding(), "a", image)
     _, thumbnail = load("a_00001_.safetensors [output]")
     assert thumbnail.shape == (1, 85, 256, 3) and thumbnail.dtype == torch.float32
     assert thumbnail[0, :, 140:, 0].min() > 0.9 and thumbnail[0, :, :115].max() < 0.1
     save(embedding(), "b", torch.rand(1, 3, 1, 3) * 3 - 1)
     assert load("b_00001_.safetensors [output]")[1].shape == (1, 3, 1, 3), "a small picture is not enlarged"
+
+
+def test_the_thumbnail_shows_no_colour_that_alpha_hides(folders, embedding):
+    save(embedding(), "a", torch.tensor([0.0, 0.5, 0.5, 0.0]).expand(1, 8, 8, 4))
+    assert load("a_00001_.safetensors [output]")[1].min() > 0.98
 
 
 def jpeg(width: int, height: int) -> bytes:
@@ -145,12 +151,58 @@ def test_a_damaged_thumbnail_becomes_grey(folders, embedding, damaged):
     assert (load("a.safetensors")[1] == 0.5).all()
 
 
-@pytest.mark.parametrize("prefix", ["../a", "a/../../b", "/tmp/a", "C:\\a", "\\\\host\\a", "..\\a", "", ".", "a/.."])
+@pytest.mark.parametrize("prefix", ["../a", "a/../../b", "/tmp/a", "C:\\a", "\\\\host\\a", "..\\a", ".", "a/.."])
 def test_no_prefix_leads_out_of_the_output_folder(folders, embedding, prefix):
-    with pytest.raises(ValueError, match="leads out of the output folder") as caught:
-        save(embedding(), prefix)
-    assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
+    refused(folders, embedding(), prefix, "leads out of the output folder")
+
+
+def refused(folders, e, prefix: str, words: str) -> None:
+    """In one sentence, when it is queued as when it runs, and nothing is written."""
+    with pytest.raises(ValueError, match=re.escape(words)) as caught:
+        save(e, prefix)
+    assert SaveEmbedding.validate_inputs(prefix) == str(caught.value)
+    assert str(caught.value).endswith(".") and str(caught.value).isprintable() and len(str(caught.value)) < 250
     assert not any(folders.output.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("prefix", "words"),
+    [
+        ("", "is empty"),
+        (" ", "is empty"),
+        ("...", "nothing but dots and spaces"),
+        ("embeddings/. .", "nothing but dots and spaces"),
+        ("a" * 300, "is too long (300 bytes): shorten it to 200"),
+        ("脸" * 67, "is too long (201 bytes)"),
+        ("a/" + "b" * 300 + "/c", "is too long"),
+        ("a\0b", "cannot be seen"),
+        ("a\nb", "cannot be seen"),
+        ("a\ud800", "cannot be seen"),
+        ("<img src=x onerror=alert(1)>", "has the sign <, which Windows"),
+        ("a/b?", "has the sign ?"),
+        ("con/a", "has 'con', which Windows keeps for a device"),
+        ("a/LPT1.b", "has 'LPT1.b'"),
+    ],
+)
+def test_a_name_that_cannot_be_stored_everywhere_is_refused(folders, embedding, prefix, words):
+    refused(folders, embedding(), prefix, words)
+
+
+def test_ordinary_names_in_any_language_are_taken(folders, embedding):
+    for prefix in ("Console", "com", "nul und nichtig", "脸" * 66, "顔　1", "été & hiver", "a.b", "100%", "👩‍🎨", "x" * 200):
+        assert save(embedding(), f"a/{prefix}").startswith(f"a/{prefix}_00001_.safetensors (")
+    assert save(embedding(), "one\\two").startswith("one/two_00001_.safetensors ("), "one name on every system"
+    assert SaveEmbedding.validate_inputs() is True, "a linked name is not known when core asks"
+
+
+def test_only_embeddings_that_can_be_shared_are_offered(folders, embedding):
+    embedding_file.save(folders.input / "a.safetensors", embedding())
+    checkpoint.save(folders.input / "vae.safetensors", {"x": torch.ones(1)}, "vae", {})
+    save_file({"x": torch.ones(1)}, folders.input / "lora.safetensors")
+    (folders.input / "cut.safetensors").write_bytes((folders.input / "a.safetensors").read_bytes()[:-5])
+    if sys.platform != "win32":
+        embedding_file.save(folders.output / "<img src=x onerror=alert(1)>.safetensors", embedding())
+    assert options() == ["a.safetensors"]
 
 
 def test_a_folder_that_cannot_be_used_is_named(folders, embedding):
@@ -171,7 +223,10 @@ def test_what_cannot_be_loaded_is_refused_when_queued(folders, embedding, tmp_pa
     save_file({"x": torch.ones(1)}, folders.input / "lora.safetensors")
     expected = dict.fromkeys(outside, "outside ComfyUI's input and output folders") | {
         "absent.safetensors": "no embedding 'absent.safetensors' in",
-        "": "no embedding ''",
+        "": "No embedding is chosen",
+        " [output]": "No embedding is chosen",
+        "a" * 300 + ".safetensors": "no embedding 'aaaa",
+        "a\0.safetensors": "no embedding 'a\\x00.safetensors'",
         "cut.safetensors": "cut short",
         "vae.safetensors": "kind 'vae' where 'embedding'",
         "lora.safetensors": "no Semantic Diffusion Adapter record",

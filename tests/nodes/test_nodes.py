@@ -9,7 +9,9 @@ import gc
 import importlib
 import os
 import re
+import sys
 import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -124,13 +126,20 @@ def test_combos_list_the_miniature(node_list):
 
 def test_registering_keeps_what_is_there_and_repeats_nothing(assets, monkeypatch):
     mine = copy.deepcopy(folder_paths.folder_names_and_paths)
-    mine["semantic_adapters"] = (["/elsewhere"], {".safetensors"})
+    mine["semantic_adapters"], before = (["/elsewhere"], {".safetensors"}), copy.deepcopy(mine["clip_vision"])
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", mine)
     folders.register()
     folders.register()
     paths, _ = mine["semantic_adapters"]
     assert paths[0] == "/elsewhere" and len(paths) == len(set(paths)) == 3
-    assert mine["clip_vision"][0][0] == os.path.join(folder_paths.models_dir, "clip_vision")
+    assert mine["clip_vision"] == before, "what is added to core's folder is offered by core's nodes"
+
+
+def test_core_does_not_offer_the_towers_that_ours_does(assets):
+    towers = {"miniature_clip.safetensors", "miniature_dinov2.safetensors"}
+    assert not towers & set(folder_paths.get_filename_list("clip_vision"))
+    assert towers <= set(folders.files("clip_vision"))
+    assert folders.find("clip_vision", "miniature_clip.safetensors") == str(assets / "clip_vision" / "miniature_clip.safetensors")
 
 
 def test_importing_changes_nothing_in_core():
@@ -156,6 +165,28 @@ def test_fingerprints_follow_the_files(assets, monkeypatch):
         os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
     # A linked name is not known when core asks.
     assert load.LoadAdapter.fingerprint_inputs() == "" and load.LoadVisionEncoders.fingerprint_inputs(model_1="x") == "||"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows stores no such name")
+def test_a_name_that_the_page_may_take_for_html_is_not_offered(assets, tmp_path):
+    for name in ("a", "<b>"):
+        (tmp_path / f"{name}.safetensors").touch()
+    folder_paths.folder_names_and_paths["semantic_adapters"][0].append(str(tmp_path))
+    assert folders.files("semantic_adapters") == ["a.safetensors", "miniature_tree128.safetensors"]
+
+
+def test_the_fingerprint_of_a_file_in_parts_follows_all_of_them(assets, tmp_path):
+    files = [tmp_path / f"internvit-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
+    for file in files:
+        file.touch()
+    folder_paths.folder_names_and_paths["clip_vision"][0].append(str(tmp_path))
+    ask = partial(load.LoadVisionEncoders.fingerprint_inputs, encoder_1=files[0].name)
+    before = ask()
+    assert before == ask()
+    files[2].write_bytes(b"new")
+    assert ask() != before
+    files[1].unlink()
+    assert ask()
 
 
 def test_only_file_loaders_have_fingerprints(node_list):
@@ -268,6 +299,8 @@ def test_what_is_wrong_by_itself_is_told_when_queued(assets):
     told("models/semantic_adapters: put the file there .* Load Miniature", load.LoadAdapter, adapter="absent.safetensors")
     told("models/edit_decoders: put the file there", load.LoadEditDecoder, edit_decoder="absent.safetensors")
     told("models/clip_vision: put the file there .* help page", load.LoadVisionEncoders, encoder_2="absent.safetensors")
+    told("No vision encoder is chosen", load.LoadVisionEncoders, encoder_1="none", encoder_2="none", encoder_3="none")
+    told("No file of models/edit_decoders is chosen", load.LoadEditDecoder, edit_decoder="")
     folder_paths.folder_names_and_paths["semantic_adapters"][0].append(str(assets / "edit_decoders"))
     told("kind 'edit_decoder' where 'adapter' is needed", load.LoadAdapter, adapter=editor)
     told("levels 'one' are not numbers", blend.BlendEmbeddings, levels="one")
@@ -290,6 +323,21 @@ def test_a_public_file_asks_for_its_model(assets, tmp_path):
     save_file({"x": torch.ones(1)}, path)
     with pytest.raises(ValueError, match="does not say which encoder it is: choose its model"):
         networks.load_vision_tower(str(path), None)
+
+
+def test_an_encoder_model_that_nobody_knows_is_refused(assets):
+    """Core checks what is chosen in the widget, not what is linked to it."""
+    widgets = {f"{what}_{slot}": value for slot in (1, 2, 3) for what, value in (("encoder", "none"), ("model", "from file"))}
+    widgets |= {"encoder_1": "miniature_clip.safetensors", "model_1": "clip-vit-of-mine"}
+    with pytest.raises(ValueError, match="no encoder model 'clip-vit-of-mine': write one of from file, "):
+        load.LoadVisionEncoders.execute(**widgets)
+
+
+def test_what_is_transparent_is_encoded_as_white(loaded):
+    vision, *_ = loaded
+    hidden = torch.tensor([1.0, 0.0, 0.0, 0.0]).expand(1, 32, 32, 4)
+    seen, white = (encode.EncodeImage.execute(vision, image).result[0] for image in (hidden, torch.ones(1, 32, 32, 3)))
+    assert seen.keys() == white.keys() and all(torch.equal(seen[name], white[name]) for name in white)
 
 
 def test_a_nan_never_becomes_an_embedding(loaded):
