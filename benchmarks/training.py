@@ -79,7 +79,7 @@ class Case:
 
     def step(self, number: int) -> float:
         step = Step(number, 1000, 0, "bench", self.device, range(self.micro), self.micro)
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with autocast(self.device):
             loss, _ = self.objective.loss(self.batch, step)
         loss.backward()
         self.optimizer.step()

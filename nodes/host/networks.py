@@ -17,6 +17,7 @@ from ...kernels.adapter import Adapter, AdapterConfig
 from ...kernels.edit_decoder import build_edit_decoder, read_config
 from ...kernels.embedding import SemanticEmbedding, from_hierarchy
 from ...kernels.hierarchy import hierarchy
+from ...kernels.precision import fast_dtype
 from ...kernels.vision.known import KNOWN_TOWERS
 from ...kernels.vision.towers import TowerConfig, load_tower
 
@@ -168,12 +169,16 @@ def _give_back(tensor: Tensor) -> Tensor:
 
 
 def _dtype(module: nn.Module, device: torch.device) -> torch.dtype:
-    weights = sum(parameter.numel() for parameter in module.parameters())
-    if weights < SMALL or comfy.model_management.is_device_cpu(device):
+    """float32 for a small network, otherwise what the device computes fast, where core's flags and its list of cards agree."""
+    weights, fast = sum(parameter.numel() for parameter in module.parameters()), fast_dtype(device)
+    if weights < SMALL or fast is torch.float32:
         return torch.float32
-    if comfy.model_management.should_use_bf16(device):
+    core = comfy.model_management
+    if core.is_device_cpu(device):  # of which core always says no
+        return torch.float32 if core.FORCE_FP32 else fast
+    if fast is torch.bfloat16 and core.should_use_bf16(device):
         return torch.bfloat16
-    return torch.float16 if comfy.model_management.should_use_fp16(device) else torch.float32
+    return torch.float16 if core.should_use_fp16(device) else torch.float32
 
 
 def _check_features(name: str, config: AdapterConfig, features: dict[str, Tensor]) -> None:

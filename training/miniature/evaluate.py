@@ -80,7 +80,7 @@ class Part:
     adapters: Sequence[str]
     pictures: Callable[[int, Sequence[str]], int]
     measure: Callable[[Miniature, int, int], tuple[dict, dict, dict]]
-    page: Callable[[dict, dict, int, int, str], str]
+    page: Callable[[dict, dict, int, int, str, str, float], str]
     file: Path
 
 
@@ -136,6 +136,7 @@ def main(argv: list[str] | None = None) -> int:
         with tqdm(total=part.pictures(options.scenes, tuple(absent)), desc="painting", unit="picture", mininterval=1) as bar:
             adapters = [name for name in part.adapters if name not in absent]
             system = Miniature(options.assets, pick_device("auto"), bar.update, adapters)
+            bar.write(f"computes in {system.precision} on {system.device.type}", file=sys.stderr)
             results, asides, painted = part.measure(system, options.scenes, options.seed)
             minutes = bar.format_dict["elapsed"] / 60
         if absent:
@@ -150,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     results = rounded(results)
     command = f"python3 run.py eval {options.part} --scenes {options.scenes} --seed {options.seed}"
-    page = part.page(results, asides, options.scenes, options.seed, command, minutes)
+    page = part.page(results, asides, options.scenes, options.seed, command, system.precision, minutes)
     print(page)
     if (options.scenes, options.seed, options.assets) == (part.scenes, 0, ASSETS):
         part.file.write_text(page, encoding="utf-8")
