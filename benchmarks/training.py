@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from ..kernels.adapter import AdapterConfig
+from ..kernels.precision import autocast
 from ..kernels.vision.known import KNOWN_TOWERS
 from ..kernels.vision.towers import TowerConfig
 from ..training.config import from_toml
