@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from ..kernels.adapter import AdapterConfig
+from ..kernels.precision import autocast
 from ..kernels.vision.known import KNOWN_TOWERS
 from ..kernels.vision.towers import TowerConfig
 from ..training.config import from_toml
@@ -79,7 +80,7 @@ class Case:
 
     def step(self, number: int) -> float:
         step = Step(number, 1000, 0, "bench", self.device, range(self.micro), self.micro)
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with autocast(self.device):
             loss, _ = self.objective.loss(self.batch, step)
         loss.backward()
         self.optimizer.step()

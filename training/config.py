@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+import torch
 import tyro
+
+from ..kernels.precision import resolve
 
 try:
     import tomllib
@@ -50,8 +53,9 @@ class RunConfig:
     """Largest norm of the gradient."""
     ema: float = 0.999
     """Decay of the averaged weights, the ones that are validated and exported."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """bf16 is by autocast."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """bf16 is by autocast; auto takes it where the device computes it fast, and fp32 elsewhere: a GPU before Ampere would need
+    fp16, whose gradients vanish without a loss scaler. A resumed run keeps what it began with."""
     device: str = free("auto")
     threads: int = free(0)
     """CPU threads; 0 leaves PyTorch's choice."""
@@ -120,6 +124,19 @@ def convert(value: Any, hint: Any, where: str, name: str) -> Any:
         if kind is Path:
             return Path(value)
     return value
+
+
+def settled(config: Any, device: torch.device, began: dict) -> Any:
+    """The configuration with every `precision` of "auto", its own and those of its tables, as `began` (an earlier copy by
+    `to_dict`, or {}) has it or, where that says nothing, as the device computes fast."""
+    changes = {}
+    for known in dataclasses.fields(config):
+        value, earlier = getattr(config, known.name), began.get(known.name)
+        if dataclasses.is_dataclass(value):
+            changes[known.name] = settled(value, device, earlier or {})
+        elif known.name == "precision" and value == "auto":
+            changes[known.name] = earlier or resolve(value, device)
+    return dataclasses.replace(config, **changes)
 
 
 def to_dict(config: Any) -> dict:

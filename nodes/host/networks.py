@@ -18,6 +18,7 @@ from ...kernels.edit_decoder import read_edit_decoder
 from ...kernels.embedding import SemanticEmbedding, from_hierarchy
 from ...kernels.hierarchy import hierarchy
 from ...kernels.picture import over_white
+from ...kernels.precision import fast_dtype
 from ...kernels.vision.known import KNOWN_TOWERS
 from ...kernels.vision.towers import load_tower, load_tower_file
 
@@ -164,12 +165,16 @@ def _give_back(tensor: Tensor) -> Tensor:
 
 
 def _dtype(module: nn.Module, device: torch.device) -> torch.dtype:
-    weights = sum(parameter.numel() for parameter in module.parameters())
-    if weights < SMALL or comfy.model_management.is_device_cpu(device):
+    """float32 for a small network, otherwise what the device computes fast, where core's flags and its list of cards agree."""
+    weights, fast = sum(parameter.numel() for parameter in module.parameters()), fast_dtype(device)
+    if weights < SMALL or fast is torch.float32:
         return torch.float32
-    if comfy.model_management.should_use_bf16(device):
+    core = comfy.model_management
+    if core.is_device_cpu(device):  # of which core always says no
+        return torch.float32 if core.FORCE_FP32 else fast
+    if fast is torch.bfloat16 and core.should_use_bf16(device):
         return torch.bfloat16
-    return torch.float16 if comfy.model_management.should_use_fp16(device) else torch.float32
+    return torch.float16 if core.should_use_fp16(device) else torch.float32
 
 
 def _check_features(name: str, config: AdapterConfig, features: dict[str, Tensor]) -> None:

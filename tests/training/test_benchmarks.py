@@ -49,6 +49,6 @@ def test_a_random_base_keeps_the_variance_of_what_passes(precision):
         pytest.importorskip({"int8": "torchao", "nf4": "bitsandbytes"}[precision])
     flux = random_flux(bench_training.TOY, precision, torch.device("cpu"))
     layer = flux.transformer_blocks[1].attn.to_q
-    out = layer(torch.randn(64, 256, dtype=torch.bfloat16)).float()
+    out = layer(torch.randn(64, 256, dtype=flux.x_embedder.weight.dtype)).float()
     assert 0.9 < float(out.std()) < 1.1 and not any(p.requires_grad for p in flux.parameters())
     assert (type(layer) is torch.nn.Linear) == (precision != "nf4") and all(p.device.type == "cpu" for p in flux.parameters())

@@ -16,6 +16,7 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
+from ...kernels.precision import frozen_dtype
 from .decode import decode
 from .files import absolute, digest, listed, read_table, sweep, whole_file, write_table
 from .index import EDITS, NAME, Index
@@ -73,14 +74,13 @@ def parts_of(config: Config) -> list[tuple[Part, dict]]:
 
 
 def load_encoder(part: Part, file: str, tower: str | None, device: torch.device) -> Encode:
-    """In bf16 on a GPU, in fp32 on a CPU."""
+    """In the dtype of `frozen_dtype`."""
     from ..frozen.encoders import load_towers, load_vae
 
     if part.name == "vae":
         vae = load_vae(Path(file), device)
         return lambda images: dict(zip(("mean", "std"), vae.moments(images)))
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model, = load_towers((Path(file),), (tower,) if tower else (), device, dtype).values()
+    model, = load_towers((Path(file),), (tower,) if tower else (), device, frozen_dtype(device)).values()
     if part.before:
         return lambda images: {"hidden": model.before(images, part.before)}
     return lambda images: {"features": model(images)}

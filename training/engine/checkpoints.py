@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..config import RunConfig, to_dict
+from ..config import RunConfig, settled, to_dict
 from ..files import file_hash
 from .learner import Learner
 
@@ -74,13 +74,21 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasse
             yield key, value, field
 
 
-def planned(run: RunConfig) -> int:
-    """The `plan_steps` of a run: its checkpoints', or all steps of a new one."""
+def began_with(run: RunConfig) -> dict:
+    """The configuration that the checkpoints of a run tell of; {} for a new one."""
     for record in sorted((run.out / "checkpoints").glob("step_*/complete.json")):
         with contextlib.suppress(ValueError, KeyError):  # torn: another one will do
-            began = json.loads(record.read_text(encoding="utf-8"))["config"]["run"]
-            return began.get("plan_steps") or began["max_steps"]
-    return run.max_steps
+            return json.loads(record.read_text(encoding="utf-8"))["config"]
+    return {}
+
+
+def settle(config: Any, device: torch.device) -> Any:
+    """The configuration of a stage with all that it leaves open decided: `plan_steps` and every precision are those that the
+    run began with or, in a new one, all of its steps and what the device computes fast."""
+    run, began = config.run, began_with(config.run)
+    first = began.get("run", {})
+    steps = run.plan_steps or first.get("plan_steps") or first.get("max_steps") or run.max_steps
+    return settled(dataclasses.replace(config, run=dataclasses.replace(run, plan_steps=steps)), device, began)
 
 
 def is_free(value: Any, field: dataclasses.Field) -> bool:

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
+from ...kernels.precision import autocast
 from ..config import RunConfig
 from .stage import Stage, Step
 from .world import World
@@ -103,7 +104,7 @@ class Learner:
         for n, step in enumerate(steps):
             alone = self.world.size == 1 or n == len(steps) - 1
             with nullcontext() if alone else self.objective.no_sync():
-                with torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bf16"):
+                with autocast(device, run.precision):
                     loss, parts = self.objective(step)
                 (loss / len(steps)).backward()
             for name, value in {"loss": loss.detach(), **parts}.items():

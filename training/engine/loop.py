@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from ...kernels.precision import autocast, resolve
 from ..config import RunConfig
-from .checkpoints import Checkpoints, planned
+from .checkpoints import Checkpoints, settle
 from .compiling import check_compiler
 from .dry import dry_run
 from .learner import Learner
@@ -57,7 +58,7 @@ def blame(stage: Stage, steps: list[Step], run: RunConfig, world: World) -> str:
         # Every process asks for all of its samples, so that none waits for another's share of a base.
         alone = [step] if getattr(stage, "whole_batch", False) else [replace(step, positions=range(p, p + 1)) for p in step.positions]
         for each in alone:
-            with torch.autocast(step.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
+            with autocast(step.device, run.precision):
                 value = stage.loss(each)[0]
             names = stage.describe(each) if hasattr(stage, "describe") else [f"number {p} of the batch" for p in each.positions]
             found |= dict.fromkeys(names, bool(value.isfinite()))
@@ -139,6 +140,13 @@ def train(stage: Stage, config: Any, world: World) -> bool:
     return ended
 
 
+def chosen(precision: str, device: torch.device) -> str:
+    """What a run computes in and, where the device has something faster, why not in that."""
+    fast = resolve("auto", device)
+    why = "" if precision == fast else f", though it computes {fast} faster: so the run began, or was told to"
+    return f"computes in {precision} on {device.type}{why}"
+
+
 def launch(stage: Callable[[Any, torch.device], Stage], config: Any) -> bool:
     """Make the stage of a configuration (with a `run`) on its device and train it; False if it was stopped."""
     run = config.run
@@ -149,7 +157,9 @@ def launch(stage: Callable[[Any, torch.device], Stage], config: Any) -> bool:
     world = World.start(run.device)
     world.share(run.batch, run.micro)
     torch.manual_seed(run.seed)
-    config = replace(config, run=replace(run, plan_steps=run.plan_steps or planned(run)))
+    config = world.said_by_main(settle(config, world.device))
+    if world.main:
+        print(chosen(config.run.precision, world.device), flush=True)
     made = stage(config, world.device)
     if run.dry_run:
         ended = dry_run(made, config, world)

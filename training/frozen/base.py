@@ -17,10 +17,11 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from ...kernels import checkpoint
+from ...kernels.precision import resolve
 from ..files import file_hash, folder_tensors
 from .flux import build_flux, from_bfl
 
-Precision = Literal["bf16", "fp32", "int8", "nf4"]
+Precision = Literal["auto", "bf16", "fp32", "int8", "nf4"]
 LIBRARY = {"int8": "torchao", "nf4": "bitsandbytes"}
 AXES = {128: [16, 56, 56]}  # width of a head -> its share for each axis of the rotary positions, as all FLUX.1 have it
 PREFIX = "model.diffusion_model."
@@ -109,13 +110,14 @@ def from_folder(path: Path) -> tuple[FluxTransformer2DModel, dict[str, Tensor]]:
     return flux, folder_tensors(folder)
 
 
-def load_flux(path: Path, precision: Precision = "bf16", device: torch.device | str = "cpu") -> FluxTransformer2DModel:
+def load_flux(path: Path, precision: Precision = "auto", device: torch.device | str = "cpu") -> FluxTransformer2DModel:
     """A frozen Flux in eval mode. Raises ValueError in one sentence for everything that is no FLUX.1.
 
     path: a single file in BFL's layout (fp32, bf16, fp16 or fp8; bare, in a ComfyUI checkpoint, or one of ours), or a
         diffusers folder (`transformer/` or its parent).
-    precision: of the weights. int8 (torchao, one scale per row) and nf4 (bitsandbytes; QLoRA, arXiv 2305.14314) are for
-        the linear layers of the blocks; the norms, the embedders and the last projection stay in bf16.
+    precision: of the weights; auto: bf16 where the device computes it fast, fp32 elsewhere. int8 (torchao, one scale per row)
+        and nf4 (bitsandbytes; QLoRA, arXiv 2305.14314) are for the linear layers of the blocks; the norms, the embedders and
+        the last projection stay in what `auto` says, which is also what the quantised layers compute in.
     `.config.sampling_shift_mu` is there only where the file names the base's own time shift (the miniature's does).
     """
     check_precision(precision)
@@ -127,18 +129,20 @@ def load_flux(path: Path, precision: Precision = "bf16", device: torch.device | 
     if wrong:
         more = f", and {len(wrong) - 1} more" if wrong[1:] else ""
         raise ValueError(f"{path} is no whole FLUX.1: it {wrong[0]}{more}; download it again.")
-    return filled(flux, precision, lambda name, leaf, module, dtype: state.pop(f"{name}.{leaf}").to(device, dtype))
+    return filled(flux, precision, device, lambda name, leaf, dtype: state.pop(f"{name}.{leaf}").to(device, dtype))
 
 
-def filled(flux: FluxTransformer2DModel, precision: Precision, tensor: Callable[..., Tensor]) -> FluxTransformer2DModel:
-    """A Flux from the meta device with its weights, frozen: `tensor(name, leaf, module, dtype)` for every parameter, layer by
-    layer, each of which is quantised before the next one comes."""
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+def filled(flux: FluxTransformer2DModel, precision: Precision, device: torch.device | str,
+           tensor: Callable[[str, str, torch.dtype], Tensor]) -> FluxTransformer2DModel:
+    """A Flux from the meta device with its weights, frozen: `tensor(name, leaf, dtype)` for every parameter, layer by layer,
+    each of which is quantised before the next one comes. device: where it computes."""
+    plain = resolve("auto" if precision in LIBRARY else precision, device)
+    dtype = torch.bfloat16 if plain == "bf16" else torch.float32
     for name, module in list(flux.named_modules()):
         for leaf, _ in list(module.named_parameters(recurse=False)):
-            module.register_parameter(leaf, nn.Parameter(tensor(name, leaf, module, dtype), requires_grad=False))
+            module.register_parameter(leaf, nn.Parameter(tensor(name, leaf, dtype), requires_grad=False))
         if isinstance(module, nn.Linear) and is_quantised(name):
-            quantise(flux, name, module, precision)
+            quantise(flux, name, module, precision, dtype)
     return flux.eval().requires_grad_(False)
 
 
@@ -154,7 +158,7 @@ def is_quantised(name: str) -> bool:
     return name.startswith(("transformer_blocks.", "single_transformer_blocks."))
 
 
-def quantise(flux: nn.Module, name: str, layer: nn.Linear, precision: Precision) -> None:
+def quantise(flux: nn.Module, name: str, layer: nn.Linear, precision: Precision, dtype: torch.dtype) -> None:
     if precision == "int8":
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
@@ -164,7 +168,7 @@ def quantise(flux: nn.Module, name: str, layer: nn.Linear, precision: Precision)
 
         device, weight = layer.weight.device, layer.weight.data
         made = bitsandbytes.nn.Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, device="meta",
-                                          compute_dtype=torch.bfloat16, quant_type="nf4")
+                                          compute_dtype=dtype, quant_type="nf4")
         made.weight = bitsandbytes.nn.Params4bit(weight.contiguous(), requires_grad=False, quant_type="nf4")
         made.bias = layer.bias
         parent, _, leaf = name.rpartition(".")

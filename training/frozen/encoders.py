@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...kernels import checkpoint
 from ...kernels.adapter import AdapterConfig
+from ...kernels.precision import frozen_dtype
 from ...kernels.vision.known import KNOWN_TOWERS
 from ...kernels.vision.towers import TowerConfig, VisionTower, load_tower
 from ..files import folder_tensors
@@ -49,7 +50,7 @@ class Latents:
 def load_vae(path: Path, device: torch.device) -> Latents:
     """Flux's VAE from `ae.safetensors`, from a diffusers folder (`vae/` or its parent), or from one of our files.
 
-    In bf16 on a GPU, in fp32 on a CPU. Raises ValueError where the file is no VAE.
+    In the dtype of `frozen_dtype`. Raises ValueError where the file is no VAE.
     """
     path = Path(path)
     if path.is_dir():
@@ -64,7 +65,7 @@ def load_vae(path: Path, device: torch.device) -> Latents:
         config = {"scaling_factor": 1.0, "shift_factor": 0.0, **record["config"]}
     else:
         config, tensors = from_single_file(path)
-    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    dtype = frozen_dtype(device)
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(config)
     try:

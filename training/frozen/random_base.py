@@ -17,10 +17,11 @@ def random_flux(config: dict, precision: Precision, device: torch.device, seed: 
         flux = build_flux(config)
     generator = torch.Generator(device).manual_seed(seed)
 
-    def drawn(name: str, leaf: str, module: nn.Module, dtype: torch.dtype) -> Tensor:
+    def drawn(name: str, leaf: str, dtype: torch.dtype) -> Tensor:
+        module = flux.get_submodule(name)
         value = torch.ones(getattr(module, leaf).shape, device=device, dtype=dtype)
         if isinstance(module, nn.Linear):  # of unit variance out for unit variance in, as a trained one about is
             value.normal_(std=value.shape[-1] ** -0.5, generator=generator) if leaf == "weight" else value.zero_()
         return value
 
-    return filled(flux, precision, drawn)
+    return filled(flux, precision, device, drawn)

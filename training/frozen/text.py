@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels import checkpoint
+from ...kernels.precision import resolve
 from ...kernels.words import word_ids
 from .base import base_sha256
 
 LENGTH = 256
-TextPrecision = Literal["bf16", "fp32", "int8"]
+TextPrecision = Literal["auto", "bf16", "fp32", "int8"]
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 
 
@@ -38,15 +39,16 @@ class InstructionEncoder:
 
 
 def load_instruction_encoder(path: Path, device: torch.device, tokenizer: Path | None = None, length: int = LENGTH,
-                             precision: TextPrecision = "bf16") -> InstructionEncoder:
+                             precision: TextPrecision = "auto") -> InstructionEncoder:
     """Flux's T5 from a diffusers folder (FLUX.1-dev's own, or its text_encoder_2), from ComfyUI's single file
     (t5xxl_fp16.safetensors), or the miniature's text encoder. Never downloads.
 
     tokenizer: the folder of T5's tokenizer; None: beside the encoder, or in it. length: tokens, padding included. precision:
-    of the weights; int8 (torchao, one scale per row) halves what T5-XXL takes in bf16, 9.5 GB. The miniature's stays in fp32.
+    of the weights; auto: bf16 where the device computes it fast, fp32 elsewhere; int8 (torchao, one scale per row) halves what
+    T5-XXL takes in bf16, 9.5 GB. The miniature's stays in fp32.
     ValueError in one sentence for what is missing or does not fit.
     """
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    dtype = torch.float32 if resolve(precision, device) == "fp32" else torch.bfloat16
     if path.is_dir():
         folder = path / "text_encoder_2" if (path / "text_encoder_2").is_dir() else path
         beside = folder.parent / "tokenizer_2"

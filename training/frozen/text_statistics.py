@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import checkpoint
+from ...kernels.precision import frozen_dtype
 from .text import t5_from_folder
 
 # For sets without captions: things, people, places, light and style, as prompts name them.
@@ -42,8 +43,7 @@ def text_statistics(path: Path, captions: list[str], device: torch.device) -> tu
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer_2", local_files_only=True)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    encoder = t5_from_folder(path / "text_encoder_2", dtype).to(device).eval()
+    encoder = t5_from_folder(path / "text_encoder_2", frozen_dtype(device)).to(device).eval()
     words = captions if len(captions) >= 64 else list(PROMPTS)
     found = []
     with torch.no_grad():

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from ..config import settled
 from ..data.pipeline import stoppable
 from ..engine.world import pick_device
 from ..frozen.base import Precision
@@ -74,8 +75,9 @@ class Config:
     """Of the noise, which depends on it and on the picture alone."""
     batch: int = 8
     """Pictures painted at once."""
-    precision: Precision = "bf16"
-    """Of Flux: bf16, fp32, int8 or nf4."""
+    precision: Precision = "auto"
+    """Of Flux: bf16, fp32, int8 or nf4; auto: what the folder was begun with or, for a new one, bf16 where the device computes
+    it fast and fp32 elsewhere."""
     device: str = "auto"
     clip: Path | None = None
     """CLIP of the measures: a folder of transformers or open_clip, or a tower's file."""
@@ -130,11 +132,14 @@ def run(config: Config) -> bool:
 
 def judge(config: Config, tasks: list[Task]) -> None:
     """Load, paint, measure and write."""
-    device = pick_device(config.device)
+    device, agreed = pick_device(config.device), config.out / "protocol.json"
+    began = json.loads(agreed.read_text(encoding="utf-8")) if agreed.exists() else {}
+    config = settled(config, device, began)
+    print(f"Flux paints in {config.precision} on {device.type}", flush=True)
     eyes = Judge({name: getattr(config, name) for name in ("clip", "dino", "structure", "lpips")}, device)
     painter = Painter(Files(**{field.name: getattr(config, field.name) for field in fields(Files)}), device, config.precision)
     protocol = {key: getattr(config, key) for key in PROTOCOL} | painter.describe()
-    agree(config.out / "protocol.json", protocol)
+    agree(agreed, began, protocol)
     if painter.editor is not None:
         painter.editor.check_mode(config.mode)
     results = {"made": str(date.today()), "protocol": protocol, "measures": eyes.describe(), "device": str(device),
@@ -232,9 +237,8 @@ def make_writable(folder: Path) -> None:
         raise ValueError(f"{folder} cannot be written ({error.strerror}): give another --out.") from error
 
 
-def agree(file: Path, now: dict) -> None:
+def agree(file: Path, before: dict, now: dict) -> None:
     """Refuses a folder whose pictures another protocol has painted; files that were not needed so far may come to it."""
-    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     for key in before.keys() & now.keys():
         if before[key] != now[key]:
             raise ValueError(f"{file.parent} holds pictures of another {key} ({before[key]}, now {now[key]}): "

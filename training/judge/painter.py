@@ -18,6 +18,7 @@ from ...kernels.attention import Regions
 from ...kernels.edit_decoder import EditDecoder
 from ...kernels.embedding import SemanticEmbedding, from_hierarchy
 from ...kernels.hierarchy import Hierarchy
+from ...kernels.precision import frozen_dtype
 from ...kernels.visibility import region_bias
 from ..files import file_hash
 from ..frozen.base import Precision, base_sha256, load_flux
@@ -48,8 +49,8 @@ class Files:
 class Painter:
     """Loads everything, or says in one sentence (ValueError) which files do not belong together.
 
-    precision: of Flux, as `training/frozen/base.py: load_flux` takes it. The networks of ours compute in float32; towers do so on a
-    CPU and in bfloat16 elsewhere.
+    precision: of Flux, as `training/frozen/base.py: load_flux` takes it. The networks of ours compute in float32, the towers
+    in the dtype of `frozen_dtype`.
     """
 
     def __init__(self, files: Files, device: torch.device, precision: Precision):
@@ -79,8 +80,7 @@ class Painter:
     def _towers(self) -> dict:
         files = self.files
         check_towers(with_ids(files.towers, files.tower_ids), files.adapter, self.record)
-        dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
-        return load_towers(files.towers, files.tower_ids, self.device, dtype)
+        return load_towers(files.towers, files.tower_ids, self.device, frozen_dtype(self.device))
 
     def _editor(self) -> EditDecoder:
         path = self.files.editor

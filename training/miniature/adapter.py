@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...kernels import checkpoint
 from ...kernels.adapter import Adapter, AdapterConfig
+from ...kernels.precision import autocast
 from ..config import RunConfig
 from ..engine import Step, compile_blocks, launch
 from ..objectives.reconstruct import AdapterObjective, AdapterTraining, Batch, named_hierarchy
@@ -21,6 +22,8 @@ from .score import colour_position, f1, strict
 from .text import encode, token_ids
 from .towers import read_tower, save_tower, unit_images
 from .vae import load_vae, to_pixels
+
+VALIDATED = 48  # scenes of a validation
 
 
 @dataclass(frozen=True)
@@ -88,11 +91,11 @@ class AdapterStage:
         return self.objective.loss(Batch(take(self.latents, index, self.device), unit_images("train", index, self.device)), step)
 
     def validate(self) -> dict[str, float]:
-        truth = [scene("validation", i) for i in range(48)]
-        with torch.autocast(self.device.type, torch.bfloat16):
-            tokens, _ = self.adapter(self.objective.features(unit_images("validation", range(48), self.device)),
+        truth = [scene("validation", i) for i in range(VALIDATED)]
+        with autocast(self.device, self.config.run.precision):
+            tokens, _ = self.adapter(self.objective.features(unit_images("validation", range(VALIDATED), self.device)),
                                      named_hierarchy(self.config.validate))
-        pictures = decode(self.objective, self.vae, tokens, self.config.validate, self.mu)
+            pictures = decode(self.objective, self.vae, tokens, self.config.validate, self.mu)
         found = [parse(p) for p in pictures]
         return {"f1": f1(truth, found, strict), "f1_colour_position": f1(truth, found, colour_position)}
 
@@ -112,10 +115,9 @@ def decode(objective: AdapterObjective, vae, tokens: Tensor, preset: str, mu: fl
     """Pictures [B, 128, 128, 3] uint8 that the frozen Flux paints from embeddings of one preset."""
     noise = torch.randn(len(tokens), 8, 16, 16, generator=torch.Generator().manual_seed(seed)).to(tokens.device)
     objective.attention.regions = objective.regions(named_hierarchy(preset), (8, 8), tokens.device)
-    with torch.autocast(tokens.device.type, torch.bfloat16):
-        pooled = tokens.new_zeros(len(tokens), objective.flux.config.pooled_projection_dim)
-        x = sample(objective.flux, [(tokens, pooled)], [1.0], noise, mu=mu)
-        return to_pixels(vae.decode(x).sample)
+    pooled = tokens.new_zeros(len(tokens), objective.flux.config.pooled_projection_dim)
+    x = sample(objective.flux, [(tokens, pooled)], [1.0], noise, mu=mu)
+    return to_pixels(vae.decode(x).sample)
 
 
 def run(config: Config) -> bool:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels import checkpoint
+from ...kernels.precision import autocast
 from ..config import RunConfig
 from ..engine import Step, launch
 from ..frozen.flux import Tap, build_flux, from_bfl, shifted, to_bfl, velocity
@@ -32,6 +33,7 @@ from .vae import load_vae, to_pixels
 FLUX = dict(hidden_size=192, num_heads=3, depth=3, depth_single_blocks=6, axes_dim=[8, 28, 28], context_in_dim=192,
             vec_in_dim=192, in_channels=8, mlp_ratio=4, theta=10000, qkv_bias=True, guidance_embed=False, patch_size=2,
             latent={"channels": 8, "scale": 1.0, "shift": 0.0, "downsample": 8}, sampling_shift_mu=0.5)
+VALIDATED = 48  # scenes of a validation
 TAPPED = 1  # the single block whose image stream the alignment head reads
 FINE = 0.7  # share of places said as coordinates: they leave less to chance than words do, so there is more to learn from them
 
@@ -188,9 +190,10 @@ class BaseStage:
         return {"text": self.config.text_scale}
 
     def validate(self) -> dict[str, float]:
-        truth = [scene("validation", i) for i in range(48)]
+        truth = [scene("validation", i) for i in range(VALIDATED)]
         words = [caption(s) for s in truth]
-        pictures = sample_text(self.flux, self.trainables["text"], self.vae, words, self.device, cfg=2.0, mu=self.config.mu)
+        with autocast(self.device, self.config.run.precision):
+            pictures = sample_text(self.flux, self.trainables["text"], self.vae, words, self.device, cfg=2.0, mu=self.config.mu)
         found = [parse(p) for p in pictures]
         self.figures = {"f1_colour_place": f1(truth, found, colour_place), "f1_shape_place": f1(truth, found, shape_place)}
         return self.figures
@@ -224,13 +227,12 @@ def sample(flux, contexts: list[tuple[Tensor, Tensor]], weights: list[float], no
 def sample_text(flux, text, vae, prompts: list[str], device, cfg: float, mu: float, seed: int = 0, steps: int = 20) -> np.ndarray:
     """Pictures [B, 128, 128, 3] uint8 of the prompts."""
     noise = torch.randn(len(prompts), 8, 16, 16, generator=torch.Generator().manual_seed(seed)).to(device)
-    with torch.autocast(device.type, torch.bfloat16):
-        contexts, weights = [encode(text, token_ids(prompts, device))], [cfg]
-        if cfg != 1:
-            contexts.append(encode(text, token_ids([""] * len(prompts), device)))
-            weights.append(1 - cfg)
-        x = sample(flux, contexts, weights, noise, steps, mu)
-        return to_pixels(vae.decode(x).sample)
+    contexts, weights = [encode(text, token_ids(prompts, device))], [cfg]
+    if cfg != 1:
+        contexts.append(encode(text, token_ids([""] * len(prompts), device)))
+        weights.append(1 - cfg)
+    x = sample(flux, contexts, weights, noise, steps, mu)
+    return to_pixels(vae.decode(x).sample)
 
 
 def load_base(flux_path: Path, text_path: Path, device: torch.device):

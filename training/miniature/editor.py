@@ -19,6 +19,7 @@ from ...kernels.edit_decoder import (
     T5EditDecoderConfig,
     build_edit_decoder,
 )
+from ...kernels.precision import autocast
 from ..config import RunConfig
 from ..engine import Step, compile_blocks, launch
 from ..objectives.augmentation import Augmentation
@@ -32,6 +33,8 @@ from .scenes import generator as generator_of
 from .text import encode, load_text_encoder, token_ids
 from .towers import read_tower
 from .vae import to_tensor
+
+VALIDATED = 96  # edits of a validation
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class EditorStage:
     def embed(self, scenes, preset: str) -> Tensor:
         """[B, T, D] float32: the adapter's tokens of rendered scenes."""
         x = (to_tensor([render(s) for s in scenes]).to(self.device) + 1) / 2
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bf16"):
+        with autocast(self.device, self.config.run.precision):
             return self.adapter({k: t(x) for k, t in self.towers.items()}, named_hierarchy(preset))[0]
 
     def losses(self, changes: list[Edit], preset: str, step: Step):
@@ -139,7 +142,7 @@ class EditorStage:
         return {}
 
     def validate(self) -> dict[str, float]:
-        changes = [change_of("validation", i) for i in range(96)]
+        changes = [change_of("validation", i) for i in range(VALIDATED)]
         count = len(changes)
         _, parts = self.losses(changes, "tree128", Step(0, 1, 0, "validation", self.device, range(count), count))
         return {k: float(v) for k, v in parts.items()}

@@ -3,8 +3,8 @@
     python3 run.py eval [--scenes N] [--seed S] [--json] [--dump DIR]
     python3 run.py eval kit [--scenes N] [--seed S] [--json]
 
-Reconstruction, locality, editing and blend, or the artist's kit, as the modules of `evaluation/` define them. A run over the
-default scenes replaces benchmarks/miniature.md or benchmarks/kit.md.
+Reconstruction, locality, editing and blend, or the artist's kit, as the modules of `evaluation/` define them. A run over
+256 scenes replaces benchmarks/miniature.md, one of the kit over 64 benchmarks/kit.md.
 """
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from ...kernels.precision import resolve
 from ..engine import pick_device
 from .captions import OPERATIONS
 from .evaluation import blend, editing, kit, locality, reconstruction, table
@@ -73,19 +74,21 @@ def run_kit(system: Miniature, count: int, seed: int) -> tuple[dict, dict, dict]
 
 @dataclass(frozen=True)
 class Part:
-    """What can be measured: on how many scenes by default, with which adapters, how many pictures that paints (of a number of
-    scenes, without some adapters), and where its page goes."""
+    """What can be measured: on how many scenes by default (`fewer` on a CPU that computes float32 fastest, so that it takes no
+    longer there), with which adapters, how many pictures that paints (of a number of scenes, without some adapters), and where
+    its page goes."""
 
     scenes: int
+    fewer: int
     adapters: Sequence[str]
     pictures: Callable[[int, Sequence[str]], int]
     measure: Callable[[Miniature, int, int], tuple[dict, dict, dict]]
-    page: Callable[[dict, dict, int, int, str], str]
+    page: Callable[[dict, dict, int, int, str, str, float], str]
     file: Path
 
 
-PARTS = {"system": Part(256, ADAPTERS, painted_in_all, run, table.page, table.PAGE),
-         "kit": Part(64, ("tree128",), lambda count, absent: kit.PAINTED * count, run_kit, table.kit_page, table.KIT_PAGE)}
+PARTS = {"system": Part(256, 64, ADAPTERS, painted_in_all, run, table.page, table.PAGE),
+         "kit": Part(64, 64, ("tree128",), lambda count, absent: kit.PAINTED * count, run_kit, table.kit_page, table.KIT_PAGE)}
 
 
 def rounded(value):
@@ -115,14 +118,16 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="run.py eval", description=__doc__.split("\n\n")[0])
     parser.add_argument("part", nargs="?", choices=list(PARTS), default="system", help="what is measured (default: system)")
-    parser.add_argument("--scenes", type=int, help="test scenes, at least 2 (default: 256, for kit 64)")
+    parser.add_argument("--scenes", type=int, help="test scenes, at least 2 (default: 256, or 64 on a CPU without bf16; for kit 64)")
     parser.add_argument("--seed", type=int, default=0, help="another seed makes fresh scenes and noise (default: 0)")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--dump", type=Path, help="folder for every source, reconstruction and edit")
     parser.add_argument("--assets", type=Path, default=ASSETS, help="folder of the weights (default: the shipped ones)")
     options = parser.parse_args(argv)
     part = PARTS[options.part]
-    options.scenes = options.scenes or part.scenes
+    device = pick_device("auto")
+    slow = device.type == "cpu" and resolve("auto", device) == "fp32"
+    options.scenes = options.scenes or (part.fewer if slow else part.scenes)
     if options.scenes < 2 or options.seed < 0:
         parser.error("--scenes is at least 2 and --seed at least 0.")
     if options.dump and options.part == "kit":
@@ -135,7 +140,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"left out, since it is not there: {name} (`{command}` trains it)", file=sys.stderr)
         with tqdm(total=part.pictures(options.scenes, tuple(absent)), desc="painting", unit="picture", mininterval=1) as bar:
             adapters = [name for name in part.adapters if name not in absent]
-            system = Miniature(options.assets, pick_device("auto"), bar.update, adapters)
+            system = Miniature(options.assets, device, bar.update, adapters)
+            bar.write(f"computes in {system.precision} on {system.device.type}", file=sys.stderr)
             results, asides, painted = part.measure(system, options.scenes, options.seed)
             minutes = bar.format_dict["elapsed"] / 60
         if absent:
@@ -150,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     results = rounded(results)
     command = f"python3 run.py eval {options.part} --scenes {options.scenes} --seed {options.seed}"
-    page = part.page(results, asides, options.scenes, options.seed, command, minutes)
+    page = part.page(results, asides, options.scenes, options.seed, command, system.precision, minutes)
     print(page)
     if (options.scenes, options.seed, options.assets) == (part.scenes, 0, ASSETS):
         part.file.write_text(page, encoding="utf-8")

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...kernels.precision import autocast
 from ..files import file_hash
 from .vae import images, load_vae
 
@@ -22,7 +23,7 @@ def cached_latents(vae_path: Path, split: str, count: int, folder: Path, device:
         store = np.lib.format.open_memmap(path, mode="r+" if start else "w+", dtype=np.float16, shape=(count, 8, 16, 16))
         for first in range(start, count, batch):
             index = range(first, min(count, first + batch))
-            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+            with torch.no_grad(), autocast(device):
                 x = images(split, index).to(device, memory_format=torch.channels_last)
                 store[first:first + len(index)] = vae.encode(x).latent_dist.mean.float().cpu().numpy()
             if first % (batch * 64) == 0:

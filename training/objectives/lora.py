@@ -53,7 +53,7 @@ class Learned(nn.Module):
             self.register_buffer(name, buffer)
 
 
-def load_llm(folder: Path, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+def load_llm(folder: Path, dtype: torch.dtype) -> nn.Module:
     """The base model of a causal LLM in a local folder (config.json and safetensors), without its head. Never downloads."""
     from transformers import AutoModel
 

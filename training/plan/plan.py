@@ -1,7 +1,7 @@
 """`sda plan`: parameters, memory by part, FLOPs, speed and cost of an adapter training, before anything is bought or loaded."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -67,6 +67,8 @@ class Estimate:
     """All that a configuration says of its cost. Files that are not there yet are taken to be FLUX.1-dev's."""
 
     def __init__(self, config: Config):
+        if config.base.precision == "auto":  # every card of the list computes it fast
+            config = replace(config, base=replace(config.base, precision="bf16"))
         self.config, self.card = config, CARDS[config.gpu]
         self.assumed: list[str] = []
         with torch.device("meta"):

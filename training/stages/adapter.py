@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ...kernels.precision import autocast, frozen_dtype
 from ..data.decode import decode
 from ..data.feed import Feed, Reader, split
 from ..data.index import Index
@@ -72,9 +73,7 @@ class AdapterStage:
         if 4 * self.vae.channels != flux.config.in_channels:
             raise ValueError(f"{base.vae} has {self.vae.channels} channels and {base.flux} paints latents of "
                              f"{flux.config.in_channels // 4}; give the VAE that belongs to the base.")
-        # Half precision where autocast would compute in it anyway; a CPU gains nothing from it.
-        half = device.type == "cuda" and config.run.precision == "bf16"
-        towers = load_towers(config.vision.files, config.vision.ids, device, torch.bfloat16 if half else torch.float32)
+        towers = load_towers(config.vision.files, config.vision.ids, device, frozen_dtype(device, config.run.precision))
         if not any(t.config.kind == "dinov2" for t in towers.values()):
             raise ValueError("There is no DINOv2 among the vision towers; add one to vision.files.")
         adapter = build_adapter(config, flux.config, [t.config for t in towers.values()]).to(device)
@@ -128,7 +127,7 @@ class AdapterStage:
             yield rows, torch.stack(images).to(self.device)
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bf16"):
+        with autocast(self.device, self.config.run.precision):
             return self.objective.embed(Batch(images, images), named_hierarchy(self.config.validation.preset))
 
     def validate(self) -> dict[str, float]:
@@ -140,7 +139,7 @@ class AdapterStage:
             tokens, pooled = self.embed(images)
             latents = self.vae.moments(images)[0]
             noise = torch.stack([torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(row)) for row in rows])
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bf16"):
+            with autocast(self.device, self.config.run.precision):
                 for time in sums:
                     t = torch.full((len(rows),), time, device=self.device)
                     flow = self.objective.flow(latents, noise.to(self.device), t, tokens, pooled, hierarchy)
@@ -157,7 +156,7 @@ class AdapterStage:
             height, width = images.shape[-2:]
             grid = (height // (2 * self.vae.downsample), width // (2 * self.vae.downsample))
             tokens, pooled = self.embed(images)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bf16"):
+            with autocast(self.device, self.config.run.precision):
                 found = paint(self.objective.flux, self.vae, tokens, pooled, self.objective.regions(hierarchy, grid, self.device),
                               height, width, rows, settings.steps, settings.guidance)
             pairs = torch.cat([images, found], 2).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()

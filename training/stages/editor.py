@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.hierarchy import Hierarchy
+from ...kernels.precision import autocast, frozen_dtype
 from ..data.feed import split
 from ..data.index import Index
 from ..engine import Step, World, compile_blocks, launch, shard_base
@@ -58,7 +59,7 @@ class EditorStage:
 
     def networks(self, world: World) -> None:
         config, device = self.config, self.device
-        half = torch.bfloat16 if device.type == "cuda" and config.run.precision == "bf16" else torch.float32
+        half = frozen_dtype(device, config.run.precision)
         self.towers = {} if config.data.cache else load_towers(config.vision.files, config.vision.ids, device, half)
         self.text = load_instruction_encoder(config.text.path, device, config.text.tokenizer, config.text.length, config.text.precision)
         space = self.adapter.config.out_dim, self.text.width, self.adapter.config.hierarchy
@@ -81,7 +82,7 @@ class EditorStage:
         flow = EditFlow(flux, load_vae(base.vae, self.device), config.flow, self.record["masked"])
         if base.checkpointing:
             flux.enable_gradient_checkpointing()
-        if config.run.compile and base.precision in ("bf16", "fp32"):  # the compiler refuses quantised weights
+        if config.run.compile and base.precision not in ("int8", "nf4"):  # the compiler refuses quantised weights
             compile_blocks(flux.transformer_blocks, flux.single_transformer_blocks)
         if base.sharded:
             shard_base(flux, world)
@@ -118,7 +119,7 @@ class EditorStage:
 
     def embed(self, sides: list[Side], hierarchy: Hierarchy) -> tuple[Tensor, Tensor | None]:
         """(tokens [B, T, D] float32, pooled [B, P] or None) of all pictures of the sides, one side after the other."""
-        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bf16"):
+        with torch.no_grad(), autocast(self.device, self.config.run.precision):
             if self.towers:
                 images = torch.cat([images for images, _ in sides]).to(self.device)
                 features = {name: tower(images) for name, tower in self.towers.items()}
@@ -159,7 +160,7 @@ class EditorStage:
         sums: dict[str, float] = {}
         seen = 0
         self.decoder.eval()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bf16"):
+        with autocast(self.device, self.config.run.precision):
             for number, (source, target, texts) in enumerate(self.held_batches(len(self.held))):
                 count = len(texts)
                 seen += count
@@ -183,7 +184,7 @@ class EditorStage:
         pooled = None if pooled is None else pooled[:len(texts)]
         side = 2 * self.flow.vae.downsample
         regions = regions_for(hierarchy, (height // side, width // side), self.device) if self.flow.masked else None
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.run.precision == "bf16"):
+        with autocast(self.device, self.config.run.precision):
             written = self.decoder.generate(tokens, hierarchy.boxes(), hierarchy.level_ids(), self.text(texts))
             painted = [paint(self.flow.flux, self.flow.vae, each, pooled, regions, height, width, steps=settings.steps,
                              guidance=settings.guidance) for each in (written, truth)]

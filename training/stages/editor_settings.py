@@ -35,7 +35,7 @@ class Text:
     """The folder of its tokenizer, where it does not lie beside it."""
     length: int = LENGTH
     """Tokens of an instruction with its padding: ComfyUI pads to 256."""
-    precision: TextPrecision = "bf16"
+    precision: TextPrecision = "auto"
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Flux:
     flux: Path | None = None
     """FLUX.1 as a single file or a diffusers folder, the one that the adapter was trained through."""
     vae: Path | None = None
-    precision: Precision = "bf16"
+    precision: Precision = "auto"
     sharded: bool = free(False)
     """Cut the base over the processes of each machine; it is replicated otherwise."""
     checkpointing: bool = free(True)

@@ -21,8 +21,9 @@ class BaseConfig:
     text: Path
     """What its text encoder's outputs are like: a diffusers folder with text_encoder_2 and tokenizer_2, which reads some of
     the captions once; or a safetensors file that holds `text_mean` and `text_std` (any exported adapter of the same base)."""
-    precision: Precision = "bf16"
-    """Of the frozen weights. nf4 and int8 are for cards that bf16 (24 GB) does not fit."""
+    precision: Precision = "auto"
+    """Of the frozen weights. auto: bf16 where the device computes it fast, fp32 elsewhere. nf4 and int8 are for cards that
+    bf16 (24 GB) does not fit."""
     sharded: bool = free(False)
     """Cut the base over the processes of each machine; it is replicated otherwise, which is faster where it fits."""
     checkpointing: bool = free(True)

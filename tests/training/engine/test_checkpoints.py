@@ -5,6 +5,7 @@ import json
 import os
 
 import pytest
+import torch
 
 try:
     import resource
@@ -13,8 +14,10 @@ except ModuleNotFoundError:  # Windows
 
 pytest.importorskip("tensorboard", reason="tensorboard is not installed: pip install -e '.[training]'")
 
+from semantic_diffusion_adapter.kernels import precision  # noqa: E402
+from semantic_diffusion_adapter.training.config import from_toml  # noqa: E402
 from semantic_diffusion_adapter.training.engine import launch  # noqa: E402
-from semantic_diffusion_adapter.training.engine.checkpoints import planned  # noqa: E402
+from semantic_diffusion_adapter.training.engine.checkpoints import settle  # noqa: E402
 from toys import Config, Toy, go, read, same, settings  # noqa: E402
 
 
@@ -117,7 +120,36 @@ def test_more_steps_extend_the_last_phase(tmp_path):
 
     assert launch(toy, config(6)) and launch(toy, config(9))
     assert dict(seen) == {number: number / 6 for number in range(9)}
-    assert planned(settings(tmp_path, max_steps=100)) == 6
+    assert settle(config(100), torch.device("cpu")).run.plan_steps == 6
+
+
+def test_a_run_keeps_the_precision_that_it_began_in(tmp_path, monkeypatch, capsys):
+    """Decided once, by the machine that begins; on another machine it goes on, says so, and refuses another one."""
+    def go_on(steps: int, fast: torch.dtype, **fields) -> str:
+        monkeypatch.setattr(precision, "fast_dtype", lambda device: fast)
+        assert launch(lambda config, device: Toy(), Config(settings(tmp_path, max_steps=steps, **fields)))
+        return capsys.readouterr().out
+
+    def recorded() -> str:
+        return from_toml(Config, tmp_path / "config.toml").run.precision
+
+    assert go_on(3, torch.bfloat16).startswith("computes in bf16 on cpu\n") and recorded() == "bf16"
+    out = go_on(6, torch.float32)
+    assert out.startswith("computes in bf16 on cpu, though it computes fp32 faster") and "resumed toy at step 3" in out
+    assert recorded() == "bf16" and "run.precision" not in out
+    with pytest.raises(ValueError, match="run of other settings.*run.precision: bf16 -> fp32"):
+        go_on(9, torch.float32, precision="fp32")
+
+
+@pytest.mark.parametrize("fast, name", [(torch.bfloat16, "bf16"), (torch.float16, "fp32"), (torch.float32, "fp32")])
+def test_a_new_run_computes_in_what_is_fast(tmp_path, monkeypatch, capsys, fast, name):
+    """float16 would need a loss scaler, so that a GPU before Ampere trains in float32."""
+    monkeypatch.setattr(precision, "fast_dtype", lambda device: fast)
+    seen = []
+    toy = Toy(at={0: lambda: seen.append(torch.is_autocast_enabled("cpu"))})
+    assert launch(lambda config, device: toy, Config(settings(tmp_path)))
+    assert seen == [name == "bf16"] and from_toml(Config, tmp_path / "config.toml").run.precision == name
+    assert capsys.readouterr().out.startswith(f"computes in {name} on cpu\n")
 
 
 def test_a_key_that_an_older_checkpoint_does_not_know_was_at_its_default(straight):

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 pytest.importorskip("diffusers", reason="diffusers is not installed: pip install -e '.[training]'")
 
 from semantic_diffusion_adapter.kernels import checkpoint  # noqa: E402
+from semantic_diffusion_adapter.kernels import precision as machine  # noqa: E402
 from semantic_diffusion_adapter.kernels.hierarchy import PRESETS  # noqa: E402
 from semantic_diffusion_adapter.training.frozen import base  # noqa: E402
 from semantic_diffusion_adapter.training.frozen.flux import build_flux, to_bfl, velocity  # noqa: E402
@@ -134,6 +135,17 @@ def gradient(flux, checkpointed: bool = False) -> torch.Tensor:
     (out.float() * torch.randn(out.shape, generator=draw)).sum().backward()
     assert all(p.grad is None for p in flux.parameters())
     return tokens.grad.flatten()
+
+
+@pytest.mark.parametrize("fast", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_what_is_not_quantised_is_held_in_what_is_fast(tmp_path, state, monkeypatch, fast):
+    monkeypatch.setattr(machine, "fast_dtype", lambda device: fast)
+    save_file(state, tmp_path / "flux.safetensors")
+    dtype = torch.bfloat16 if fast is torch.bfloat16 else torch.float32
+    assert {p.dtype for p in base.load_flux(tmp_path / "flux.safetensors").parameters()} == {dtype}
+    pytest.importorskip("bitsandbytes")
+    flux = base.load_flux(tmp_path / "flux.safetensors", "nf4")
+    assert flux.x_embedder.weight.dtype is dtype and flux.transformer_blocks[0].attn.to_q.compute_dtype is dtype
 
 
 @pytest.fixture(scope="module")

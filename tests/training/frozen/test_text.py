@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("diffusers", reason="diffusers is not installed: pip install -e '.[training]'")
 
+from semantic_diffusion_adapter.kernels import precision  # noqa: E402
 from semantic_diffusion_adapter.training.frozen.text import load_instruction_encoder  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -59,9 +60,11 @@ def test_int8_is_near_and_half_as_large(published):
     assert all("Int8" in type(b.layer[1].DenseReluDense.wo.weight.data).__name__ for b in encoder.model.encoder.block)
 
 
-def test_padded_and_cut_to_its_length(published):
+@pytest.mark.parametrize("fast", [torch.bfloat16, torch.float32], ids=str)
+def test_padded_and_cut_to_its_length_and_held_in_what_is_fast(published, monkeypatch, fast):
+    monkeypatch.setattr(precision, "fast_dtype", lambda device: fast)
     encoder = load_instruction_encoder(published[0], CPU)
-    assert encoder(TEXTS).shape == (2, 256, 24) and encoder([""]).dtype is torch.bfloat16
+    assert encoder(TEXTS).shape == (2, 256, 24) and encoder([""]).dtype is fast
     short = load_instruction_encoder(published[0], CPU, length=3)
     assert short(["remove the red dog"]).shape == (1, 3, 24)
 

@@ -99,9 +99,9 @@ def test_what_is_no_llm_is_refused(folder, tmp_path):
     from transformers import T5Config
 
     with pytest.raises(ValueError, match="no config.json.*such as Qwen3"):
-        load_llm(tmp_path)
+        load_llm(tmp_path, torch.float32)
     T5Config().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="cannot be loaded"):
-        load_llm(tmp_path)
+        load_llm(tmp_path, torch.float32)
     with pytest.raises(ValueError, match="rank of at least 1, not 0"):
         add_lora(decoder_of(folder), rank=0, alpha=1)

@@ -1,8 +1,8 @@
 """The trained miniature, loaded to be measured: pictures to embeddings, embeddings and texts to pictures.
 
-Everything works in batches of 32 under bf16 autocast, as in training; on a CPU every core paints batches of its own, which at
-this width is faster than all cores on one. The noise of a picture is a pure function of
-(split, seed, scene), so two decoders of one scene start from the same noise.
+Everything works in batches of 32, in what the device computes fast; on a CPU every core paints batches of its own, which at
+this width is faster than all cores on one. The noise of a picture is a pure function of (split, seed, scene), so two decoders
+of one scene start from the same noise.
 """
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from ....kernels.adapter import Adapter
 from ....kernels.attention import Regions, masked_attention
 from ....kernels.embedding import SemanticEmbedding, from_hierarchy
 from ....kernels.hierarchy import Hierarchy
+from ....kernels.precision import autocast, resolve
 from ....kernels.visibility import region_bias
 from ....kernels.vision.towers import VisionTower
 from ...frozen.region_attention import RegionAttention
@@ -123,6 +124,7 @@ class Miniature:
     def __init__(self, assets: Path, device: torch.device, progress: Callable[[int], object] = lambda pictures: None,
                  adapters: Sequence[str] = tuple(ADAPTERS)):
         self.device, self.progress = device, progress
+        self.precision = resolve("auto", device)
         self.vae = _read(assets, _VAE, lambda path: load_vae(path, device))
         self.text = _read(assets, _TEXT, lambda path: load_text_encoder(path, device))
         text_file = assets / f"{_TEXT[0]}.safetensors"
@@ -155,7 +157,7 @@ class Miniature:
         encoder = self.encoders[chosen.adapter]
         for first in range(0, len(pictures), BATCH):
             x = (to_tensor(list(pictures[first:first + BATCH])).to(self.device) + 1) / 2
-            with self._autocast():
+            with autocast(self.device, self.precision):
                 features = {name: tower(x) for name, tower in encoder.towers.items()}
                 tokens.append(encoder.adapter(features, chosen.hierarchy)[0].float().cpu())
         return from_hierarchy(torch.cat(tokens), chosen.hierarchy)
@@ -203,7 +205,7 @@ class Miniature:
         means = []
         for first in range(0, len(pictures), BATCH):
             x = to_tensor(list(pictures[first:first + BATCH])).to(self.device, memory_format=torch.channels_last)
-            with self._autocast():
+            with autocast(self.device, self.precision):
                 means.append(self.vae.encode(x).latent_dist.mean.float().cpu())
         return torch.cat(means)
 
@@ -212,7 +214,7 @@ class Miniature:
         """Pictures [N, 128, 128, 3] uint8 of latents."""
         pictures = []
         for part in latents.split(BATCH):
-            with self._autocast():
+            with autocast(self.device, self.precision):
                 pictures.append(to_pixels(self.vae.decode(part.to(self.device)).sample))
         return np.concatenate(pictures)
 
@@ -220,7 +222,7 @@ class Miniature:
         def batch(first: int) -> np.ndarray:
             rows = slice(first, first + BATCH)
             part = x[rows].to(self.device)
-            with torch.no_grad(), self._autocast():
+            with torch.no_grad(), autocast(self.device, self.precision):
                 part = sample(self.flux, contexts(rows), weights, part, mu=self.mu, start=start)
             pictures = self.decode(part)
             self.progress(len(part))
@@ -238,6 +240,3 @@ class Miniature:
         grid = tuple(side // 2 for side in self.latent_shape[1:])
         bias = region_bias(layout.boxes, layout.strengths, grid, length, masks=layout.masks, masked_by=layout.masked_by)
         return Regions(bias.to(self.device))
-
-    def _autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16)

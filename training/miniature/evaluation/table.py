@@ -36,7 +36,7 @@ def rows(head: list[str], lines: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in [head, ["---", *["---:"] * (len(head) - 1)], *lines]]
 
 
-def page(results: dict, asides: dict, scenes: int, seed: int, command: str, minutes: float) -> str:
+def page(results: dict, asides: dict, scenes: int, seed: int, command: str, precision: str, minutes: float) -> str:
     """results: what `--json` prints. asides: figures beside them, {"chance", "same_ground", "widened", "sdedit_start",
     "edits", "locality_pairs", "blend_pairs"} (see evaluate.run), and "left_out" where ablations are absent."""
     reconstruction = [[name, *(number(values[key]) for key in COLUMNS)]
@@ -48,7 +48,7 @@ def page(results: dict, asides: dict, scenes: int, seed: int, command: str, minu
     return "\n".join([
         "# The miniature",
         "",
-        f"{machine()}; {date.today()}; `{command}`, {minutes:.1f} minutes",
+        f"{machine()}, {precision}; {date.today()}; `{command}`, {minutes:.1f} minutes",
         "",
         f"{scenes} scenes of the test split (seed {seed}), never trained on; 20 Euler steps, a fresh noise seed per scene, the same "
         "for all that is painted of it. What each figure means stands in the docstrings of `training/miniature/evaluation/`.",
@@ -89,13 +89,13 @@ def page(results: dict, asides: dict, scenes: int, seed: int, command: str, minu
     ])
 
 
-def kit_page(results: dict, asides: dict, scenes: int, seed: int, command: str, minutes: float) -> str:
+def kit_page(results: dict, asides: dict, scenes: int, seed: int, command: str, precision: str, minutes: float) -> str:
     """results: what `eval kit --json` prints. asides: figures beside them, by part and name."""
     beside = {part: ", ".join(f"{name} {number(value)}" for name, value in values.items()) for part, values in asides.items()}
     return "\n".join([
         "# The artist's kit, on the miniature",
         "",
-        f"{machine()}; {date.today()}; `{command}`, {minutes:.1f} minutes",
+        f"{machine()}, {precision}; {date.today()}; `{command}`, {minutes:.1f} minutes",
         "",
         f"{scenes} scenes of the test split (seed {seed}), never trained on; 20 Euler steps. What each figure means stands in the "
         "docstring of `training/miniature/evaluation/kit.py`.",
