@@ -10,6 +10,9 @@ pytest.importorskip("comfy.sd", reason="no ComfyUI here: set COMFYUI_PATH, or `p
 from semantic_diffusion_adapter.nodes.host import flux  # noqa: E402
 from semantic_diffusion_adapter.nodes.host.conditioning import to_conditioning  # noqa: E402
 
+# What the classes of every kind ask for when they are made without a network.
+CONFIG = {"in_channels": 4, "hidden_size": 64, "disable_unet_model_creation": True}
+
 
 @pytest.mark.parametrize("kind", ["SD15", "SDXL", "Flux2"])
 def test_another_kind_of_model_is_refused_by_name(toy, kind):
@@ -21,8 +24,7 @@ def test_another_kind_of_model_is_refused_by_name(toy, kind):
 
     if not hasattr(comfy.supported_models, kind):
         pytest.skip(f"this core does not know {kind}")
-    config = {"in_channels": 4, "hidden_size": 64, "disable_unet_model_creation": True}
-    base = getattr(comfy.supported_models, kind)(config).get_model({})
+    base = getattr(comfy.supported_models, kind)(CONFIG).get_model({})
     base.diffusion_model = toy.network
     if kind != "Flux2":
         base.diffusion_model = openaimodel.UNetModel(
@@ -52,8 +54,7 @@ def test_a_network_whose_text_has_positions_is_refused_by_name(toy, kind, change
     fields = comfy.ldm.flux.model.FluxParams.__dataclass_fields__
     if not hasattr(comfy.supported_models, kind) or not {"txt_ids_dims", *changes} <= set(fields):
         pytest.skip("this core does not know it")
-    config = {"in_channels": 4, "hidden_size": 64, "disable_unet_model_creation": True}
-    base = getattr(comfy.supported_models, kind)(config).get_model({})
+    base = getattr(comfy.supported_models, kind)(CONFIG).get_model({})
     base.diffusion_model = toy.make(txt_ids_dims=[1, 2], **changes)
     cpu = torch.device("cpu")
     with pytest.raises(ValueError, match=f"works on FLUX.1 models and this is .*{name}: load a FLUX.1 model"):

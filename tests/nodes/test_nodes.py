@@ -34,6 +34,7 @@ from semantic_diffusion_adapter.nodes.host import folders, miniature, networks, 
 
 DOCS = Path(__file__).resolve().parents[2] / "web" / "docs"
 # Frozen: renaming one of these breaks saved workflows. (id, inputs in widget order, output types)
+BOX, INSTEAD = ["x", "y", "width", "height", "mode"], ["mask", "bboxes", "image"]  # of every node with a region
 FROZEN = {
     "SDALoadVisionEncoders": (
         ["encoder_1", "model_1", "encoder_2", "model_2", "encoder_3", "model_3"], ["SDA_VISION"],
@@ -47,9 +48,9 @@ FROZEN = {
     "SDAEmbeddingToConditioning": (["embedding", "text"], ["CONDITIONING"]),
     "SDAMaskedAttention": (["model", "strength", "start_percent", "end_percent", "token_mixing", "blocks"], ["MODEL"]),
     "SDAEditGuider": (["model", "source", "edited", "edit_strength", "negative", "cfg"], ["GUIDER"]),
-    "SDARegionalPrompt": (["clip", "text", "x", "y", "width", "height", "mode", "embedding", "mask"], ["SDA_EMBEDDING"]),
-    "SDAPlace": (["embedding", "other", "x", "y", "width", "height", "mode", "mask"], ["SDA_EMBEDDING"]),
-    "SDACompose": (["embedding", "other", "x", "y", "width", "height", "mode", "mask"], ["SDA_EMBEDDING"]),
+    "SDARegionalPrompt": (["clip", "text", *BOX, "embedding", *INSTEAD], ["SDA_EMBEDDING"]),
+    "SDAPlace": (["embedding", "other", *BOX, *INSTEAD], ["SDA_EMBEDDING"]),
+    "SDACompose": (["embedding", "other", *BOX, *INSTEAD], ["SDA_EMBEDDING"]),
     "SDAFromStyleModel": (["style_model", "clip_vision_output", "preset"], ["SDA_EMBEDDING"]),
     "SDAStrength": (["embedding", "strength", "levels", "cells"], ["SDA_EMBEDDING"]),
     "SDAKeepOutsideMask": (["edited", "source", "mask", "feather"], ["SDA_EMBEDDING"]),
