@@ -27,6 +27,8 @@ from .held_out import Held, feed_of, plan_of
 
 __all__ = ["Config", "EditorStage", "run"]
 
+MEASURED = 256  # pictures that the statistics of the adapter's tokens are of
+
 
 class EditorStage:
     name = "editor"
@@ -104,10 +106,10 @@ class EditorStage:
         return self.feed.describe(step)
 
     @torch.no_grad()
-    def statistics(self, pictures: int = 256) -> tuple[Tensor, Tensor]:
+    def statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the adapter's tokens over the source pictures of the first batches."""
         hierarchy, tokens, number = named_hierarchy(self.config.presets[0]), [], 0
-        while sum(map(len, tokens)) < pictures * hierarchy.token_count:
+        while sum(map(len, tokens)) < MEASURED * hierarchy.token_count:
             count = min(32, self.config.run.batch)
             step = Step(number, self.config.run.max_steps, 0, self.name, self.device, range(count), count)
             sources = stacked([source for source, _, _ in self.feed.samples(step)])

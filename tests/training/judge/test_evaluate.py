@@ -17,7 +17,7 @@ from PIL import Image
 
 pytest.importorskip("diffusers", reason="diffusers is not installed: pip install -e '.[training]'")
 
-from semantic_diffusion_adapter.kernels import checkpoint  # noqa: E402
+from semantic_diffusion_adapter.kernels import checkpoint, precision  # noqa: E402
 from semantic_diffusion_adapter.kernels.vision.known import KNOWN_TOWERS  # noqa: E402
 from semantic_diffusion_adapter.training import cli  # noqa: E402
 from semantic_diffusion_adapter.training.frozen.encoders import with_ids  # noqa: E402
@@ -151,6 +151,16 @@ def test_another_protocol_does_not_go_into_the_same_folder(judged, images, minia
     out, _ = judged
     assert cli.main(flags(miniature_files, images=images, out=out, precision="fp32", seed=1)) == 1
     assert f"sda: {out} holds pictures of another seed (0, now 1): give another --out." in capsys.readouterr().err
+
+
+def test_another_machine_paints_on_in_what_the_folder_was_begun_with(judged, images, miniature_files, tmp_path, monkeypatch, capsys):
+    """Precision "auto" is decided once: `judged` was painted in fp32, and this machine computes bf16 fast."""
+    out = shutil.copytree(judged[0], tmp_path / "out")
+    monkeypatch.setattr(precision, "fast_dtype", lambda device: torch.bfloat16)
+    assert cli.main(flags(miniature_files, images=images, out=out)) == 0
+    assert "Flux paints in fp32 on cpu" in capsys.readouterr().out
+    assert cli.main(flags(miniature_files, images=images, out=out, precision="bf16")) == 1
+    assert "holds pictures of another precision (fp32, now bf16)" in capsys.readouterr().err
 
 
 def test_the_page_holds_the_pictures(judged):

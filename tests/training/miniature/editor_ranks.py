@@ -15,7 +15,7 @@ import torch._dynamo  # noqa: E402, F401
 import torch.utils.tensorboard  # noqa: E402, F401
 from processes import run  # noqa: E402
 from semantic_diffusion_adapter.training import cli  # noqa: E402
-from semantic_diffusion_adapter.training.stages import editor  # noqa: E402, F401
+from semantic_diffusion_adapter.training.stages import editor  # noqa: E402
 
 
 def trained(config: str, out: str) -> bool:
@@ -24,5 +24,6 @@ def trained(config: str, out: str) -> bool:
 
 
 if __name__ == "__main__":
+    editor.MEASURED = 16
     for size in (1, 2):
         run(size, lambda size=size: trained(sys.argv[1], f"{sys.argv[2]}/{size}"))

@@ -88,6 +88,11 @@ def llm(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def few_pictures_measured(monkeypatch) -> None:
+    monkeypatch.setattr(editor, "MEASURED", 16)
+
+
 @pytest.fixture
 def config(toy_assets, edits, tmp_path) -> Config:
     def file(name: str) -> Path:
