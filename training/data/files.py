@@ -4,6 +4,7 @@ from __future__ import annotations
 import hashlib
 import json
 import posixpath
+import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +17,25 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 
+# At least two letters before the colon: a single one is a Windows drive.
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(://|::)")
+
+
+def locate(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """(file system, path on it). A path of this machine is taken letter by letter, whatever is in it; only what begins with a
+    scheme goes through fsspec, which gives `::`, `?` and `#` a meaning."""
+    if URL.match(url) and not url.startswith("file://"):
+        return fsspec.url_to_fs(url)
+    fs = fsspec.filesystem("file")
+    return fs, fs._strip_protocol(url)
+
+
 def absolute(url: str) -> str:
-    """The same place for every process: an fsspec URL as it is, a local path from its root."""
-    return str(url).rstrip("/") if "://" in str(url) else str(Path(url).expanduser().resolve())
+    """The same place for every process: an fsspec URL as it is, a local path from its root. Links stay as they are named."""
+    path = Path(url).expanduser()
+    if URL.match(str(url)) and not path.exists():
+        return str(url).rstrip("/")
+    return str(path.absolute())
 
 
 @contextmanager
@@ -35,7 +52,7 @@ def whole_file(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[BinaryIO]:
             Path(staged).replace(path)
     except BaseException:
         if fs.exists(staged):  # A store's writer closes, and so commits, what it has.
-            fs.rm(staged)
+            fs.rm_file(staged)
         raise
 
 
@@ -44,9 +61,9 @@ def write_table(fs: fsspec.AbstractFileSystem, path: str, table: pa.Table) -> No
         pq.write_table(table, stream, compression="zstd")
 
 
-def read_table(fs: fsspec.AbstractFileSystem, path: str) -> pa.Table:
+def read_table(fs: fsspec.AbstractFileSystem, path: str, columns: list[str] | None = None) -> pa.Table:
     with fs.open(path, "rb") as stream:
-        return pq.read_table(stream)
+        return pq.read_table(stream, columns=columns)
 
 
 def write_json(fs: fsspec.AbstractFileSystem, path: str, data: object) -> None:
@@ -71,4 +88,4 @@ def sweep(fs: fsspec.AbstractFileSystem, folder: str) -> None:
     """Take away what killed writers have left in a folder."""
     for name in listed(fs, folder):
         if name.endswith(".writing"):
-            fs.rm(posixpath.join(folder, name))
+            fs.rm_file(posixpath.join(folder, name))
