@@ -198,14 +198,18 @@ def check_room(config: Config, entries: dict[bytes, tuple[int, str]], parts: lis
                              f"encode online, or leave out towers or resolutions.")
 
 
-def run(config: Config) -> bool:
+def fill_all(made: Workers, config: Config) -> None:
     index, parts = Index.read(absolute(config.data)), parts_of(config)
     entries = wanted(index, config.resolutions or index.resolutions)
     check_room(config, entries, parts)
+    for part, load in parts:
+        fill(made, config, index, entries, part, load)
+
+
+def run(config: Config) -> bool:
     try:
         with stoppable(), workers(config.workers, config.ray, config.ray_address, torch.cuda.device_count()) as made:
-            for part, load in parts:
-                fill(made, config, index, entries, part, load)
+            fill_all(made, config)
     except KeyboardInterrupt:
         print("Stopped. The same line goes on from here.")
         return False
