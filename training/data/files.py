@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import posixpath
 import re
 import uuid
@@ -17,25 +18,29 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 
-# At least two letters before the colon: a single one is a Windows drive.
-URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(://|::)")
+SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(://|::)")  # two letters at least: one is a Windows drive
 
 
-def locate(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """(file system, path on it). A path of this machine is taken letter by letter, whatever is in it; only what begins with a
-    scheme goes through fsspec, which gives `::`, `?` and `#` a meaning."""
-    if URL.match(url) and not url.startswith("file://"):
-        return fsspec.url_to_fs(url)
+def is_url(place: str) -> bool:
+    """Whether it is for fsspec to understand, with its `::`, `?` and `#`. What lies on this machine, or could, is a path."""
+    here = os.path.exists(place) or os.path.exists(os.path.dirname(place) or ".")
+    return bool(SCHEME.match(place)) and not place.startswith("file://") and not here
+
+
+def locate(place: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """(file system, path on it). A path of this machine is taken letter by letter."""
+    if is_url(place):
+        return fsspec.url_to_fs(place)
     fs = fsspec.filesystem("file")
-    return fs, fs._strip_protocol(url)
+    return fs, fs._strip_protocol(place)
 
 
-def absolute(url: str) -> str:
-    """The same place for every process: an fsspec URL as it is, a local path from its root. Links stay as they are named."""
-    path = Path(url).expanduser()
-    if URL.match(str(url)) and not path.exists():
-        return str(url).rstrip("/")
-    return str(path.absolute())
+def absolute(place: str) -> str:
+    """The same place for every process: a URL as it is, a local path from its root. Links stay as they are named."""
+    place = str(place)
+    if is_url(place) or place.startswith("file://"):
+        return place.rstrip("/")
+    return str(Path(place).expanduser().absolute())
 
 
 @contextmanager

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from .captions import ENDINGS, caption_in, caption_of
-from .files import URL, locate
+from .files import is_url, locate
 from .sources import PICTURE, about, ending_of
 
 PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
@@ -54,7 +54,7 @@ def read(chunk: dict, wanted: set[int] | None = None) -> Iterator[Found]:
         if wanted is not None:
             raise ValueError(f"{about(chunk)} could be read before and cannot now ({_said(error)}); start the same line again.") from error
         reason, detail = _trouble(error, about(chunk))
-        if isinstance(error, (tarfile.TarError, pa.ArrowException)):
+        if isinstance(error, (tarfile.TarError, pa.ArrowException)) or type(error) is OSError and error.errno is None:
             reason = "broken tar" if chunk["kind"] == "tar" else "broken table"
         yield Found(about(chunk), trouble=(reason, detail))
 
@@ -80,7 +80,7 @@ def _fetch_named(fs, folder: str, name: str, found: Found, member: str = "") -> 
     local = isinstance(fs, LocalFileSystem)
     path = (os.path.join if local else posixpath.join)(folder, name)
     try:
-        if URL.match(name) and not (local and os.path.exists(path)):
+        if name.startswith("file://") or is_url(name) and not (local and os.path.exists(path)):
             fs, path = locate(name)
     except Exception as error:  # An unknown scheme, a driver that is not there.
         found.trouble = _trouble(error, name)
