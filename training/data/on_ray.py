@@ -3,10 +3,11 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from .pipeline import DEATHS, Made, attempt, given_up
+from .tasks import DEATHS, Made, attempt, given_up
 
 STORE = 128 * 2 ** 20
 """Bytes of Ray's object store where it is started here; only records pass through it."""
@@ -29,9 +30,14 @@ class Cluster:
         quiet = dict(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
         here = dict(address="local", num_cpus=count or None, include_dashboard=False, object_store_memory=STORE)
         try:
+            if self.ours and address not in ("", "auto"):  # Ray itself would wait for minutes.
+                host, _, port = address.removeprefix("ray://").rpartition(":")
+                if not port.isdigit():
+                    raise ValueError("an address is `auto`, host:port or ray://host:port")
+                socket.create_connection((host, int(port)), timeout=10).close()
             if self.ours:
                 ray.init(**(dict(address=address) if address else here), **quiet)
-        except Exception as error:  # Of connections, files, processes: Ray raises all kinds.
+        except Exception as error:  # Ray raises all kinds: of connections, files, processes.
             what = f"No Ray cluster answers at {address}" if address else "Ray did not start"
             said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             raise ValueError(f"{what} ({said}); start one with `ray start --head`, or leave --ray and --ray-address out to run on "

@@ -5,7 +5,6 @@ that dies is replaced and its task repeated, which its writes allow: they are wh
 """
 from __future__ import annotations
 
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -14,8 +13,9 @@ from typing import Protocol
 
 from tqdm import tqdm
 
-DEATHS = 3
-"""Of workers over the same task before the run gives up."""
+from .on_ray import Cluster
+from .pool import Pool
+from .tasks import cores
 
 
 class Workers(Protocol):
@@ -32,23 +32,11 @@ class Workers(Protocol):
 def workers(count: int = 0, ray: bool = False, address: str = "", gpus: int = 0) -> Iterator[Workers]:
     """`count` processes (0: one for each core) of this machine, or of Ray where it is asked for. gpus: of this machine; where
     there are any, each has one process."""
-    if ray or address:
-        from .on_ray import Cluster
-
-        made = Cluster(address, count)
-    else:
-        from .pool import Pool
-
-        made = Pool(gpus or count or cores())
+    made = Cluster(address, count) if ray or address else Pool(gpus or count or cores())
     try:
         yield made
     finally:
         made.close()
-
-
-def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def stream(made: Workers, work: Callable, tasks: list[dict], title: str, unit: str = " samples", setup: dict | None = None) -> int:
@@ -63,36 +51,6 @@ def stream(made: Workers, work: Callable, tasks: list[dict], title: str, unit: s
             bar.set_postfix_str("" if unit == " samples" else f"{done} samples", refresh=False)
             bar.update(record["size"])
     return done
-
-
-def attempt(work: Callable[[dict], dict], task: dict) -> dict:
-    """{"samples", "size", "error": what the user can do about it, or ""} of a task."""
-    try:
-        return {"size": task["size"], "error": "", **work(task)}
-    except (ValueError, OSError, MemoryError) as error:
-        return failed(str(error) or f"{task['about']}: {type(error).__name__}")
-
-
-class Made:
-    """Work of a class, made with its settings when the first task is there, so that its mistakes are the task's."""
-
-    def __init__(self, work: Callable, setup: dict):
-        self.work, self.setup, self.made = work, setup, None
-
-    def __call__(self, task: dict) -> dict:
-        if self.made is None:
-            self.made = self.work(**self.setup)
-        return self.made(task)
-
-
-def failed(error: str) -> dict:
-    return {"samples": 0, "size": 0, "error": error}
-
-
-def given_up(task: dict, last: object) -> dict:
-    """The record of a task over which DEATHS workers have died. last: how the last one did."""
-    return failed(f"{DEATHS} workers died over {task['about']} ({last}); mostly the memory is short: take fewer --workers. "
-                  f"The same line goes on from here.")
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 
-from .pipeline import DEATHS, Made, attempt, cores, given_up
+from .tasks import DEATHS, Made, attempt, cores, given_up
 
 CONTEXT = multiprocessing.get_context("spawn")
 

@@ -136,14 +136,14 @@ def test_other_weights_are_another_cache(filled, encoders):
         Cache(url, index, Part("miniature-dinov2", base_sha256(encoders["dino"])), (64,))
 
 
-def test_a_corrupt_sample_ends_it_in_a_sentence(encoders, written, tmp_path):
+def test_a_corrupt_sample_ends_it_in_a_sentence(fill, encoders, written, tmp_path):
     index = written(str(tmp_path / "set"), [jpeg(64, 64, 0), jpeg(64, 64, 1)])
     tar = tmp_path / "set/shards/000000.tar"
     data = bytearray(tar.read_bytes())
     data[index[1]["offset"] + 99] ^= 1
     tar.write_bytes(data)
     with pytest.raises(ValueError, match=r"Row 1 of .* in shards/000000.tar .* bytes have changed"):
-        command.run(command.Config(str(tmp_path / "set"), str(tmp_path / "cache"), encoders["vae"], workers=1))
+        fill(command.Config(str(tmp_path / "set"), str(tmp_path / "cache"), encoders["vae"]))
 
 
 @pytest.mark.parametrize("settings, message", [

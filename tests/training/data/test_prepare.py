@@ -24,7 +24,7 @@ import fsspec  # noqa: E402
 import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 import webdataset  # noqa: E402
-from semantic_diffusion_adapter.training.data import choice, pipeline, prepare, shards, sources  # noqa: E402
+from semantic_diffusion_adapter.training.data import choice, pipeline, prepare, shards, sources, tasks  # noqa: E402
 from semantic_diffusion_adapter.training.data.decode import decode  # noqa: E402
 from semantic_diffusion_adapter.training.data.index import Index  # noqa: E402
 
@@ -192,7 +192,7 @@ def test_a_task_that_always_kills_its_worker_is_given_up(stuck_list, tmp_path):
     stuck = Stuck(late)
 
     def kill_all() -> None:
-        for _ in range(pipeline.DEATHS):
+        for _ in range(tasks.DEATHS):
             victim = stuck.reader()
             victim.kill()
             psutil.wait_procs([victim], 10)
@@ -229,10 +229,18 @@ def test_ctrl_c_of_a_terminal_ends_in_a_sentence(stuck_list, tmp_path):
     assert not worker.is_running()
 
 
-def test_ray_that_is_not_there_is_a_sentence(photographs, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ValueError, match="Ray is not installed: pip install ray; or leave --ray and --ray-address out"):
-        prepared(photographs, tmp_path / "set", ray=True)
+def test_ray_that_is_not_there_is_a_sentence(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "ray", None)
+        with pytest.raises(ValueError, match="Ray is not installed: pip install ray; or leave --ray and --ray-address out"):
+            with pipeline.workers(ray=True):
+                pass
+    ray = pytest.importorskip("ray", reason="ray is not installed: pip install -e '.[ray]'")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # whatever the other tests have started
+    for address in ("127.0.0.1:9", "nonsense"):
+        with pytest.raises(ValueError, match=f"No Ray cluster answers at {address} .*; start one with `ray start --head`, or leave"):
+            with pipeline.workers(address=address):
+                pass
 
 
 def tar_of(folder: Path, name: str, members: dict[str, bytes]) -> None:
@@ -316,15 +324,15 @@ def test_an_object_store_is_read_and_written_without_a_local_file(tmp_path):
     assert shards.scan(scan) == {"samples": 3}
     root = f"{tmp_path}/set"
     marks = [f"{root}/_work/scan/{scan['mark'].rsplit('/', 1)[1]}"]
-    task, = prepare.layout(choice.choose(fs, marks), chunks, marks, out, "pictures", config)
-    assert shards.write(task) == {"samples": 3}
+    written, = prepare.layout(choice.choose(fs, marks), chunks, marks, out, "pictures", config)
+    assert shards.write(written) == {"samples": 3}
     prepare.write_index(fs, root, 1, "pictures", config, lambda buckets: None)
     index = Index.read(out)
     assert index[1]["caption"] == "second" and [index.read_member(i) for i in range(3)] == [jpeg(256, 256, i) for i in range(3)]
     before = fs.cat_file(f"{root}/shards/000000.tar")
     fs.pipe_file(f"{tmp_path}/in/2.jpg", jpeg(256, 256, 77))
-    assert shards.write(task) == {"samples": 3}  # found done: nothing is read
+    assert shards.write(written) == {"samples": 3}  # found done: nothing is read
     fs.rm_file(f"{root}/_work/shards/000000.parquet")
     with pytest.raises(ValueError, match="in/2.jpg has changed while it was being prepared|2.jpg has changed"):
-        shards.write(task)
+        shards.write(written)
     assert len(before) and not fs.exists(f"{root}/_work/shards/000000.parquet") and not fs.exists(f"{root}/index.parquet")
