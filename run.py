@@ -9,6 +9,7 @@
     python3 run.py bench training       speed and memory of a training step through FLUX.1's full shape
     python3 run.py bench plan           what `sda plan` predicts and what this machine takes
     python3 run.py bench files          load ten thousand damaged and hostile files
+    python3 run.py bench data           pictures a second that one core prepares and decodes
 
 The first start makes .venv and .host beside this file; later ones reuse them. COMFYUI_PATH (and COMFYUI_PYTHON) name
 another ComfyUI to run in.
@@ -163,7 +164,8 @@ def main() -> int:
         names = sorted(p.stem for p in (ROOT / "benchmarks").glob("[a-z]*.py"))
         if not rest or rest[0] not in names:
             raise Failure(f"Name one of these benchmarks: {', '.join(names)}.")
-        needs = ("diffusers", "scipy", "tensorboard", "tqdm", "tyro") if rest[0] != "attention" else ()
+        needs = {"attention": (), "data": ("diffusers", "fsspec", "pyarrow", "tqdm")}.get(
+            rest[0], ("diffusers", "scipy", "tensorboard", "tqdm", "tyro"))
         return inside(f"{PACKAGE}.benchmarks.{rest[0]}", rest[1:], needs)
     return demo(arguments)
 

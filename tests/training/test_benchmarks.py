@@ -1,4 +1,4 @@
-"""The benchmarks of training: the plan's FLOPs on the shipped miniature, and the big one at toy size."""
+"""The benchmarks of training: the plan's FLOPs on the shipped miniature, the data's and the big one at toy size."""
 from __future__ import annotations
 
 import json
@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("diffusers", reason="diffusers is not installed: pip install -e '.[training]'")
 
+from semantic_diffusion_adapter.benchmarks import data as bench_data  # noqa: E402
 from semantic_diffusion_adapter.benchmarks import plan as bench_plan  # noqa: E402
 from semantic_diffusion_adapter.benchmarks import training as bench_training  # noqa: E402
 from semantic_diffusion_adapter.training.engine import Step  # noqa: E402
@@ -35,6 +36,13 @@ def test_the_benchmark_of_training_runs_at_toy_size(capsys):
     results = json.loads(out.splitlines()[-1])
     assert [(r["recipe"], r["precision"]) for r in results] == [("flux1_dev_24gb", "nf4"), ("flux1_dev_80gb", "bf16")]
     assert all(r["finite"] and r["samples_per_second"] > 0 and r["mfu"] is None for r in results) and "A toy shape" in out
+
+
+def test_the_benchmark_of_data_runs(capsys, monkeypatch):
+    monkeypatch.setattr(bench_data, "SIZES", ((1024, 1024),))
+    assert bench_data.main(["--pictures", "1", "--rounds", "1", "--json"]) == 0
+    result, = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["bucket"] == [1024, 1024] and min(result["bare"], result["prepare"], result["loader"]) > 0
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-for package in ("diffusers", "ray", "torchmetrics", "tyro"):
+for package in ("diffusers", "torchmetrics", "tyro"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install -e '.[training]'")
 
 from semantic_diffusion_adapter.kernels import checkpoint  # noqa: E402

@@ -5,7 +5,6 @@ import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch import Tensor
 from ..engine import Step
 from .batches import Plan
 from .decode import CorruptSample, decode
+from .files import locate
 from .index import Index, buckets
 from .prefetch import Prefetch
 from .read_cache import Cache, Part
@@ -42,7 +42,7 @@ class Reader:
         self.caches: dict[str, Cache] = {}
         self.resolution = {bucket: r for r in resolutions for bucket in buckets(r)}
         if cache:
-            fs, root = fsspec.url_to_fs(cache.rstrip("/"))
+            fs, root = locate(cache.rstrip("/"))
             there = [part for part in parts if fs.exists(f"{root}/{part.folder}")]
             # Where nothing is found, the first one's own error says what to do.
             self.caches = {part.name: Cache(cache, index, part, resolutions) for part in there or parts[:1]}

@@ -3,7 +3,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import posixpath
+import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +18,29 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 
-def absolute(url: str) -> str:
-    """The same place for every process: an fsspec URL as it is, a local path from its root."""
-    return str(url).rstrip("/") if "://" in str(url) else str(Path(url).expanduser().resolve())
+SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(://|::)")  # two letters at least: one is a Windows drive
+
+
+def is_url(place: str) -> bool:
+    """Whether it is for fsspec to understand, with its `::`, `?` and `#`. What lies on this machine, or could, is a path."""
+    here = os.path.exists(place) or os.path.exists(os.path.dirname(place) or ".")
+    return bool(SCHEME.match(place)) and not place.startswith("file://") and not here
+
+
+def locate(place: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """(file system, path on it). A path of this machine is taken letter by letter."""
+    if is_url(place):
+        return fsspec.url_to_fs(place)
+    fs = fsspec.filesystem("file")
+    return fs, fs._strip_protocol(place)
+
+
+def absolute(place: str) -> str:
+    """The same place for every process: a URL as it is, a local path from its root. Links stay as they are named."""
+    place = str(place)
+    if is_url(place) or place.startswith("file://"):
+        return place.rstrip("/")
+    return str(Path(place).expanduser().absolute())
 
 
 @contextmanager
@@ -35,7 +57,7 @@ def whole_file(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[BinaryIO]:
             Path(staged).replace(path)
     except BaseException:
         if fs.exists(staged):  # A store's writer closes, and so commits, what it has.
-            fs.rm(staged)
+            fs.rm_file(staged)
         raise
 
 
@@ -44,9 +66,9 @@ def write_table(fs: fsspec.AbstractFileSystem, path: str, table: pa.Table) -> No
         pq.write_table(table, stream, compression="zstd")
 
 
-def read_table(fs: fsspec.AbstractFileSystem, path: str) -> pa.Table:
+def read_table(fs: fsspec.AbstractFileSystem, path: str, columns: list[str] | None = None) -> pa.Table:
     with fs.open(path, "rb") as stream:
-        return pq.read_table(stream)
+        return pq.read_table(stream, columns=columns)
 
 
 def write_json(fs: fsspec.AbstractFileSystem, path: str, data: object) -> None:
@@ -71,4 +93,4 @@ def sweep(fs: fsspec.AbstractFileSystem, folder: str) -> None:
     """Take away what killed writers have left in a folder."""
     for name in listed(fs, folder):
         if name.endswith(".writing"):
-            fs.rm(posixpath.join(folder, name))
+            fs.rm_file(posixpath.join(folder, name))

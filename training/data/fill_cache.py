@@ -5,10 +5,8 @@ import posixpath
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import safetensors.torch
@@ -18,9 +16,9 @@ from torch import Tensor
 
 from ...kernels.precision import frozen_dtype
 from .decode import decode
-from .files import absolute, digest, listed, read_table, sweep, whole_file, write_table
+from .files import absolute, digest, listed, locate, read_table, sweep, whole_file, write_table
 from .index import EDITS, NAME, Index
-from .pipeline import cluster, stoppable, stream, told
+from .pipeline import Workers, stoppable, stream, workers
 from .prefetch import Prefetch
 from .read_cache import ENTRIES, Part, keys_of
 
@@ -49,6 +47,8 @@ class Config:
     batch: int = 8
     workers: int = 0
     """Processes where there is no GPU; 0: one for each core. With GPUs: one for each of them."""
+    ray: bool = False
+    """Start Ray, or use the one to which the process is connected."""
     ray_address: str = ""
     """A running Ray cluster; every node must have this pack and see data, out and the encoders."""
 
@@ -89,15 +89,12 @@ def load_encoder(part: Part, file: str, tower: str | None, device: torch.device)
 class Fill:
     """A worker: one encoder, from decoded samples to shards."""
 
-    def __init__(self, data: str, out: str, batch: int, part: dict, load: dict):
-        self.index, self.batch, self.part, self.out, self.load = Index.read(data), batch, Part(**part), out, load
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    def __init__(self, data: str, out: str, batch: int, part: dict, load: dict, slot: int = 0):
+        self.index, self.batch, self.part, self.out = Index.read(data), batch, Part(**part), out
+        gpus = torch.cuda.device_count()  # Ray shows a worker its own one only
+        self.device = torch.device("cuda", slot % gpus) if gpus else torch.device("cpu")
+        self.encode = load_encoder(self.part, device=self.device, **load)
 
-    @cached_property
-    def encode(self) -> Encode:  # Not made in the constructor, whose errors Ray buries.
-        return load_encoder(self.part, device=self.device, **self.load)
-
-    @told
     def __call__(self, task: dict) -> dict:
         """task: {"rows", "members", "bucket", "shard"}"""
         samples, bucket = list(zip(task["rows"], task["members"])), tuple(task["bucket"])
@@ -117,7 +114,7 @@ class Fill:
                 row = samples[int((~tensor.isfinite().flatten(1).all(1)).nonzero()[0])][0]
                 raise ValueError(f"{self.part.name} gives {name} beyond float16 for row {row} of {self.index.url}; use this encoder "
                                  f"online.")
-        fs, root = fsspec.url_to_fs(self.out)
+        fs, root = locate(self.out)
         with whole_file(fs, posixpath.join(root, self.part.folder, "shards", task["shard"])) as stream:
             stream.write(safetensors.torch.save(tensors))
         return {"samples": len(samples)}
@@ -146,14 +143,14 @@ def tasks_of(missing: dict[bytes, tuple[int, str]], part: Part) -> list[dict]:
             rows, members = zip(*(missing[key] for key in chosen))
             name = f"{bucket[0]}x{bucket[1]}-{digest([key.hex() for key in chosen])[:16]}.safetensors"
             tasks.append({"rows": list(rows), "members": list(members), "bucket": list(bucket), "shard": name,
-                          "about": f"{part.name} of {name}", "keys": chosen})
+                          "about": f"{part.name} of {name}", "size": len(rows), "keys": chosen})
     return tasks
 
 
-def fill(config: Config, index: Index, entries: dict[bytes, tuple[int, str]], part: Part, load: dict, gpus: float) -> None:
+def fill(made: Workers, config: Config, index: Index, entries: dict[bytes, tuple[int, str]], part: Part, load: dict) -> None:
     """Encode what the cache lacks and then write its index, which makes it valid."""
     out = absolute(config.out)
-    fs, root = fsspec.url_to_fs(out)
+    fs, root = locate(out)
     folder = posixpath.join(root, part.folder)
     there = listed(fs, posixpath.join(folder, "shards"))
     old = ENTRIES.empty_table()
@@ -168,7 +165,7 @@ def fill(config: Config, index: Index, entries: dict[bytes, tuple[int, str]], pa
     tasks = tasks_of(missing, part)
     todo = [{k: v for k, v in task.items() if k != "keys"} for task in tasks if task["shard"] not in there]
     setup = {"data": index.url, "out": out, "batch": config.batch, "part": asdict(part), "load": load}
-    stream(Fill, todo, part.name, sum(len(t["rows"]) for t in todo), f"{out}/_work/notes", gpus, setup)
+    stream(made, Fill, todo, part.name, setup=setup)
     sweep(fs, posixpath.join(folder, "shards"))
     there = listed(fs, posixpath.join(folder, "shards"))
     new = pa.Table.from_pylist([{"key": key, "shard": task["shard"], "place": place, "size": there[task["shard"]]}
@@ -191,7 +188,7 @@ def check_room(config: Config, entries: dict[bytes, tuple[int, str]], parts: lis
             tower = tower_config(Path(load["file"]), load["tower"])
             bytes_ += len(entries) * tower.grid[0] * tower.grid[1] * tower.width * 2
     print(f"{len(entries)} entries of {len(parts)} encoders, about {bytes_ / 2 ** 30:.3g} GB")
-    fs, root = fsspec.url_to_fs(absolute(config.out))
+    fs, root = locate(absolute(config.out))
     if isinstance(fs, LocalFileSystem):
         fs.makedirs(root, exist_ok=True)
         free = shutil.disk_usage(root).free
@@ -201,17 +198,18 @@ def check_room(config: Config, entries: dict[bytes, tuple[int, str]], parts: lis
                              f"encode online, or leave out towers or resolutions.")
 
 
-def run(config: Config) -> bool:
+def fill_all(made: Workers, config: Config) -> None:
     index, parts = Index.read(absolute(config.data)), parts_of(config)
     entries = wanted(index, config.resolutions or index.resolutions)
     check_room(config, entries, parts)
-    try:
-        with cluster(config.ray_address, config.workers), stoppable():
-            import ray
+    for part, load in parts:
+        fill(made, config, index, entries, part, load)
 
-            gpus = 1.0 if ray.cluster_resources().get("GPU") else 0.0
-            for part, load in parts:
-                fill(config, index, entries, part, load, gpus)
+
+def run(config: Config) -> bool:
+    try:
+        with stoppable(), workers(config.workers, config.ray, config.ray_address, torch.cuda.device_count()) as made:
+            fill_all(made, config)
     except KeyboardInterrupt:
         print("Stopped. The same line goes on from here.")
         return False

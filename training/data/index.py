@@ -8,11 +8,12 @@ import re
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+
+from .files import locate
 
 FORMAT = "1"
 NAME = "index.parquet"
@@ -75,14 +76,14 @@ class Index(Sequence):
         if record["format"] != FORMAT:
             raise ValueError(f"The index of {url} has format {record['format']}, newer than this version; update the pack.")
         self.url, self.kind, self.table = url, record["kind"], table.combine_chunks()
-        self.fs, self.root = fsspec.url_to_fs(url)
+        self.fs, self.root = locate(url)
         self.resolutions = tuple(int(n[7:]) for n in table.column_names if re.fullmatch(r"bucket_\d+", n))
 
     @classmethod
     def read(cls, url: str) -> Index:
         """url: the folder that `sda prepare` filled, local or of an object store."""
         url = str(url).rstrip("/")
-        fs, root = fsspec.url_to_fs(url)
+        fs, root = locate(url)
         file = posixpath.join(root, NAME)
         if not fs.exists(file):
             raise ValueError(f"There is no {NAME} in {url}; run `sda prepare` to its end first.")

@@ -3,17 +3,29 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms
+
+from .bare import bare
 
 # Never Pillow's whole list: some of its readers start other programs.
 FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "AVIF": "avif", "BMP": "bmp", "TIFF": "tif", "GIF": "gif",
            "JPEG2000": "jp2"}
 MAX_PIXELS = 178_956_970
 """Pictures of more pixels are refused before they are unpacked; Pillow's own limit."""
-VERSION = "1"
+VERSION = "2"
 """Changes whenever the same bytes would give other pixels; part of every cache's key."""
+ORIENTATION = 0x0112
+# EXIF's orientation -> what makes the picture stand upright
+UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
+SIDEWAYS = {UPRIGHT[number] for number in (5, 6, 7, 8)}
+BITS = (8, 10, 12, 16, 24, 31, 32)
+"""Depths of whole numbers: scanners and cameras keep 10 or 12 bits in 16, instruments 31 in 32."""
+T = TypeVar("T")
 
 
 class BadPicture(ValueError):
@@ -24,38 +36,74 @@ class BadPicture(ValueError):
         self.reason = reason
 
 
-def open_picture(data: bytes, least: int = 0) -> tuple[Image.Image, str]:
-    """(the picture as 8-bit sRGB, upright, the usual ending of its format). Alpha goes over white, 16 bits to 8, embedded
-    colour profiles and CMYK to sRGB.
+def open_picture(data: bytes, least: tuple[int, int] | None = None) -> tuple[Image.Image, str]:
+    """(the picture as 8-bit sRGB, upright, the usual ending of its format). Alpha goes over white, whole numbers of other
+    depths to 8 bits, embedded colour profiles and CMYK to sRGB.
 
-    least: where not 0, a JPEG may be unpacked at a fraction of its size whose sides are at least this many pixels.
+    least: (height, width) in pixels; where given, a JPEG may be unpacked at a fraction of its size that has at least as many.
     Raises BadPicture for everything else than one whole still picture.
     """
+    def unpack(image: Image.Image) -> tuple[Image.Image, str]:
+        ending = FORMATS[image.format]
+        if least and ending == "jpg":
+            height, width = least[::-1] if _turn(image) in SIDEWAYS else least
+            image.draft(None, (width, height))
+        image.load()
+        turn = _turn(image)
+        return to_rgb(image if turn is None else image.transpose(turn)), ending
+
+    return _read(data, unpack)
+
+
+def picture_size(data: bytes) -> tuple[tuple[int, int], str]:
+    """((width, height) of the upright picture in pixels, the usual ending of its format), of exactly the files that
+    `open_picture` takes. Every byte is read; of a JPEG an eighth of the pixels is made, which takes half the time.
+    """
+    def measure(image: Image.Image) -> tuple[tuple[int, int], str]:
+        ending, size = FORMATS[image.format], image.size
+        if ending == "jpg":
+            image.draft("L", (1, 1))
+            image.load()
+        else:
+            image.load()
+            size = image.size  # of a TIFF, Pillow turns it as it loads
+            to_rgb(image)
+        return size[::-1] if _turn(image) in SIDEWAYS else size, ending
+
+    return _read(data, measure)
+
+
+def _read(data: bytes, unpack: Callable[[Image.Image], T]) -> T:
+    try:
+        return _unpacked(data, unpack)
+    except BadPicture as error:
+        if error.reason not in ("broken", "not a picture"):
+            raise
+        for pixels in bare(data):
+            try:
+                return _unpacked(pixels, unpack)
+            except BadPicture:
+                pass
+        raise
+
+
+def _unpacked(data: bytes, unpack: Callable[[Image.Image], T]) -> T:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data), formats=_known())
+            if image.width * image.height > MAX_PIXELS:
+                raise BadPicture("too large", f"{image.width} x {image.height} are more than {MAX_PIXELS} pixels")
+            if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
+                raise BadPicture("animated", f"{image.n_frames} frames")
+            return unpack(image)
+    except BadPicture:
+        raise
     except Image.UnidentifiedImageError:
         raise BadPicture("not a picture", f"not a picture of a known format ({', '.join(sorted(set(FORMATS.values())))})") from None
     except Image.DecompressionBombError:
         raise BadPicture("too large", f"more than {MAX_PIXELS} pixels") from None
     except Exception as error:  # Readers of hostile bytes raise anything.
-        raise BadPicture("broken", f"{type(error).__name__}: {error}") from None
-    if image.width * image.height > MAX_PIXELS:
-        raise BadPicture("too large", f"{image.width} x {image.height} are more than {MAX_PIXELS} pixels")
-    try:
-        ending = FORMATS[image.format]
-        if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
-            raise BadPicture("animated", f"{image.n_frames} frames")
-        if least:
-            image.draft(None, (least, least))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image.load()
-            return to_rgb(ImageOps.exif_transpose(image)), ending
-    except BadPicture:
-        raise
-    except Exception as error:
         raise BadPicture("broken", f"{type(error).__name__}: {error}") from None
 
 
@@ -64,13 +112,21 @@ def _known() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes it upright; nothing where its EXIF says nothing or is torn."""
+    try:
+        return UPRIGHT.get(image.getexif().get(ORIENTATION))
+    except Exception:  # As for the pixels, and these are good.
+        return None
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit sRGB over white."""
     profile = image.info.get("icc_profile")
     if image.mode == "F":
         raise BadPicture("floating point", "its pixels are floating-point numbers of unknown range")
-    if image.mode.startswith("I"):  # 16 bits of grey; Pillow would clip them.
-        image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+    if image.mode.startswith("I"):
+        image = _eight_bits(np.asarray(image))
     if image.mode in ("P", "PA", "LA", "La", "RGBa", "RGBA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -81,4 +137,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
                 return ImageCms.profileToProfile(image, found, ImageCms.createProfile("sRGB"), outputMode="RGB")
         except (ImageCms.PyCMSError, OSError):
             pass  # A broken profile, or one of another kind of colour: the plain conversion shows the picture.
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+
+
+def _eight_bits(grey: np.ndarray) -> Image.Image:
+    """Whole numbers of the least of the usual depths that holds them; Pillow would clip them at 255."""
+    if grey.dtype == np.int32:
+        grey = grey.view(np.uint32)  # so Pillow keeps 32 bits without a sign
+    most = next(2 ** bits - 1 for bits in BITS if grey.max(initial=0) < 2 ** bits)
+    return Image.fromarray((grey * (255 / most)).round().astype(np.uint8))

@@ -5,6 +5,7 @@ import posixpath
 from collections import Counter
 from dataclasses import dataclass
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .files import absolute
@@ -35,6 +36,8 @@ class Config:
     shard_mb: int = 256
     workers: int = 0
     """Processes on this machine; 0: one for each core."""
+    ray: bool = False
+    """Start Ray, or use the one to which the process is connected."""
     ray_address: str = ""
     """A running Ray cluster, as in `auto` or `host:6379`; every node must have this pack and see source and out."""
 
@@ -49,13 +52,19 @@ def columns_of(name: str, found: list[str]) -> tuple[dict[str, str], dict[str, s
 
 
 def run(config: Config) -> bool:
-    fs, root, infos = files_of(absolute(config.source))
+    fs, root, infos, lost = files_of(absolute(config.source))
     place, chunks = {"url": fs.unstrip_protocol(root)}, []
     for name, info in infos.items():
         if ending_of(name) == "parquet":
-            with fs.open(posixpath.join(root, name), "rb") as stream:
-                file = pq.ParquetFile(stream)
-                chunks += row_chunks(file, place, name, stamp(info), *columns_of(name, file.schema_arrow.names))
+            try:
+                with fs.open(posixpath.join(root, name), "rb") as stream:
+                    file = pq.ParquetFile(stream)
+            except (OSError, pa.ArrowException) as error:
+                lost.append((name, "broken table", str(error)))
+                continue
+            chunks += row_chunks(file, place, name, stamp(info), *columns_of(name, file.schema_arrow.names))
+    if lost:
+        chunks.append(place | {"kind": "lost", "items": lost})
     if not chunks:
         raise ValueError(f"{config.source} holds no .parquet files; give the folder into which the set was downloaded.")
     passed = Counter(ending_of(name) for name in infos if ending_of(name) != "parquet")

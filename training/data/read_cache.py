@@ -10,14 +10,13 @@ import posixpath
 import struct
 from dataclasses import asdict, dataclass
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from .files import digest, listed, read_table
+from .files import digest, listed, locate, read_table
 from .index import NAME, CorruptSample, Index, column_bytes
 from .pictures import VERSION
 
@@ -62,7 +61,7 @@ class Cache:
     """
 
     def __init__(self, url: str, index: Index, part: Part, resolutions: tuple[int, ...]):
-        self.fs, root = fsspec.url_to_fs(str(url).rstrip("/"))
+        self.fs, root = locate(str(url).rstrip("/"))
         self.index, self.part, self.root = index, part, posixpath.join(root, part.folder)
         remedy = "run `sda cache` with the same data, encoders and resolutions"
         try:

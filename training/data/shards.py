@@ -10,15 +10,16 @@ import io
 import json
 import posixpath
 import tarfile
+from contextlib import suppress
 
 import fsspec
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from .files import whole_file, write_table
-from .index import EDITS, bucket_of, schema
-from .pictures import BadPicture, open_picture
-from .pipeline import told
-from .sources import Found, read
+from .files import digest, locate, read_table, whole_file, write_table
+from .index import EDITS, NAME, bucket_of, schema
+from .pictures import BadPicture, picture_size
+from .readers import Found, read
 
 MEMBERS = ("", "target", "mask")
 SCANNED = pa.schema([
@@ -28,25 +29,26 @@ SCANNED = pa.schema([
       for what, kind in (("length", pa.int64()), ("sha256", pa.binary(32)), ("ending", pa.string()))),
     *((text, pa.large_string()) for text in ("caption", "source_caption", "target_caption")),
 ])
-"""A row for each sample: reason "" where it is kept; `same` is equal for samples of equal content."""
+"""A row for each sample: reason "" where it is kept, with why its caption could not be read as the detail; `same` is equal for
+samples of equal content."""
 
 
 def examine(found: Found, least: int) -> dict:
     """The row of SCANNED of one sample. least: its shorter side in pixels must have as many."""
-    row = dict.fromkeys(SCANNED.names) | {"origin": found.origin, "reason": "", "detail": ""} | found.texts
+    row = dict.fromkeys(SCANNED.names) | {"origin": found.origin, "reason": "", "detail": found.silent} | found.texts
     sizes, alike = [], hashlib.sha256()
     try:
         if found.trouble:
             raise BadPicture(*found.trouble)
         for member, data in found.data.items():
             try:
-                image, ending = open_picture(data)
+                size, ending = picture_size(data)
             except BadPicture as error:
                 raise BadPicture(error.reason, f"{member}: {error}" if member else str(error)) from None
             sha = hashlib.sha256(data).digest()
             alike.update(sha)
             row |= {f"{member}_length": len(data), f"{member}_sha256": sha, f"{member}_ending": ending}
-            sizes += [image.size] if member != "mask" else []
+            sizes += [size] if member != "mask" else []
         width, height = (min(sides) for sides in zip(*sizes))
         if min(width, height) < least:
             raise BadPicture("small", f"{width} x {height}, shorter side below {least}")
@@ -61,38 +63,58 @@ def examine(found: Found, least: int) -> dict:
         return row | {"reason": error.reason, "detail": str(error)}
 
 
-@told
 def scan(task: dict) -> dict:
     """Examine every sample of a chunk. task: {"chunk", "mark": URL of the parquet file to leave, "least"}."""
     rows = [examine(found, task["least"]) for found in read(json.loads(task["chunk"]))]
-    write_table(*fsspec.url_to_fs(task["mark"]), pa.Table.from_pylist(rows, SCANNED))
+    write_table(*locate(task["mark"]), pa.Table.from_pylist(rows, SCANNED))
     return {"samples": len(rows)}
 
 
-@told
 def write(task: dict) -> dict:
-    """Write one shard and then the rows of its index.
+    """Write one shard and then the rows of its index, unless both are there and whole.
 
-    task: {"out", "number", "inputs": digest of all that the shard depends on, "kind", "resolutions", "first": number of its
-    first sample in the set, "samples": rows of SCANNED as an Arrow IPC stream, "parts": [[chunk, places of the samples in it], ...]}.
+    task: {"out", "number", "kind", "resolutions", "first": number of its first sample in the set, "parts": [[chunk, URL of its
+    mark, runs [first, end) of the samples' places in it], ...], "captions": {place in the shard: what another sample of
+    the same content has}}.
     """
-    fs, root = fsspec.url_to_fs(task["out"])
+    fs, root = locate(task["out"])
     name, mark = f"shards/{task['number']:06}.tar", posixpath.join(root, mark_of(task["number"]))
-    samples = pa.ipc.open_stream(task["samples"]).read_all().to_pylist()
-    if fs.exists(mark):  # It vouches for the file that is about to be replaced.
-        fs.rm(mark)
+    samples, places = [], []
+    for _, scanned, runs in task["parts"]:
+        rows = read_table(*locate(scanned))
+        places.append({place for first, end in runs for place in range(first, end)})
+        samples += [row for first, end in runs for row in rows.slice(first, end - first).to_pylist()]
+    for place, caption in task["captions"].items():
+        samples[int(place)]["caption"] = caption
+    inputs = digest(task["kind"], task["resolutions"], task["first"],
+                    [{k: v.hex() if isinstance(v, bytes) else v for k, v in row.items()} for row in samples])
+    if _whole(fs, mark, posixpath.join(root, name), inputs):
+        return {"samples": len(samples)}
+    for vouching in (posixpath.join(root, NAME), mark):  # for the file that is about to be replaced
+        with suppress(FileNotFoundError):
+            fs.rm_file(vouching)
     rows, expected = [], iter(samples)
     with whole_file(fs, posixpath.join(root, name)) as stream, tarfile.open(
             fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for chunk, places in json.loads(task["parts"]):
-            for found in read(chunk, set(places)):
+        for (chunk, *_), wanted in zip(task["parts"], places):
+            for found in read(json.loads(chunk), wanted):
                 rows.append(_add(tar, task["first"] + len(rows), found, next(expected), task) | {"shard": name})
     if len(rows) != len(samples):
         raise changed(next(expected)["origin"])
     table = pa.Table.from_pylist(rows, schema(task["kind"], task["resolutions"]))
-    kept = {"inputs": task["inputs"], "size": str(fs.info(posixpath.join(root, name))["size"])}
+    kept = {"inputs": inputs, "size": str(fs.info(posixpath.join(root, name))["size"])}
     write_table(fs, mark, table.replace_schema_metadata(table.schema.metadata | {k.encode(): v.encode() for k, v in kept.items()}))
     return {"samples": len(rows)}
+
+
+def _whole(fs: fsspec.AbstractFileSystem, mark: str, shard: str, inputs: str) -> bool:
+    """Whether the shard is there as its mark says, of these inputs."""
+    try:
+        with fs.open(mark, "rb") as file:
+            record = pq.read_schema(file).metadata
+        return record[b"inputs"].decode() == inputs and int(record[b"size"]) == fs.info(shard)["size"]
+    except FileNotFoundError:
+        return False
 
 
 def mark_of(number: int) -> str:
@@ -110,6 +132,8 @@ def _add(tar: tarfile.TarFile, number: int, found: Found, sample: dict, task: di
     if edit:
         row |= {"mask_offset": 0, "mask_length": 0, "source_caption": sample["source_caption"] or "",
                 "target_caption": sample["target_caption"] or ""}
+    if found.trouble:
+        raise ValueError(f"{sample['origin']} could be read before and cannot now ({found.trouble[1]}); start the same line again.")
     for member, data in found.data.items():
         if found.origin != sample["origin"] or hashlib.sha256(data).digest() != sample[f"{member}_sha256"]:
             raise changed(sample["origin"])

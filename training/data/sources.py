@@ -1,83 +1,125 @@
 """Where samples come from: folders of pictures, tars as img2dataset writes them, parquet files of paths or of pictures.
 
-A source is cut into chunks, small JSON records that any worker can read by itself. The order of the chunks and of the
-samples in them is that of the sorted names, so it does not depend on who reads them.
+A source is cut into chunks, small JSON records that any worker can read by itself (readers.py). The order of the chunks and
+of the samples in them is that of the sorted names, so it does not depend on who reads them.
 """
 from __future__ import annotations
 
-import json
+import os
 import posixpath
 import re
-import tarfile
-from collections import Counter
+import stat
+from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import glob_translate
+
+from . import captions
+from .files import locate
 
 PICTURE = {"jpg", "jpeg", "jfif", "png", "webp", "avif", "bmp", "gif", "tif", "tiff", "jp2"}
+TAR = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 ROWS = 64
 """Pictures to a chunk, of loose files."""
+PICTURE_COLUMNS = ("image", "picture", "img", "jpg", "jpeg", "png", "webp")
 PATH_COLUMNS = ("path", "image_path", "file_path", "file_name", "filename", "image")
-CAPTION_COLUMNS = ("caption", "text", "prompt", "txt")
-
-
-@dataclass
-class Found:
-    """One sample as it was found. data: {member: bytes}, "" the picture itself; trouble: (reason, detail) where a member
-    could not even be read."""
-
-    origin: str
-    data: dict[str, bytes] = field(default_factory=dict)
-    texts: dict[str, str] = field(default_factory=dict)
-    trouble: tuple[str, str] | None = None
 
 
 def listing(url: str, path_column: str = "", caption_column: str = "") -> tuple[list[dict], dict[str, int]]:
     """(chunks, {ending: files that were passed over}) of a folder, a file or a glob. Raises ValueError where there is nothing."""
-    fs, root, infos = files_of(url)
+    fs, root, infos, lost = files_of(url)
     place = {"url": fs.unstrip_protocol(root)}
     by_ending: dict[str, list[str]] = {}
     for name in infos:
-        by_ending.setdefault(ending_of(name), []).append(name)
+        by_ending.setdefault("tar" if name.lower().endswith(TAR) else ending_of(name), []).append(name)
     pictures = sorted(name for e in PICTURE for name in by_ending.get(e, ()))
     tars, tables = by_ending.get("tar", []), by_ending.get("parquet", [])
-
-    chunks = []
-    items = [(name, next((c for e in (".txt", ".json") if (c := posixpath.splitext(name)[0] + e) in infos), None))
-             for name in pictures]
-    for i in range(0, len(items), ROWS):
-        part = items[i:i + ROWS]
-        stamps = [stamp(infos[name]) for pair in part for name in pair if name]
-        chunks.append(place | {"kind": "files", "items": part, "stamp": stamps})
-    chunks += [place | {"kind": "tar", "file": name, "stamp": stamp(infos[name])} for name in tars]
-    used = {"txt", "json"} | (PICTURE if pictures else set()) | ({"tar"} if tars else set())
+    chunks, used = [], set(captions.ENDINGS)
+    if pictures:
+        used |= PICTURE
+        notes = [name for name in infos if posixpath.basename(name) in captions.METADATA]
+        chunks += _picture_chunks(infos, place, pictures, _captions(fs, root, notes, lost))
+        by_ending = {ending: [name for name in names if name not in notes] for ending, names in by_ending.items()}
+    if tars:
+        used.add("tar")
+        chunks += [place | {"kind": "tar", "file": name, "stamp": stamp(infos[name])} for name in tars]
     if tables and not chunks:  # Beside pictures and tars they are img2dataset's notes.
         used.add("parquet")
         for name in tables:
-            chunks += _table_chunks(fs, root, place, name, stamp(infos[name]), path_column, caption_column)
+            try:
+                chunks += _table_chunks(fs, root, place, name, stamp(infos[name]), path_column, caption_column)
+            except (OSError, pa.ArrowException) as error:
+                lost.append((name, "broken table", str(error)))
+    if lost:
+        chunks.append(place | {"kind": "lost", "items": lost})
     if not chunks:
-        raise ValueError(f"{url} holds no pictures ({', '.join(sorted(PICTURE))}), no .tar and no .parquet file.")
-    return chunks, dict(Counter({e: len(names) for e, names in by_ending.items() if e not in used}))
+        raise ValueError(f"{url} holds no pictures ({', '.join(sorted(PICTURE))}), no .tar and no .parquet file with rows.")
+    return chunks, {e: len(names) for e, names in sorted(by_ending.items()) if names and e not in used}
 
 
-def files_of(url: str) -> tuple[fsspec.AbstractFileSystem, str, dict[str, dict]]:
-    """(file system, folder, {name in the folder: what the store tells of the file}) of a folder, a file or a glob, by name;
-    without hidden files."""
-    fs, root = fsspec.url_to_fs(url)
-    if any(c in root for c in "*?["):
-        infos = fs.glob(root, detail=True)
-        root = posixpath.dirname(re.split(r"[*?[]", root)[0])
-    elif fs.isdir(root):
-        infos = fs.find(root, detail=True)
-    elif fs.isfile(root):
-        infos, root = {root: fs.info(root)}, posixpath.dirname(root)
-    else:
-        raise ValueError(f"There is no {url}; give a folder, a file, or a glob of files.")
-    infos = {posixpath.relpath(name, root): info for name, info in sorted(infos.items()) if info["type"] == "file"}
-    return fs, root, {name: info for name, info in infos.items() if not any(part.startswith(".") for part in name.split("/"))}
+def files_of(url: str) -> tuple[fsspec.AbstractFileSystem, str, dict[str, dict], list[tuple[str, str, str]]]:
+    """(file system, folder, {name in the folder: what the store tells of the file}, [(name, reason, detail) of what could not be
+    opened]) of a folder, a file or a glob, by name. What exists is a path, whatever characters are in it. Hidden files and folders
+    below are left out; one that is named is not."""
+    fs, root = locate(url)
+    if fs.isfile(root):
+        return fs, posixpath.dirname(root), {posixpath.basename(root): fs.info(root)}, []
+    pattern = ""
+    if not fs.isdir(root):
+        while root and not fs.isdir(root) and root != (above := posixpath.dirname(root)):
+            root, pattern = above, posixpath.join(posixpath.basename(root), pattern).rstrip("/")
+        if not any(c in pattern for c in "*?["):
+            raise ValueError(f"There is no {url}; give a folder, a file, or a glob of files.")
+    deep = None if not pattern or "**" in pattern else pattern.count("/") + 1
+    hidden = "/." in f"/{pattern}"
+    infos, lost = _walk(root, deep, hidden) if isinstance(fs, LocalFileSystem) else (_find(fs, root, deep, hidden), [])
+    if pattern:
+        fits = re.compile(glob_translate(pattern)).match
+        infos = {name: info for name, info in infos.items() if fits(name)}
+    return fs, root, dict(sorted(infos.items())), lost
+
+
+def _find(fs, root: str, deep: int | None, hidden: bool) -> dict[str, dict]:
+    found = {posixpath.relpath(path, root): info for path, info in fs.find(root, maxdepth=deep, detail=True).items()}
+    return {name: info for name, info in found.items()
+            if info["type"] == "file" and (hidden or not any(part.startswith(".") for part in name.split("/")))}
+
+
+def _walk(root: str, deep: int | None, hidden: bool) -> tuple[dict[str, dict], list[tuple[str, str, str]]]:
+    """Files of this machine's disks, links followed: each real folder once, under its own name before that of a link."""
+    infos: dict[str, dict] = {}
+    lost, seen, folders, links = [], set(), deque([""]), deque()
+    while folders or links:
+        folder = (folders or links).popleft()
+        path = os.path.join(root, folder)
+        try:
+            real = os.stat(path)
+            if (real.st_dev, real.st_ino) in seen:
+                continue
+            seen.add((real.st_dev, real.st_ino))
+            with os.scandir(path) as scan:
+                entries = sorted((entry for entry in scan if hidden or not entry.name.startswith(".")), key=lambda entry: entry.name)
+        except OSError as error:
+            if not folder:
+                raise
+            lost.append((folder, "unreadable", f"{type(error).__name__}: {error}"))
+            continue
+        for entry in entries:
+            name = posixpath.join(folder, entry.name)
+            try:
+                it = entry.stat()
+            except OSError:  # A link to nothing: reading it will say so.
+                infos[name] = {"size": 0}
+                continue
+            if stat.S_ISREG(it.st_mode):
+                infos[name] = {"size": it.st_size, "mtime": it.st_mtime}
+            elif stat.S_ISDIR(it.st_mode) and (deep is None or name.count("/") + 1 < deep):
+                (links if entry.is_symlink() else folders).append(name)
+    return infos, lost
 
 
 def ending_of(name: str) -> str:
@@ -85,27 +127,58 @@ def ending_of(name: str) -> str:
 
 
 def stamp(info: dict) -> list:
-    """What changes when a file does, as far as its store tells."""
+    """What changes when a file does, as far as its store tells: its size in bytes first."""
     when = info.get("mtime") or info.get("ETag") or info.get("LastModified") or info.get("updated") or ""
     return [info["size"], str(when)]
+
+
+def _captions(fs, root: str, notes: list[str], lost: list) -> dict[str, str]:
+    """{picture: caption} of Hugging Face's image folders."""
+    found = {}
+    for name in notes:
+        try:
+            rows = captions.metadata(name, fs.cat_file(posixpath.join(root, name)))
+        except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
+            lost.append((name, "broken table", f"{type(error).__name__}: {error}"))
+            continue
+        folder = posixpath.dirname(name)
+        found |= {posixpath.normpath(posixpath.join(folder, file)): text for file, text in rows.items()}
+    return found
+
+
+def _picture_chunks(infos: dict[str, dict], place: dict, pictures: list[str], noted: dict[str, str]) -> Iterator[dict]:
+    """Chunks of items (picture, file beside it with its caption or None) and, where a table has the captions, {picture: caption}."""
+    beside = {}
+    for name in infos:  # By name, so that of a.TXT and a.txt it is the second.
+        if ending_of(name) in captions.ENDINGS:
+            beside[posixpath.splitext(name)[0], ending_of(name)] = name
+    for i in range(0, len(pictures), ROWS):
+        items = []
+        for name in pictures[i:i + ROWS]:
+            sides = (beside.get((posixpath.splitext(name)[0], ending)) for ending in captions.ENDINGS)
+            items.append((name, next(filter(None, sides), None)))
+        chunk = place | {"kind": "files", "items": items, "stamp": [stamp(infos[name]) for pair in items for name in pair if name]}
+        words = {name: noted[name] for name, side in items if side is None and name in noted}
+        yield chunk | ({"captions": words} if words else {})
 
 
 def _table_chunks(fs, root: str, place: dict, name: str, mark: list, path_column: str, caption_column: str) -> list[dict]:
     with fs.open(posixpath.join(root, name), "rb") as stream:
         file = pq.ParquetFile(stream)
-        names = file.schema_arrow.names
-        column = _column(place["url"], name, names, path_column, PATH_COLUMNS, "--path-column")
-        caption = _column(place["url"], name, names, caption_column, CAPTION_COLUMNS, "") if (
-            caption_column or set(CAPTION_COLUMNS) & set(names)) else None
-        if pa.types.is_struct(file.schema_arrow.field(column).type):
-            members = {"": column}
-            texts = {"caption": caption} if caption else {}
-            return row_chunks(file, place, name, mark, members, texts)
+        fields = {field.name: field.type for field in file.schema_arrow}
+        holding = [n for n in PICTURE_COLUMNS if (found := _named(fields, n)) and _holds_pictures(fields[found])]
+        column = _column(place["url"], name, fields, path_column, (*holding, *PATH_COLUMNS), "--path-column")
+        caption = None
+        if caption_column or any(_named(fields, n) for n in captions.COLUMNS):
+            caption = _column(place["url"], name, fields, caption_column, captions.COLUMNS, "--caption-column")
+        if _holds_pictures(fields[column]):
+            return row_chunks(file, place, name, mark, {"": column}, {"caption": caption} if caption else {})
         table = file.read(columns=[c for c in (column, caption) if c])
-        texts = table.column(caption).to_pylist() if caption else [None] * len(table)
-        rows = sorted(zip(table.column(column).to_pylist(), texts), key=lambda r: (r[0] or "", r[1] or ""))
-        base = place | {"kind": "paths", "table": name, "stamp": mark}
-        return [base | {"items": rows[i:i + ROWS]} for i in range(0, len(rows), ROWS)]
+    paths = [str(path or "") for path in table.column(column).to_pylist()]
+    words = [captions.caption_of(value) for value in table.column(caption).to_pylist()] if caption else [""] * len(paths)
+    rows = sorted(zip(paths, words))
+    base = place | {"kind": "paths", "table": name, "stamp": mark}
+    return [base | {"items": rows[i:i + ROWS]} for i in range(0, len(rows), ROWS)]
 
 
 def row_chunks(file: pq.ParquetFile, place: dict, name: str, mark: list, members: dict, texts: dict) -> list[dict]:
@@ -114,17 +187,37 @@ def row_chunks(file: pq.ParquetFile, place: dict, name: str, mark: list, members
                      "members": members, "texts": texts} for g in range(file.num_row_groups)]
 
 
-def _column(url: str, name: str, names: list[str], asked: str, usual: tuple[str, ...], flag: str) -> str:
-    wanted = [asked] if asked else [c for c in usual if c in names]
-    if not wanted or wanted[0] not in names:
-        raise ValueError(f"{name} in {url} has no column {asked or ' or '.join(usual)}, only {', '.join(names)}; "
-                         f"name the right one with {flag or '--caption-column'}.")
-    return wanted[0]
+def _holds_pictures(kind: pa.DataType) -> bool:
+    """Bytes, Hugging Face's struct of bytes and path, or a list of either."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        kind = kind.value_type
+    return pa.types.is_struct(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def count_of(chunk: dict) -> int:
-    """How many samples a chunk has; 0 where only reading it tells."""
-    return len(chunk.get("items", ())) or chunk.get("rows", 0)
+def _named(fields: dict, name: str) -> str | None:
+    """The column of this name, in whatever case where it is not there to the letter."""
+    return name if name in fields else next((field for field in fields if field.lower() == name), None)
+
+
+def _column(url: str, name: str, fields: dict, asked: str, usual: tuple[str, ...], flag: str) -> str:
+    found = (asked if asked in fields else None) if asked else next(filter(None, (_named(fields, n) for n in usual)), None)
+    if found is None:
+        raise ValueError(f"{name} in {url} has no column {asked or ' or '.join(dict.fromkeys(usual))}, only {', '.join(fields)}; "
+                         f"name the right one with {flag}.")
+    return found
+
+
+def weigh(chunks: list[dict]) -> tuple[list[int], str]:
+    """(how much of the work each chunk is, in what unit): samples where all can be counted, bytes where only reading a tar tells."""
+    if any(chunk["kind"] == "tar" for chunk in chunks):
+        return [_bytes_of(chunk) for chunk in chunks], "B"
+    return [chunk["rows"] if chunk["kind"] == "rows" else len(chunk["items"]) for chunk in chunks], " samples"
+
+
+def _bytes_of(chunk: dict) -> int:
+    if chunk["kind"] == "tar":
+        return chunk["stamp"][0]
+    return sum(size for size, _ in chunk["stamp"]) if chunk["kind"] == "files" else 0
 
 
 def about(chunk: dict) -> str:
@@ -132,110 +225,3 @@ def about(chunk: dict) -> str:
     if "items" in chunk:
         return f"the {len(chunk['items'])} files from {chunk['items'][0][0]} on"
     return chunk["file"] + (f", row group {chunk['group']}" if "group" in chunk else "")
-
-
-def caption_of(text: bytes | None, record: bytes | None) -> str:
-    """From a .txt file or the "caption" (or "text") of a .json file; empty where there is none that can be read."""
-    if text is not None:
-        return text.decode("utf-8", "replace").strip()
-    try:
-        data = json.loads(record or b"{}")
-    except ValueError:
-        return ""
-    value = next((data[k] for k in CAPTION_COLUMNS if data.get(k)), "") if isinstance(data, dict) else ""
-    return value.strip() if isinstance(value, str) else ""
-
-
-def read(chunk: dict, wanted: set[int] | None = None) -> Iterator[Found]:
-    """The samples of a chunk in its order. wanted: their places in it, from 0; the others are passed over unread."""
-    fs, root = fsspec.url_to_fs(chunk["url"])
-    yield from _READERS[chunk["kind"]](fs, root, chunk, wanted)
-
-
-def _fetch(fs, path: str, found: Found, member: str = "") -> None:
-    try:
-        found.data[member] = fs.cat_file(path)
-    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-        found.trouble = "unreadable", f"{type(error).__name__}: {path}"
-
-
-def _read_files(fs, root: str, chunk: dict, wanted: set[int] | None) -> Iterator[Found]:
-    for place, (name, side) in enumerate(chunk["items"]):
-        if wanted is not None and place not in wanted:
-            continue
-        found = Found(name)
-        _fetch(fs, posixpath.join(root, name), found)
-        words = fs.cat_file(posixpath.join(root, side)) if side else None
-        text = ending_of(side) == "txt" if side else False
-        found.texts["caption"] = caption_of(words if text else None, None if text else words)
-        yield found
-
-
-def _read_paths(fs, root: str, chunk: dict, wanted: set[int] | None) -> Iterator[Found]:
-    for place, (name, words) in enumerate(chunk["items"]):
-        if wanted is not None and place not in wanted:
-            continue
-        found = Found(name or f"{chunk['table']}, a row without a path", texts={"caption": (words or "").strip()})
-        if not name:
-            found.trouble = "unreadable", "no path"
-        elif "://" in name:
-            _fetch(*fsspec.url_to_fs(name), found)
-        else:
-            _fetch(fs, posixpath.join(root, posixpath.dirname(chunk["table"]), name), found)
-        yield found
-
-
-def _read_tar(fs, root: str, chunk: dict, wanted: set[int] | None) -> Iterator[Found]:
-    with fs.open(posixpath.join(root, chunk["file"]), "rb") as stream:
-        members, trouble = {}, None
-        try:
-            tar = tarfile.open(fileobj=stream, mode="r:")
-            while (member := tar.next()) is not None:
-                if member.isfile():
-                    members[member.name] = member
-        except tarfile.TarError as error:
-            trouble = Found(chunk["file"], trouble=("broken tar", str(error)))
-
-        def data(name: str) -> bytes | None:
-            if name not in members:
-                return None
-            try:
-                return tar.extractfile(members[name]).read()
-            except tarfile.TarError:
-                return b""
-
-        for place, name in enumerate(name for name in members if ending_of(name) in PICTURE):
-            if wanted is None or place in wanted:
-                words = [data(f"{posixpath.splitext(name)[0]}.{ending}") for ending in ("txt", "json")]
-                yield Found(f"{chunk['file']}/{name}", {"": data(name)}, {"caption": caption_of(*words)})
-        if trouble and wanted is None:
-            yield trouble
-
-
-def _read_rows(fs, root: str, chunk: dict, wanted: set[int] | None) -> Iterator[Found]:
-    folder = posixpath.dirname(posixpath.join(root, chunk["file"]))
-    with fs.open(posixpath.join(root, chunk["file"]), "rb") as stream:
-        file, place = pq.ParquetFile(stream), -1
-        columns = [*chunk["members"].values(), *chunk["texts"].values()]
-        for batch in file.iter_batches(batch_size=16, row_groups=[chunk["group"]], columns=columns):
-            for row in range(batch.num_rows):
-                place += 1
-                if wanted is not None and place not in wanted:
-                    continue
-                found = Found(f"{chunk['file']}, row {place} of group {chunk['group']}")
-                for member, column in chunk["members"].items():
-                    value = batch.column(column)[row].as_py() or {}
-                    if not isinstance(value, dict):
-                        value = {"bytes" if isinstance(value, bytes) else "path": value}
-                    if value.get("bytes") is not None:
-                        found.data[member] = value["bytes"]
-                    elif value.get("path"):
-                        _fetch(fs, posixpath.join(folder, value["path"]), found, member)
-                    elif member != "mask":
-                        found.trouble = "unreadable", f"column {column} is empty"
-                for ours, column in chunk["texts"].items():
-                    found.texts[ours] = (batch.column(column)[row].as_py() or "").strip()
-                yield found
-
-
-_READERS = {"files": _read_files, "paths": _read_paths, "tar": _read_tar, "rows": _read_rows}

@@ -51,7 +51,7 @@ class Pictures:
 
     def __init__(self, place: str, resolution: int):
         self.place, self.resolution, self.index = place, resolution, None
-        self.fs, self.root, found = files_of(place)
+        self.fs, self.root, found, _ = files_of(place)
         if NAME in found:
             self.index = Index.read(place)
             self.buckets = self.index.buckets(resolution)

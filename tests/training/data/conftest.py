@@ -70,7 +70,7 @@ def written():
 def two_nodes():
     """A Ray cluster of two nodes with one core each, to which this process is connected. One of them says that it has a GPU."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray = pytest.importorskip("ray", reason="ray is not installed: pip install -e '.[training]'")
+    ray = pytest.importorskip("ray", reason="ray is not installed: pip install -e '.[ray]'")
     from ray.cluster_utils import Cluster
 
     node = {"num_cpus": 1, "object_store_memory": 80 * 2 ** 20, "include_dashboard": False}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-for package in ("diffusers", "open_clip", "pyarrow", "ray"):
+for package in ("diffusers", "open_clip", "pyarrow"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install -e '.[training]'")
 
 import pyarrow as pa  # noqa: E402
@@ -17,6 +17,7 @@ from semantic_diffusion_adapter.training.data import prepare_edits  # noqa: E402
 from semantic_diffusion_adapter.training.data.batches import Plan  # noqa: E402
 from semantic_diffusion_adapter.training.data.decode import decode  # noqa: E402
 from semantic_diffusion_adapter.training.data.index import Index  # noqa: E402
+from semantic_diffusion_adapter.training.data.pool import Pool  # noqa: E402
 from semantic_diffusion_adapter.training.data.read_cache import Cache, Part  # noqa: E402
 from semantic_diffusion_adapter.training.frozen.base import base_sha256  # noqa: E402
 from semantic_diffusion_adapter.training.frozen.encoders import load_towers, load_vae  # noqa: E402
@@ -34,13 +35,21 @@ def encoders(miniature) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def filled(two_nodes, encoders, written, tmp_path_factory):
+def fill():
+    """fill(configuration): what `sda cache` does, in one worker process for all tests here: it is slow to start."""
+    pool = Pool(1)
+    yield lambda config: command.fill_all(pool, config)
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def filled(fill, encoders, written, tmp_path_factory):
     """(index, URL of its cache, configuration)"""
     folder = tmp_path_factory.mktemp("cache")
     index = written(str(folder / "set"), [jpeg(*size, seed) for seed, size in enumerate(SIZES)], (64, 96))
     config = command.Config(str(folder / "set"), str(folder / "cache"), encoders["vae"], (encoders["clip"], encoders["dino"]),
                             unlock_blocks=1, batch=2)
-    assert command.run(config)
+    fill(config)
     return index, str(folder / "cache"), config
 
 
@@ -77,47 +86,39 @@ def test_a_part_of_the_set_finds_its_entries_by_content(filled, encoders):
         assert torch.equal(found, same)
 
 
-def test_only_what_is_missing_is_computed(filled, encoders, written, tmp_path, capsys):
+def test_only_what_is_missing_is_computed(fill, filled, encoders, written, tmp_path, capsys):
     index, _, config = filled
     config = command.Config(config.data, str(tmp_path / "cache"), encoders["vae"], resolutions=(64,))
-    assert command.run(config) and "vae: 6 of 6 entries computed" in capsys.readouterr().out
+    fill(config)
+    assert "vae: 6 of 6 entries computed" in capsys.readouterr().out
     part = Part("vae", base_sha256(encoders["vae"]))
     with pytest.raises(ValueError, match="lacks 3 of 3 entries of vae at 96 px; run `sda cache`"):
         Cache(config.out, index, part, (64, 96))
-    assert command.run(command.Config(config.data, config.out, encoders["vae"]))
+    fill(command.Config(config.data, config.out, encoders["vae"]))
     assert "vae: 3 of 9 entries computed" in capsys.readouterr().out
     cache = Cache(config.out, index, part, (64, 96))
     shards = sorted((tmp_path / "cache" / part.folder / "shards").iterdir())
     shards[0].write_bytes(shards[0].read_bytes()[:-10])
     with pytest.raises(ValueError, match="1 shards of vae in .* are missing or cut short, such as"):
         Cache(config.out, index, part, (64, 96))
-    assert command.run(command.Config(config.data, config.out, encoders["vae"]))
+    fill(command.Config(config.data, config.out, encoders["vae"]))
     assert "of 9 entries computed" in capsys.readouterr().out and cache.read(5, 96)["mean"].isfinite().all()
 
 
-def test_without_gpus_the_cores_do_it(filled, encoders, tmp_path):
-    index, url, config = filled
-    config = command.Config(config.data, str(tmp_path), encoders["vae"], resolutions=(96,), batch=2)
-    (part, load), = command.parts_of(config)
-    command.fill(config, index, command.wanted(index, (96,)), part, load, gpus=0.0)
-    made, same = (Cache(u, index, part, (96,)).read(4, 96)["mean"] for u in (str(tmp_path), url))
-    assert torch.equal(made, same)
-
-
-def test_weights_that_do_not_fit_are_a_sentence(filled, encoders, tmp_path):
+def test_weights_that_do_not_fit_are_a_sentence(fill, filled, encoders, tmp_path):
     state, record = checkpoint.load(encoders["vae"], "vae")
     state.pop("encoder.conv_in.weight")
     checkpoint.save(tmp_path / "vae.safetensors", state, "vae", record["config"])
     with pytest.raises(ValueError, match="vae.safetensors does not fit the VAE it says it is"):
-        command.run(command.Config(filled[2].data, str(tmp_path / "cache"), tmp_path / "vae.safetensors"))
+        fill(command.Config(filled[2].data, str(tmp_path / "cache"), tmp_path / "vae.safetensors"))
 
 
-def test_both_pictures_of_an_edit_are_kept_and_each_content_once(two_nodes, encoders, tmp_path):
+def test_both_pictures_of_an_edit_are_kept_and_each_content_once(fill, encoders, tmp_path):
     pictures = [{"bytes": jpeg(64, 64, seed), "path": None} for seed in range(3)]
     columns = {"source_img": [pictures[0], pictures[1]], "target_img": [pictures[1], pictures[2]], "instruction": ["a", "b"]}
     pq.write_table(pa.table(columns), tmp_path / "edits.parquet")
-    assert prepare_edits.run(prepare_edits.Config(str(tmp_path / "edits.parquet"), str(tmp_path / "set"), (64,)))
-    assert command.run(command.Config(str(tmp_path / "set"), str(tmp_path / "cache"), encoders["vae"]))
+    assert prepare_edits.run(prepare_edits.Config(str(tmp_path / "edits.parquet"), str(tmp_path / "set"), (64,), workers=1))
+    fill(command.Config(str(tmp_path / "set"), str(tmp_path / "cache"), encoders["vae"]))
     index, part, vae = Index.read(str(tmp_path / "set")), Part("vae", base_sha256(encoders["vae"])), load_vae(encoders["vae"], CPU)
     cache = Cache(str(tmp_path / "cache"), index, part, (64,))
     assert len(cache.entries) == 3
@@ -135,14 +136,14 @@ def test_other_weights_are_another_cache(filled, encoders):
         Cache(url, index, Part("miniature-dinov2", base_sha256(encoders["dino"])), (64,))
 
 
-def test_a_corrupt_sample_ends_it_in_a_sentence(two_nodes, encoders, written, tmp_path):
+def test_a_corrupt_sample_ends_it_in_a_sentence(fill, encoders, written, tmp_path):
     index = written(str(tmp_path / "set"), [jpeg(64, 64, 0), jpeg(64, 64, 1)])
     tar = tmp_path / "set/shards/000000.tar"
     data = bytearray(tar.read_bytes())
     data[index[1]["offset"] + 99] ^= 1
     tar.write_bytes(data)
     with pytest.raises(ValueError, match=r"Row 1 of .* in shards/000000.tar .* bytes have changed"):
-        command.run(command.Config(str(tmp_path / "set"), str(tmp_path / "cache"), encoders["vae"]))
+        fill(command.Config(str(tmp_path / "set"), str(tmp_path / "cache"), encoders["vae"]))
 
 
 @pytest.mark.parametrize("settings, message", [

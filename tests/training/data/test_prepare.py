@@ -4,33 +4,33 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import tarfile
 import threading
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 from PIL import Image
 
-for package in ("pyarrow", "ray", "webdataset"):
-    pytest.importorskip(package, reason=f"{package} is not installed: pip install -e '.[training]'")
+for package in ("pyarrow", "webdataset"):
+    pytest.importorskip(package, reason=f"{package} is not installed: pip install -e '.[training,test]'")
 
 import fsspec  # noqa: E402
 import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 import webdataset  # noqa: E402
-from semantic_diffusion_adapter.training.data import pipeline, prepare, shards, sources  # noqa: E402
+from semantic_diffusion_adapter.training.data import choice, pipeline, prepare, shards, sources, tasks  # noqa: E402
 from semantic_diffusion_adapter.training.data.decode import decode  # noqa: E402
 from semantic_diffusion_adapter.training.data.index import Index  # noqa: E402
 
 from .conftest import jpeg  # noqa: E402
 
-SIZES = {"resolutions": (256, 384), "shard_mb": 1}
+SIZES = {"resolutions": (256, 384), "shard_mb": 1, "workers": 1}
 
 
 def prepared(source, out, **settings) -> Index:
@@ -45,10 +45,10 @@ def contents(out: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def usual(two_nodes, photographs, tmp_path_factory) -> Path:
-    """The photographs as two nodes prepare them."""
+def usual(photographs, tmp_path_factory) -> Path:
+    """The photographs as two processes prepare them."""
     out = tmp_path_factory.mktemp("prepared") / "set"
-    prepared(photographs, out)
+    prepared(photographs, out, workers=2)
     return out
 
 
@@ -79,7 +79,12 @@ def test_other_programs_read_the_shards(usual):
     assert [s.get("txt", b"").decode() for s in samples] == [row["caption"] for row in index]
 
 
-def test_one_process_writes_the_same_bytes_as_two_nodes(usual, photographs, tmp_path):
+def test_two_nodes_of_ray_write_the_same_bytes(two_nodes, usual, photographs, tmp_path):
+    prepared(photographs, tmp_path / "set", ray=True)
+    assert contents(tmp_path / "set") == contents(usual)
+
+
+def test_one_process_of_the_command_writes_the_same_bytes(usual, photographs, tmp_path):
     out = tmp_path / "set"
     line = [sys.executable, "-m", "semantic_diffusion_adapter.training.cli", "prepare", "--source", str(photographs), "--out", str(out),
             "--resolutions", "256", "384", "--shard-mb", "1", "--workers", "1"]
@@ -110,58 +115,132 @@ def test_what_was_stopped_goes_on_without_doing_anything_twice(usual, photograph
     assert marks and {f: f.stat().st_mtime_ns for f in marks} == marks and not list(out.rglob("*.writing"))
 
 
-def killed(step: str, path: Path, run) -> None:
-    """Run with a picture that cannot be read to its end until the worker that reads it has been killed."""
-    data, victims = path.read_bytes(), []
-    path.unlink()
-    os.mkfifo(path)  # whoever opens it waits
+class Stuck:
+    """A picture that cannot be read: `reader()` is the one worker, once it does nothing but wait for it."""
 
-    def hunt() -> None:
-        steady = 0
-        while steady < 8 and not over.wait(0.05):
-            now = [p for p in psutil.Process().children(recursive=True) if f"({step})" in " ".join(p.cmdline()[:1])]
-            steady = steady + 1 if now == victims and len(now) == 1 else 0
-            victims[:] = now
-        path.with_suffix(".new").write_bytes(data)
-        path.with_suffix(".new").replace(path)
-        if not over.is_set():
-            victims[0].kill()
+    def __init__(self, path: Path):
+        self.path, self.data = path, path.read_bytes()
+        path.unlink()
+        os.mkfifo(path)  # whoever opens it waits
 
-    over = threading.Event()
-    hunter = threading.Thread(target=hunt)
-    hunter.start()
+    def reader(self) -> psutil.Process:
+        seen, steady = None, 0
+        for _ in range(2400):
+            time.sleep(0.05)
+            workers = [p for p in psutil.Process().children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
+            now = [(p.pid, p.status(), p.cpu_times()[:2]) for p in workers if p.status() != psutil.STATUS_ZOMBIE]
+            waits = len(now) == 1 and now[0][1] != psutil.STATUS_RUNNING and sum(now[0][2]) > 0.1
+            steady = steady + 1 if waits and now == seen else 0
+            seen = now
+            if steady == 10:
+                return psutil.Process(now[0][0])
+        raise AssertionError("nobody reads it")
+
+    def release(self) -> None:
+        self.path.with_suffix(".new").write_bytes(self.data)
+        self.path.with_suffix(".new").replace(self.path)
+
+
+def beside(work, run) -> None:
+    """Run with `work` in another thread; what goes wrong in it is this one's."""
+    wrong = []
+
+    def guarded() -> None:
+        try:
+            work()
+        except BaseException as error:
+            wrong.append(error)
+
+    thread = threading.Thread(target=guarded)
+    thread.start()
     try:
         run()
-        assert not over.is_set() and not victims[0].is_running()
     finally:
-        over.set()
-        hunter.join()
+        thread.join()
+    assert not wrong, wrong
 
 
-def test_killed_workers_lose_and_double_nothing(two_nodes, photographs, tmp_path):
+@pytest.fixture
+def stuck_list(photographs, tmp_path):
+    """(a table of paths, one that can get stuck among them)"""
     late, files = tmp_path / "late.jpg", sorted(str(f) for f in photographs.glob("made_*"))[:40]
     late.write_bytes(jpeg(300, 400, 99))
     pq.write_table(pa.table({"path": [*files, str(late)] + files[:2]}), tmp_path / "list.parquet")
-    once, out = tmp_path / "once", tmp_path / "set"
-    prepared(tmp_path / "list.parquet", once)
-    killed("scan", late, lambda: prepared(tmp_path / "list.parquet", out))
-    assert contents(out) == contents(once)
-    for file in [*out.glob("shards/*"), *out.glob("_work/shards/*"), out / "index.parquet"]:
-        file.unlink()
-    killed("write", late, lambda: prepared(tmp_path / "list.parquet", out))
-    assert contents(out) == contents(once) and Index.read(str(out)).rows == 41
-    assert not list(out.glob("_work/notes/*")) and not list(out.rglob("*.writing"))
+    return tmp_path / "list.parquet", late
 
 
-def test_a_task_that_always_kills_its_worker_is_given_up(tmp_path):
-    task = {"about": "shard 7", "note": f"{tmp_path}/notes/0"}
-    fatal = pipeline.told(lambda task: os._exit(3))
-    for _ in range(pipeline.DEATHS):
-        worker = multiprocessing.get_context("fork").Process(target=fatal, args=(task,))
-        worker.start()
-        worker.join()
-        assert worker.exitcode == 3
-    assert fatal(task)["error"].startswith("3 workers died over shard 7; mostly the memory is short")
+def test_killed_workers_lose_and_double_nothing(stuck_list, tmp_path):
+    (table, late), once, out = stuck_list, tmp_path / "once", tmp_path / "set"
+    prepared(table, once)
+
+    def kill_one(stuck: Stuck) -> None:
+        victim = stuck.reader()
+        stuck.release()
+        victim.kill()
+
+    for _ in ("examining", "writing"):
+        stuck = Stuck(late)
+        beside(lambda: kill_one(stuck), lambda: prepared(table, out, workers=1))
+        assert contents(out) == contents(once) and Index.read(str(out)).rows == 41
+        assert not list(out.rglob("*.writing"))
+        for file in [*out.glob("shards/*"), *out.glob("_work/shards/*"), out / "index.parquet"]:
+            file.unlink()
+
+
+def test_a_task_that_always_kills_its_worker_is_given_up(stuck_list, tmp_path):
+    table, late = stuck_list
+    stuck = Stuck(late)
+
+    def kill_all() -> None:
+        for _ in range(tasks.DEATHS):
+            victim = stuck.reader()
+            victim.kill()
+            psutil.wait_procs([victim], 10)
+
+    def fails() -> None:
+        with pytest.raises(ValueError, match=r"3 workers died over the 43 files from .* \(exit code -9\); mostly the memory is short"):
+            prepared(table, tmp_path / "set", workers=1)
+
+    beside(kill_all, fails)
+
+
+def test_workers_die_with_their_parent(stuck_list, tmp_path):
+    table, late = stuck_list
+    stuck = Stuck(late)
+    line = [sys.executable, "-m", "semantic_diffusion_adapter.training.cli", "prepare", "--source", str(table), "--out", str(tmp_path / "set"),
+            "--resolutions", "256", "--workers", "1"]
+    parent = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    worker = stuck.reader()
+    parent.kill()
+    assert psutil.wait_procs([worker], 20)[0] == [worker]
+    parent.wait()
+
+
+def test_ctrl_c_of_a_terminal_ends_in_a_sentence(stuck_list, tmp_path):
+    table, late = stuck_list
+    stuck = Stuck(late)
+    line = [sys.executable, "-m", "semantic_diffusion_adapter.training.cli", "prepare", "--source", str(table), "--out", str(tmp_path / "set"),
+            "--resolutions", "256", "--workers", "1"]
+    parent = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    worker = stuck.reader()
+    os.killpg(parent.pid, signal.SIGINT)  # to every process, as a terminal does
+    out, err = parent.communicate(timeout=60)
+    assert parent.returncode == 130 and "The same line goes on from here" in out and "Traceback" not in err
+    assert not worker.is_running()
+
+
+def test_ray_that_is_not_there_is_a_sentence(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "ray", None)
+        with pytest.raises(ValueError, match="Ray is not installed: pip install ray; or leave --ray and --ray-address out"):
+            with pipeline.workers(ray=True):
+                pass
+    ray = pytest.importorskip("ray", reason="ray is not installed: pip install -e '.[ray]'")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # whatever the other tests have started
+    for address in ("127.0.0.1:9", "nonsense"):
+        with pytest.raises(ValueError, match=f"No Ray cluster answers at {address} .*; start one with `ray start --head`, or leave"):
+            with pipeline.workers(address=address):
+                pass
 
 
 def tar_of(folder: Path, name: str, members: dict[str, bytes]) -> None:
@@ -172,7 +251,7 @@ def tar_of(folder: Path, name: str, members: dict[str, bytes]) -> None:
             tar.addfile(info, io.BytesIO(data))
 
 
-def test_tars_with_their_captions_and_one_torn(two_nodes, tmp_path):
+def test_tars_with_their_captions_and_one_torn(tmp_path):
     source = tmp_path / "tars"
     source.mkdir()
     tar_of(source, "00000.tar", {"000.jpg": jpeg(256, 256, 1), "000.txt": b"one\n", "000.json": b'{"caption": "no"}',
@@ -187,10 +266,10 @@ def test_tars_with_their_captions_and_one_torn(two_nodes, tmp_path):
         ("00000.tar/000.jpg", "one"), ("00000.tar/001.jpg", "two"), ("00001.tar/100.jpg", ""), ("00001.tar/101.jpg", ""),
         ("00002.tar/200.jpg", "")]
     dropped = {row["origin"]: row["reason"] for row in pq.read_table(tmp_path / "set/report.parquet").to_pylist()}
-    assert dropped == {"00001.tar/102.jpg": "duplicate", "00002.tar": "broken tar", "00002.tar/201.jpg": "not a picture"}
+    assert dropped == {"00001.tar/102.jpg": "duplicate", "00002.tar": "broken tar", "00002.tar/201.jpg": "unreadable"}
 
 
-def test_a_table_of_paths_and_a_table_of_pictures(two_nodes, photographs, tmp_path):
+def test_a_table_of_paths_and_a_table_of_pictures(photographs, tmp_path):
     names = ["china.jpg", "deep/er/flower.jpg", "gone.jpg", None]
     table = pa.table({"image_path": [str(photographs / names[0]), f"file://{photographs / names[1]}", names[2], names[3]],
                       "text": ["temple", None, "", "x"]})
@@ -200,14 +279,14 @@ def test_a_table_of_paths_and_a_table_of_pictures(two_nodes, photographs, tmp_pa
     dropped = pq.read_table(tmp_path / "paths/report.parquet").to_pylist()
     assert [row["reason"] for row in dropped] == ["unreadable"] * 2 and "gone.jpg" in str(dropped)
     pictures = [{"bytes": (photographs / names[0]).read_bytes(), "path": None}, {"bytes": None, "path": "gone.jpg"}]
-    pq.write_table(pa.table({"picture": pictures, "words": ["temple", "x"]}), tmp_path / "own.parquet", row_group_size=1)
-    index = prepared(f"file://{tmp_path}/own.parquet", f"file://{tmp_path}/own", path_column="picture", caption_column="words")
+    pq.write_table(pa.table({"cover": pictures, "words": ["temple", "x"]}), tmp_path / "own.parquet", row_group_size=1)
+    index = prepared(f"file://{tmp_path}/own.parquet", f"file://{tmp_path}/own", path_column="cover", caption_column="words")
     assert [row["caption"] for row in index] == ["temple"] and index.read_member(0) == pictures[0]["bytes"]
-    with pytest.raises(ValueError, match="own.parquet in .* has no column path or .*, only picture, words; .* --path-column"):
+    with pytest.raises(ValueError, match="own.parquet in .* has no column path or .*, only cover, words; .* --path-column"):
         prepared(tmp_path / "own.parquet", tmp_path / "x")
 
 
-def test_a_source_that_grew_or_a_lost_shard_is_made_good(two_nodes, tmp_path):
+def test_a_source_that_grew_or_a_lost_shard_is_made_good(tmp_path):
     source, out = tmp_path / "in", tmp_path / "set"
     source.mkdir()
     for i in range(3):
@@ -241,17 +320,19 @@ def test_an_object_store_is_read_and_written_without_a_local_file(tmp_path):
     fs.pipe_file(f"{tmp_path}/in/1.txt", b"second")
     config = prepare.Config(source, out, (256,))
     chunks, _ = sources.listing(source)
-    note = {"note": f"{out}/_work/notes/0", "about": ""}
-    scanned = shards.scan(prepare.scan_task(out, chunks[0], 256) | note)
-    assert scanned == {"samples": 3, "error": ""}
+    scan = prepare.scan_task(out, chunks[0], 256)
+    assert shards.scan(scan) == {"samples": 3}
     root = f"{tmp_path}/set"
-    kept, dropped = prepare.choose(prepare.examine_all(fs, out, root, chunks, 256))
-    task, = prepare.layout(kept, chunks, out, "pictures", config)
-    assert shards.write(task | note) == {"samples": 3, "error": ""}
-    prepare.finish(fs, root, out, [task], 3)  # finds it done, and needs no worker
-    table = prepare.merge(fs, root, [task], "pictures", (256,))
-    index = Index(out, table)
+    marks = [f"{root}/_work/scan/{scan['mark'].rsplit('/', 1)[1]}"]
+    written, = prepare.layout(choice.choose(fs, marks), chunks, marks, out, "pictures", config)
+    assert shards.write(written) == {"samples": 3}
+    prepare.write_index(fs, root, 1, "pictures", config, lambda buckets: None)
+    index = Index.read(out)
     assert index[1]["caption"] == "second" and [index.read_member(i) for i in range(3)] == [jpeg(256, 256, i) for i in range(3)]
+    before = fs.cat_file(f"{root}/shards/000000.tar")
     fs.pipe_file(f"{tmp_path}/in/2.jpg", jpeg(256, 256, 77))
-    assert "in/2.jpg has changed while it was being prepared" in "in/" + shards.write(task | note)["error"]
-    assert not fs.exists(f"{root}/shards/000000.tar") and not fs.exists(f"{root}/_work/shards/000000.parquet")
+    assert shards.write(written) == {"samples": 3}  # found done: nothing is read
+    fs.rm_file(f"{root}/_work/shards/000000.parquet")
+    with pytest.raises(ValueError, match="in/2.jpg has changed while it was being prepared|2.jpg has changed"):
+        shards.write(written)
+    assert len(before) and not fs.exists(f"{root}/_work/shards/000000.parquet") and not fs.exists(f"{root}/index.parquet")

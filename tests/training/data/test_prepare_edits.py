@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-for package in ("pyarrow", "ray", "webdataset"):
-    pytest.importorskip(package, reason=f"{package} is not installed: pip install -e '.[training]'")
+for package in ("pyarrow", "webdataset"):
+    pytest.importorskip(package, reason=f"{package} is not installed: pip install -e '.[training,test]'")
 
 import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
@@ -50,12 +50,12 @@ ROWS = {
 
 
 @pytest.fixture(scope="module")
-def edits(two_nodes, tmp_path_factory) -> Index:
+def edits(tmp_path_factory) -> Index:
     folder = tmp_path_factory.mktemp("edits")
     (folder / "in/magic").mkdir(parents=True)
     for name, columns in ROWS.items():
         pq.write_table(pa.table(columns), folder / "in" / name, row_group_size=2)
-    assert prepare_edits.run(prepare_edits.Config(str(folder / "in"), str(folder / "set"), (256,)))
+    assert prepare_edits.run(prepare_edits.Config(str(folder / "in"), str(folder / "set"), (256,), workers=1))
     return Index.read(str(folder / "set"))
 
 

@@ -205,24 +205,14 @@ def test_a_resume_with_another_validation_resolution_names_it(toml, parts, tmp_p
     assert "validation.resolution: 64 -> 32" in capsys.readouterr().err
 
 
-def test_the_cache_gives_the_loss_of_the_encoders(stage, parts, tmp_path, monkeypatch):
+def test_the_cache_gives_the_loss_of_the_encoders(stage, parts, tmp_path):
     """Latents, the features of one tower and the hidden state that enters DINOv2's unlocked block; no picture is read."""
-    pytest.importorskip("ray", reason="ray is not installed: pip install -e '.[training]'")
     from semantic_diffusion_adapter.training.data import fill_cache
-    from semantic_diffusion_adapter.training.data.index import Index
 
-    def here(worker, tasks, name, count, notes, gpus, setup):  # what the pipeline does, without its processes
-        made = worker(**setup)
-        for number, task in enumerate(tasks):
-            assert not made({**task, "note": f"{notes}/{number}"})["error"]
-
-    monkeypatch.setattr(fill_cache, "stream", here)
     online = stage()
     config = fill_cache.Config(str(parts / "photos"), str(tmp_path / "cache"), parts / "vae.safetensors",
-                          (parts / "clip.safetensors", parts / "dino.safetensors"), unlock_blocks=1)
-    index = Index.read(config.data)
-    for part, load in fill_cache.parts_of(config):
-        fill_cache.fill(config, index, fill_cache.wanted(index, (64,)), part, load, 0)
+                               (parts / "clip.safetensors", parts / "dino.safetensors"), unlock_blocks=1, workers=1)
+    assert fill_cache.run(config)
     cached = stage(data=dict(cache=str(tmp_path / "cache")))
     assert list(cached.reader.caches) == ["vae", "clip", "dino"] and cached.reader.whole
     assert "image" not in cached.feed.samples(step(3))[0]
