@@ -46,6 +46,15 @@ def sink(kind: str, values: list, *inputs: tuple[str, int]) -> dict:
     return {"type": kind, "title": MARKUP, "inputs": sockets, "widgets_values": values}
 
 
+def tells(desk: Desk, words: str) -> None:
+    """The page says so, today's pages behind a button."""
+    sentence, more = desk.page.get_by_text(words).first, desk.page.get_by_role("button", name="View details")
+    sentence.or_(more).first.wait_for()
+    if more.is_visible():
+        more.click()
+    sentence.wait_for()
+
+
 def nothing_ran(desk: Desk) -> None:
     desk.page.wait_for_timeout(500)  # an image that fails tells so after it was looked for
     assert desk.page.evaluate(RAN) == 0
@@ -72,7 +81,7 @@ def test_a_prefix_in_a_workflow(desk: Desk, files: tuple[str, str], prefix: str)
     desk.load(workflow(loader(files[0], 1), sink("SDASaveEmbedding", [prefix], ("embedding", 1)), links=[link]))
     desk.page.evaluate("app.queuePrompt(0)")
     if "<" in prefix:
-        desk.page.get_by_text("which Windows cannot store in a name").first.wait_for()
+        tells(desk, "which Windows cannot store in a name")
     else:
         desk.page.get_by_text("_.safetensors (").first.wait_for()
     nothing_ran(desk)
@@ -86,7 +95,7 @@ def test_what_a_file_says_in_a_sentence_of_a_run(desk: Desk, files: tuple[str, s
     shown = sink("SDAPreviewEmbedding", ["strength"], ("embedding", 3))
     desk.load(workflow(*(loader(file, at) for at, file in enumerate(files, 1)), blend, shown, links=links))
     desk.run()
-    desk.page.get_by_text("Embeddings of different adapters").first.wait_for()
+    tells(desk, "Embeddings of different adapters")
     nothing_ran(desk)
     desk.page.keyboard.press("Escape")
 
