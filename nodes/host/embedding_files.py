@@ -136,7 +136,7 @@ def _workflow(hidden: Any) -> dict[str, str]:
 
 
 def _show(text: str, hidden: Any) -> None:
-    """Write a line into the node, as core's Get Image Size does."""
+    """Write a line into the node, as core's Get Image Size does. Older pages read it as HTML: `fault` lets no tag into a name."""
     # Not imported: the module brings the whole application. Where there is a page to write to, it is already here.
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     if server is not None and hidden is not None and hidden.unique_id is not None:
