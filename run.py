@@ -32,7 +32,7 @@ from runner.server import serve
 from runner.workflow import fill, pictures, to_prompt
 
 SCENE = ROOT / "assets" / "miniature" / "scene.png"
-WORKFLOW = ROOT / "example_workflows" / "Reconstruct and edit (miniature).json"
+WORKFLOW = ROOT / "example_workflows" / "01 Reconstruct and edit (miniature).json"
 WEIGHTS = ROOT / "assets" / "miniature" / "diffusion_models" / "miniature_flux.safetensors"
 PACKAGE = "semantic_diffusion_adapter"
 

@@ -52,12 +52,11 @@ def _widget_values(node: dict, schema: dict) -> dict:
 def fill(prompt: dict, image: str, instruction: str | None, seed: int) -> dict:
     """`prompt` with this uploaded picture, instruction (None: the template's own) and seed; returns it.
 
-    A template takes its picture from Load Miniature, so that it runs in any ComfyUI as it is, and has a Load Image
-    node beside it; what hung on the first is connected to the second here, as a person would do on the page.
+    A template takes its picture from Load Miniature, so that it runs in any ComfyUI as it is; what hung on that is
+    connected to a Load Image here, as a person would do on the page.
     """
-    ids = {node["class_type"]: key for key, node in prompt.items()}
-    scene, own = [ids["SDALoadMiniature"], SCENE], [ids["LoadImage"], 0]
-    prompt[own[0]]["inputs"]["image"] = image
+    scene, own = [next(key for key, node in prompt.items() if node["class_type"] == "SDALoadMiniature"), SCENE], ["picture", 0]
+    prompt[own[0]] = {"class_type": "LoadImage", "inputs": {"image": image}}
     for node in prompt.values():
         inputs = node["inputs"]
         inputs.update({name: own for name, value in inputs.items() if value == scene})

@@ -18,7 +18,7 @@ from semantic_diffusion_adapter.runner.environment import STAMP, prepare  # noqa
 from semantic_diffusion_adapter.runner.server import Server, serve  # noqa: E402
 from semantic_diffusion_adapter.runner.workflow import to_prompt  # noqa: E402
 
-WORKFLOW = ROOT / "example_workflows" / "Reconstruct and edit (miniature).json"
+WORKFLOW = ROOT / "example_workflows" / "01 Reconstruct and edit (miniature).json"
 MINIATURE = ROOT / "assets" / "miniature"
 SHIPPED = (
     "diffusion_models/miniature_flux",

@@ -22,21 +22,24 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "web" / "docs"
 LIMIT = 12 * 1024
 GAP = 8
-PLACE = "Compose two images (miniature), with Place for Compose"  # no template has Place: it does nothing good on the miniature
+WITH_PLACE = ", with Place for Compose"  # no template has Place: it does nothing good on the miniature
+README = "01 Reconstruct and edit (miniature)"
+SEE, OFF, TELL = "02 Tour, see an embedding (miniature)", "03 Tour, switch a quarter off (miniature)", "04 Tour, prompt a corner (miniature)"
+COMPOSE = "08 Compose two images (miniature)"
 # The page's picture: the template, and the ids of its nodes from left to right.
 PICTURES = {
-    "SDABlendEmbeddings": ("Blend two images (miniature)", 7, 21, 11),
-    "SDABuildEmbedding": ("Miniature tour", 7, 24),
-    "SDACompose": ("Compose two images (miniature)", 17, 22),
-    "SDAEditEmbedding": ("Reconstruct and edit (miniature)", 18, 22),
-    "SDAEditGuider": ("Edit strength (miniature)", 20, 24, 28),
-    "SDAKeepOutsideMask": ("Edit inside a mask (miniature)", 21, 12, 25),
-    "SDALoadEmbedding": ("Save and reuse an embedding (miniature)", 11),
-    "SDAPlace": (PLACE, 17),
-    "SDAPreviewEmbedding": ("Miniature tour", 11, 16),
-    "SDARegionalPrompt": ("Miniature tour", 18, 32),
-    "SDAStrength": ("Miniature tour", 15, 28),
-    "SDAVisiblePatches": ("Miniature tour", 12, 13),
+    "SDABlendEmbeddings": ("07 Blend two images (miniature)", 8, 21, 12),
+    "SDABuildEmbedding": (SEE, 9, 17),
+    "SDACompose": (COMPOSE, 17, 21),
+    "SDAEditEmbedding": (README, 18, 22),
+    "SDAEditGuider": ("05 Edit strength (miniature)", 24, 26, 28),
+    "SDAKeepOutsideMask": ("06 Edit inside a mask (miniature)", 23, 12, 25),
+    "SDALoadEmbedding": ("09 Save and reuse an embedding (miniature)", 12),
+    "SDAPlace": (COMPOSE + WITH_PLACE, 17),
+    "SDAPreviewEmbedding": (OFF, 11),
+    "SDARegionalPrompt": (TELL, 10, 16),
+    "SDAStrength": (OFF, 10, 16),
+    "SDAVisiblePatches": (SEE, 11, 13),
 }
 # Brings one node into the middle of the page; the corner and the size of what is seen of it.
 SHOW = """id => {
@@ -62,13 +65,12 @@ EXTENT = """() => {
     return { x: left + (x + offset[0]) * scale, y: top + (y + offset[1]) * scale, width: (right - x) * scale,
              height: (bottom - y) * scale };
 }"""
-README = "Reconstruct and edit (miniature)"
 
 
 def workflow(name: str) -> dict:
     """A template, or the one with Place, which takes the very inputs and widgets of Compose."""
-    loaded = json.loads((ROOT / "example_workflows" / f"{name.split(',')[0]}.json").read_text(encoding="utf-8"))
-    if name == PLACE:
+    loaded = json.loads((ROOT / "example_workflows" / f"{name.removesuffix(WITH_PLACE)}.json").read_text(encoding="utf-8"))
+    if name.endswith(WITH_PLACE):
         node = next(node for node in loaded["nodes"] if node["type"] == "SDACompose")
         node |= {"type": "SDAPlace", "title": "Place Embedding", "widgets_values": [0.0, 0.55, 0.45, 0.45, "replace"]}
     return loaded

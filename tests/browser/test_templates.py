@@ -1,4 +1,4 @@
-"""What an artist does: open the page, pick a template, press Run, see the pictures; every template, in either renderer."""
+"""What an artist does: pick a template, read it, press Run, see the pictures; every template, in either renderer, on a small screen."""
 
 from __future__ import annotations
 
@@ -20,10 +20,48 @@ pytestmark = pytest.mark.browser
 
 FOLDER = Path(__file__).resolve().parents[2] / "example_workflows"
 TEMPLATES = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))}
-FIRST = "Reconstruct and edit (miniature)"
+FIRST = next(iter(TEMPLATES))
+SMALL = {"width": 1366, "height": 768}
+READABLE = 0.59  # of its full size; below 8/14 the page draws no text
 PUBLIC = [name for name in TEMPLATES if "miniature" not in name.lower()]  # need files that nobody ships
 
 UNKNOWN = "app.graph.nodes.map(node => node.type).filter(type => !(type in LiteGraph.registered_node_types))"
+# As the template browser opens it.
+OPEN = """async ([name, text]) => {
+    await app.loadGraphData(JSON.parse(text), true, true, name, { openSource: 'template' });
+}"""
+# What the page cannot show in the places that the template gives: nodes over nodes or out of their groups, text or widgets
+# out of their nodes.
+CROWDED = """([modern, ids]) => {
+    const found = [], { ds, canvas } = app.canvas, page = canvas.getBoundingClientRect();
+    const nodes = app.graph.nodes.filter(node => ids.includes(node.id));
+    const groups = app.graph.groups.map(group => [...group.pos, ...group.size]);
+    const element = node => modern ? document.querySelector(`[data-node-id="${node.id}"]`) : null;
+    const boxes = nodes.map(node => {
+        if (!modern) return [...node.boundingRect];
+        const { left, top, width, height } = element(node).getBoundingClientRect();
+        return [(left - page.left) / ds.scale - ds.offset[0], (top - page.top) / ds.scale - ds.offset[1],
+                width / ds.scale, height / ds.scale];
+    });
+    const shared = (a, b, axis) => Math.min(a[axis] + a[axis + 2], b[axis] + b[axis + 2]) - Math.max(a[axis], b[axis]);
+    nodes.forEach((node, at) => {
+        for (let other = 0; other < at; other++) {
+            const [across, down] = [0, 1].map(axis => Math.round(shared(boxes[at], boxes[other], axis)));
+            if (across > 0 && down > 0) found.push(`${node.title} over ${nodes[other].title}: ${across} x ${down}`);
+        }
+        const held = group => [0, 1].every(axis => shared(boxes[at], group, axis) > boxes[at][axis + 2] - 5);
+        if (node.type !== 'MarkdownNote' && !groups.some(held)) found.push(`${node.title} out of its group`);
+        const inside = modern ? element(node) : node.type === 'MarkdownNote' ? node.widgets[0].element : null;
+        for (const part of inside?.querySelectorAll('*') ?? []) {
+            const scrolls = part.clientHeight > 8 && part.scrollHeight > part.clientHeight + 2;
+            const unseen = !part.checkVisibility() || (node.type === 'MarkdownNote' && part.tagName === 'TEXTAREA');
+            if (scrolls && !unseen && getComputedStyle(part).overflowY !== 'visible') {
+                found.push(`${node.title}: ${part.scrollHeight} pixels of ${part.tagName} in ${part.clientHeight}`);
+            }
+        }
+    });
+    return found;
+}"""
 # The page has really drawn a picture on each of these nodes.
 PICTURES = """([modern, ids]) => ids.every(id => {
     const picture = modern ? document.querySelector(`[data-node-id="${id}"] img`) : app.graph.getNodeById(id).imgs?.[0];
@@ -73,12 +111,37 @@ def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small(desks: dict[str, Desk]) -> None:
+    for desk in desks.values():
+        desk.page.set_viewport_size(SMALL)
+
+
+def missing(desk: Desk) -> str:
+    """What the page says of files that are not there; closes it. In a dialog, and since frontend 1.4x in a panel."""
+    page, panel = desk.page, desk.page.get_by_test_id("properties-panel")
+    dialog, details = page.locator(".p-dialog"), page.get_by_test_id("error-overlay-see-errors")
+    dialog.or_(details).first.wait_for()
+    if not details.count():
+        text = dialog.inner_text()
+        page.keyboard.press("Escape")
+        dialog.wait_for(state="hidden")
+        return text
+    details.click()
+    text = panel.inner_text()
+    page.evaluate("app.extensionManager.command.execute('Workspace.ToggleRightSidePanel')")
+    panel.wait_for(state="hidden")
+    return text
+
+
 def test_a_first_visit_ends_in_a_picture(server: Server, nodes: dict, miniature: Path, browser: Browser) -> None:
-    """By clicks alone: the template browser that opens by itself, the pack, the template, Run."""
+    """The template browser, and then by clicks alone: the pack, the template, Run."""
     page = browser.new_page(viewport={"width": 1900, "height": 1000})
-    settings = {"TutorialCompleted": False, "VueNodes.Enabled": False, "Workflow.Persist": True}
+    settings = {"TutorialCompleted": True, "VueNodes.Enabled": False, "Workflow.Persist": True}
     page.request.post(f"{server.url}/settings", data={f"Comfy.{key}": value for key, value in settings.items()})
     page.goto(server.url)
+    page.wait_for_function("window.app?.graph && window.app.extensionManager?.command", timeout=60_000)
+    page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     page.get_by_text(PACK, exact=True).first.click()
     page.get_by_text(FIRST, exact=True).first.click()
     page.wait_for_function("window.app?.graph?.nodes.some(node => node.type === 'SDALoadMiniature')", timeout=60_000)
@@ -102,19 +165,43 @@ def test_a_first_visit_ends_in_a_picture(server: Server, nodes: dict, miniature:
 def test_a_template_opens_runs_and_shows_its_pictures(name: str, desk: Desk, nodes: dict, miniature: Path) -> None:
     page, listed = desk.page, [node for node in TEMPLATES[name]["nodes"] if node["type"] in nodes]
     served = page.request.get(f"{desk.url}/api/workflow_templates/{PACK}/{urllib.parse.quote(name)}.json")
-    desk.load(served.text())
-    assert page.evaluate(UNKNOWN) == [] and desk.red() == []
-    dialog = page.locator(".p-dialog")
+    page.evaluate(OPEN, [name, served.text()])
+    page.wait_for_function(f"app.graph.nodes.length === {len(TEMPLATES[name]['nodes'])}")
+    page.wait_for_function(f"app.canvas.ds.scale >= {READABLE}")
+    assert page.evaluate(UNKNOWN) == []
     if name in PUBLIC:
-        dialog.wait_for()
-        offered = dialog.inner_text()  # the page offers to download what is missing
+        offered = missing(desk)  # the page offers to download them
         assert [model for node in listed for model in node["properties"].get("models", []) if model["name"] not in offered] == []
-        page.keyboard.press("Escape")
-        dialog.wait_for(state="hidden")
+    else:
+        assert desk.red() == []
+    complaints = page.locator(".p-dialog, [data-testid=error-overlay], .p-toast-message")
+    assert not complaints.count() or name in PUBLIC, complaints.all_inner_texts()
+    desk.fit()
+    crowded = f"({CROWDED})({json.dumps([desk.modern, [node['id'] for node in TEMPLATES[name]['nodes']]])})"
+    desk.until(crowded, [])
+    if name in PUBLIC:
         page.evaluate(ON_THE_MINIATURE)
-    assert not dialog.count(), dialog.inner_text()
 
     desk.run()
     shown = [node for node in listed if nodes[node["type"]]["output_node"] and node["type"] != "SDASaveEmbedding"]
     page.wait_for_function(PICTURES, arg=[desk.modern, [node["id"] for node in shown]], timeout=20_000)
     assert desk.red() == []
+    desk.until(crowded, [])
+
+
+def test_the_first_template_is_an_app_where_the_page_knows_apps(desk: Desk, miniature: Path) -> None:
+    page = desk.page
+    page.evaluate(OPEN, [FIRST, json.dumps(TEMPLATES[FIRST])])
+    kept = page.evaluate("JSON.parse(JSON.stringify(app.graph.serialize())).extra.linearData")
+    assert kept == TEMPLATES[FIRST]["extra"]["linearData"]
+    if not page.get_by_test_id("view-mode-toggle").count():
+        return  # an older page, which only keeps it
+    page.evaluate("app.extensionManager.command.execute('Comfy.ToggleLinear')")
+    try:
+        for name in ("instruction", "preset", "seed"):
+            page.get_by_text(name, exact=True).first.wait_for()
+        desk.run()
+        page.locator("img[src*=edited_]").first.wait_for()
+        desk.photograph(f"app, {'Nodes 2.0' if desk.modern else 'classic canvas'}")
+    finally:
+        page.evaluate("app.extensionManager.command.execute('Comfy.ToggleLinear')")

@@ -53,7 +53,7 @@ def test_a_template_shows_everything_that_it_promises(client: Client, nodes: dic
     assert len({image.tobytes() for image in images.values()}) == len(images) > 1, "no two of its pictures are the same"
 
 
-@of("Blend two images (miniature)")
+@of("07 Blend two images (miniature)")
 def test_the_blend_ends_in_either_picture(client: Client, prompt: dict) -> None:
     (blend,), (paint,) = of_class(prompt, "SDABlendEmbeddings"), of_class(prompt, "SDAEmbeddingToConditioning")
     for amount, end in ((0.0, "embedding_a"), (1.0, "embedding_b")):
@@ -64,14 +64,14 @@ def test_the_blend_ends_in_either_picture(client: Client, prompt: dict) -> None:
         assert np.abs(blended.astype(int) - run(client, prompt)["blend"]).max() <= 2
 
 
-@of("Edit strength (miniature)")
+@of("05 Edit strength (miniature)")
 def test_strength_zero_is_what_the_plain_sampler_paints(client: Client, nodes: dict, prompt: dict) -> None:
-    plain = to_prompt(TEMPLATES["Reconstruct and edit (miniature)"], nodes)
+    plain = to_prompt(TEMPLATES["01 Reconstruct and edit (miniature)"], nodes)
     painted, truth = run(client, prompt)["strength_0"], run(client, plain)["reconstruction"]
     assert np.abs(painted.astype(int) - truth).max() <= 2
 
 
-@of("Save and reuse an embedding (miniature)")
+@of("09 Save and reuse an embedding (miniature)")
 def test_what_was_saved_paints_the_same_picture(client: Client, prompt: dict) -> None:
     """As the note in the template says: pick the file, connect it, and only Load Miniature is still needed."""
     (save,), (load,) = of_class(prompt, "SDASaveEmbedding"), of_class(prompt, "SDALoadEmbedding")
@@ -87,7 +87,7 @@ def test_what_was_saved_paints_the_same_picture(client: Client, prompt: dict) ->
     assert np.abs(before.astype(int) - run(client, prompt)["reuse"]).mean() < 1
 
 
-@of("Miniature tour")
+@of("02 Tour, see an embedding (miniature)")
 def test_the_tour_shows_who_sees_a_cells_token(client: Client, prompt: dict) -> None:
     """Token 40 of level 2 is the first of the cell in the third row and column of 4 x 4."""
     (shown,) = of_class(prompt, "MaskPreview")

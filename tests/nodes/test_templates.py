@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import importlib
 import itertools
 import json
@@ -26,6 +27,9 @@ BLUEPRINT = ROOT / "subgraphs" / "Encode, edit, decode.json"
 EXTRAS = ("nodes_mask", "nodes_custom_sampler", "nodes_sd3", "nodes_flux")  # of core, which a server loads by itself
 INSIDE, OUTSIDE = -10, -20  # the ends of a subgraph's own links
 TITLE = 30  # height of a node's title bar, which lies above its position
+SCREEN = (1366, 768)  # the smallest that a template is made for
+FIT, PADDING = 0.75, 10  # of the page's fitToBounds and createBounds, by which it opens a template
+READABLE = 0.595  # of its full size; below 8/14 the page draws no text
 
 every_template = pytest.mark.parametrize("name", TEMPLATES)
 on_the_miniature = pytest.mark.parametrize("name", [name for name in TEMPLATES if "miniature" in name.lower()])
@@ -108,8 +112,8 @@ def check(nodes: list[dict], links: list[list], info: dict) -> None:
         schema = info[node["type"]]
         wanted = slots(schema)
         values = len([slot for slot in wanted if slot[3]]) + len([slot for slot in wanted if slot[0] in SEEDS])
-        if node["type"] == "LoadImage":  # the page's own upload button
-            wanted, values = [*wanted, ("upload", "IMAGEUPLOAD", False, True)], values + 1
+        if node["type"] == "LoadImage":  # has the page's own upload button, and names no file: who knows which are there?
+            wanted, values = [*wanted, ("upload", "IMAGEUPLOAD", False, True)], 0
         there = [(slot["name"], slot["type"], slot.get("shape") == 7, "widget" in slot) for slot in node["inputs"]]
         assert there == wanted, node["type"]
         assert len(node["widgets_values"]) == values, node["type"]
@@ -128,7 +132,7 @@ def validate(prompt: dict) -> None:
 
 def frame(node: dict) -> tuple[float, float, float, float]:
     (x, y), (width, height) = node["pos"], node["size"]
-    return x, y - TITLE, x + width, y + height
+    return x, y - TITLE, x + width, y + (0 if node["flags"].get("collapsed") else height)
 
 
 @every_template
@@ -141,9 +145,13 @@ def test_a_template_is_what_the_page_would_have_saved(name, info):
 
 @every_template
 def test_a_template_can_be_queued(name, info, public_files):
-    public_files(TEMPLATES[name])
-    validate(to_prompt(TEMPLATES[name], info))
-    random = [node for node in TEMPLATES[name]["nodes"] if node["type"] in ("KSampler", "RandomNoise")]
+    workflow = copy.deepcopy(TEMPLATES[name])
+    public_files(workflow)
+    for node in workflow["nodes"]:
+        if node["type"] == "LoadImage":
+            node["widgets_values"] = ["example.png", "image"]
+    validate(to_prompt(workflow, info))
+    random = [node for node in workflow["nodes"] if node["type"] in ("KSampler", "RandomNoise")]
     assert random and all(node["widgets_values"][1] == "fixed" for node in random)
 
 
@@ -162,7 +170,8 @@ def test_the_miniature_paints_in_its_own_size_and_steps(name, info):
 @every_template
 def test_a_template_is_laid_out_readably(name):
     workflow = TEMPLATES[name]
-    assert any(node["type"] == "MarkdownNote" for node in workflow["nodes"])
+    notes = {node["id"] for node in workflow["nodes"] if node["type"] == "MarkdownNote"}
+    assert notes
     frames = {node["id"]: frame(node) for node in workflow["nodes"]}
     for (one, a), (other, b) in itertools.combinations(frames.items(), 2):
         apart = a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
@@ -170,9 +179,25 @@ def test_a_template_is_laid_out_readably(name):
     groups = [(x, y, x + width, y + height) for x, y, width, height in (group["bounding"] for group in workflow["groups"])]
     for node, (left, top, right, bottom) in frames.items():
         inside = [x0 <= left and y0 <= top and right <= x1 and bottom <= y1 for x0, y0, x1, y1 in groups]
-        assert sum(inside) == 1, f"node {node} lies in {sum(inside)} groups"
+        assert sum(inside) == 1 or node in notes, f"node {node} lies in {sum(inside)} groups"
     for link, origin, _, target, *_ in workflow["links"]:
         assert frames[origin][0] <= frames[target][0], f"link {link} runs from right to left"
+    lows, highs = map(min, zip(*frames.values())), map(max, zip(*frames.values()))
+    left, top, right, bottom = (*list(lows)[:2], *list(highs)[2:])
+    extents = (right - left + 2 * PADDING, bottom - top + 2 * PADDING)
+    assert min(FIT * pixels / extent for pixels, extent in zip(SCREEN, extents)) >= READABLE
+
+
+def test_the_first_template_is_an_app_as_well(info):
+    """What the page's app mode shows; pages that do not know it keep it."""
+    name, *others = TEMPLATES
+    assert not any("linearData" in TEMPLATES[other]["extra"] for other in others)
+    extra, nodes = TEMPLATES[name]["extra"], {str(node["id"]): node for node in TEMPLATES[name]["nodes"]}
+    assert extra["linearMode"] is False, "it opens as the graph"
+    for node, widget, *_ in extra["linearData"]["inputs"]:
+        assert widget in [slot[0] for slot in slots(info[nodes[node]["type"]]) if slot[3]]
+    assert [nodes[node]["title"] for node in extra["linearData"]["outputs"]] == ["Edited", "Reconstruction", "Source"]
+    assert all(info[nodes[node]["type"]]["output_node"] for node in extra["linearData"]["outputs"])
 
 
 def test_no_two_templates_write_the_same_files():
@@ -187,7 +212,7 @@ def test_no_two_templates_write_the_same_files():
 
 
 def test_the_saved_embedding_is_the_one_that_is_offered_to_load():
-    nodes = TEMPLATES["Save and reuse an embedding (miniature)"]["nodes"]
+    nodes = TEMPLATES["09 Save and reuse an embedding (miniature)"]["nodes"]
     (prefix, *_), (file,) = (
         next(node["widgets_values"] for node in nodes if node["type"] == kind) for kind in ("SDASaveEmbedding", "SDALoadEmbedding")
     )

@@ -66,7 +66,6 @@ def test_a_widget_that_the_template_lacks_is_named() -> None:
 
 def test_fill_connects_the_picture_and_sets_instruction_and_seeds() -> None:
     prompt = {
-        "1": {"class_type": "LoadImage", "inputs": {"image": "a.png"}},
         "2": {"class_type": "SDALoadMiniature", "inputs": {}},
         "3": {"class_type": "ImageScale", "inputs": {"image": ["2", 7], "width": 128}},
         "4": {"class_type": "SDAEditEmbedding", "inputs": {"clip": ["2", 1], "instruction": "the template's own"}},
@@ -74,8 +73,8 @@ def test_fill_connects_the_picture_and_sets_instruction_and_seeds() -> None:
         "6": {"class_type": "KSampler", "inputs": {"model": ["2", 0], "seed": ["9", 0]}},
     }
     assert fill(prompt, image="mine.png", instruction=None, seed=5) is prompt
-    assert prompt["1"]["inputs"]["image"] == "mine.png"
-    assert prompt["3"]["inputs"] == {"image": ["1", 0], "width": 128}
+    assert prompt["picture"] == {"class_type": "LoadImage", "inputs": {"image": "mine.png"}}
+    assert prompt["3"]["inputs"] == {"image": ["picture", 0], "width": 128}
     assert prompt["4"]["inputs"] == {"clip": ["2", 1], "instruction": "the template's own"}
     assert prompt["5"]["inputs"] == {"model": ["2", 0], "seed": 5}
     assert prompt["6"]["inputs"]["seed"] == ["9", 0]
