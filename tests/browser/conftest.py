@@ -41,6 +41,8 @@ FIT = """() => {
     app.canvas.ds.fitToBounds([-left, -top, right + left, bottom + top], { zoom: 0.9 });
     app.canvas.setDirty(true, true);
 }"""
+# The first of the two names since frontend 1.58 at the latest, the second before.
+NO_TOASTS = "(({ dismissAll, removeAll }) => (dismissAll ?? removeAll)())(app.extensionManager.toast)"
 READY = "window.app?.graph && window.app.extensionManager?.command"
 
 
@@ -75,7 +77,7 @@ class Desk:
     def clear(self) -> None:
         """An empty workflow in the page that is open."""
         self.page.keyboard.press("Escape")
-        self.page.evaluate("app.extensionManager.toast.removeAll()")
+        self.page.evaluate(NO_TOASTS)
         self.page.evaluate("app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
         self.page.wait_for_function("app.graph.nodes.length === 0")
 
