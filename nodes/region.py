@@ -66,7 +66,7 @@ class RegionalPrompt(io.ComfyNode):
         box, region = regions.region(x, y, width, height, mask)
         tokens, pooled = prompt.words(clip, text)
         source = {"prompt": text, "pooled_width": pooled.shape[-1]}
-        return _result(embedding, regions.region_tokens(tokens, box, pooled, source), region, mode)
+        return _result(embedding, regions.region_tokens(tokens, box, pooled, source), box, region, mode, mask)
 
 
 class PlaceEmbedding(io.ComfyNode):
@@ -89,7 +89,7 @@ class PlaceEmbedding(io.ComfyNode):
     @classmethod
     def execute(cls, embedding, other, x, y, width, height, mode, mask=None) -> io.NodeOutput:
         box, region = regions.region(x, y, width, height, mask)
-        return _result(embedding, regions.move_into(other, box), region, mode)
+        return _result(embedding, regions.move_into(other, box), box, region, mode, mask)
 
 
 class ComposeEmbeddings(io.ComfyNode):
@@ -111,10 +111,11 @@ class ComposeEmbeddings(io.ComfyNode):
 
     @classmethod
     def execute(cls, embedding, other, x, y, width, height, mode, mask=None) -> io.NodeOutput:
-        _, region = regions.region(x, y, width, height, mask)
-        return _result(embedding, other, region, mode)
+        box, region = regions.region(x, y, width, height, mask)
+        return _result(embedding, other, box, region, mode, mask)
 
 
-def _result(base, other, region, mode: str) -> io.NodeOutput:
+def _result(base, other, box, region, mode: str, mask) -> io.NodeOutput:
     joined = regions.insert(base, other, region, mode)
-    return io.NodeOutput(joined, ui=canvas.shown(other if base is None else base))
+    shown = canvas.shown(other if base is None else base) | canvas.region(box, None if mask is None else region)
+    return io.NodeOutput(joined, ui=shown)
