@@ -86,7 +86,7 @@ class RegionalPrompt(io.ComfyNode):
         box, region = _region(x, y, width, height, mask, bboxes, image)
         tokens, pooled = prompt.words(clip, text)
         source = {"prompt": text, "pooled_width": pooled.shape[-1]}
-        return _result(embedding, regions.region_tokens(tokens, box, pooled, source), region, mode)
+        return _result(embedding, regions.region_tokens(tokens, box, pooled, source), box, region, mode, drawn=(mask, bboxes) == (None, None))
 
 
 class PlaceEmbedding(io.ComfyNode):
@@ -110,7 +110,7 @@ class PlaceEmbedding(io.ComfyNode):
     @classmethod
     def execute(cls, embedding, other, x, y, width, height, mode, mask=None, bboxes=None, image=None) -> io.NodeOutput:
         box, region = _region(x, y, width, height, mask, bboxes, image)
-        return _result(embedding, regions.move_into(other, box), region, mode)
+        return _result(embedding, regions.move_into(other, box), box, region, mode, drawn=(mask, bboxes) == (None, None))
 
 
 class ComposeEmbeddings(io.ComfyNode):
@@ -133,10 +133,12 @@ class ComposeEmbeddings(io.ComfyNode):
 
     @classmethod
     def execute(cls, embedding, other, x, y, width, height, mode, mask=None, bboxes=None, image=None) -> io.NodeOutput:
-        _, region = _region(x, y, width, height, mask, bboxes, image)
-        return _result(embedding, other, region, mode)
+        box, region = _region(x, y, width, height, mask, bboxes, image)
+        return _result(embedding, other, box, region, mode, drawn=(mask, bboxes) == (None, None))
 
 
-def _result(base, other, region, mode: str) -> io.NodeOutput:
+def _result(base, other, box, region, mode: str, drawn: bool) -> io.NodeOutput:
+    """drawn: the region is the box of the widgets, so the page knows its shape."""
     joined = regions.insert(base, other, region, mode)
-    return io.NodeOutput(joined, ui=canvas.shown(other if base is None else base))
+    shown = canvas.shown(other if base is None else base) | canvas.region(box, None if drawn else region)
+    return io.NodeOutput(joined, ui=shown)

@@ -43,6 +43,16 @@ FIT = """() => {
 }"""
 # The first of the two names since frontend 1.58 at the latest, the second before.
 NO_TOASTS = "(({ dismissAll, removeAll }) => (dismissAll ?? removeAll)())(app.extensionManager.toast)"
+# A new node, known to the page's undo.
+ADD = """type => {
+    const node = LiteGraph.createNode(type);
+    node.pos = [0, 0];
+    app.canvas.emitBeforeChange();
+    app.graph.add(node);
+    app.canvas.emitAfterChange();
+    window.added = node;
+}"""
+LOOK = "app.canvas.ds.scale = 1; app.canvas.ds.offset[0] = 500; app.canvas.ds.offset[1] = 120; app.canvas.setDirty(true, true);"
 READY = "window.app?.graph && window.app.extensionManager?.command"
 
 
@@ -120,6 +130,87 @@ class Desk:
         self.page.screenshot(path=OUT / f"{name}.png")
 
 
+class Artist:
+    """A hand on the canvas widget of the one node in the graph. Points are shares of a square picture's sides."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk, self.page = desk, desk.page
+        self.canvas, self.status = self.page.locator(".sda-editor canvas"), self.page.locator(".sda-editor [role=status]")
+
+    def add(self, kind: str) -> None:
+        self.page.evaluate(ADD, kind)
+        self.settle()
+
+    def settle(self) -> None:
+        self.page.evaluate(LOOK)
+        self.canvas.last.wait_for(state="visible", timeout=20_000)
+        self.page.wait_for_timeout(500)  # for the node to find its size
+
+    def values(self) -> dict:
+        return self.page.evaluate(
+            "Object.fromEntries(app.graph.nodes.at(-1).widgets.filter(w => w.name !== 'sda_canvas').map(w => [w.name, w.value]))"
+        )
+
+    def box(self) -> list[float]:
+        values = self.values()
+        return [round(values[name], 4) for name in ("x", "y", "width", "height")]
+
+    def cells(self) -> str:
+        return self.values()["cells"]
+
+    def settles_on(self, expected: list[float] | str) -> None:
+        """After the page's undo, which loads the workflow anew and takes a moment."""
+        self.page.wait_for_timeout(100)  # the page begins with its next frame
+        self.page.wait_for_function("!app.extensionManager.workflow.activeWorkflow.changeTracker._restoringState")
+        assert (self.cells() if isinstance(expected, str) else self.box()) == expected
+        self.canvas.last.wait_for(state="visible", timeout=20_000)
+        self.page.wait_for_timeout(200)  # for the first drawing of the new node
+
+    def says(self) -> str:
+        self.page.wait_for_timeout(100)  # for one more drawing
+        return self.status.last.inner_text()
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        room = self.canvas.bounding_box()
+        side = min(room["width"], room["height"]) - 12
+        return (
+            room["x"] + (room["width"] - side) / 2 + x * side,
+            room["y"] + (room["height"] - side) / 2 + y * side,
+        )
+
+    def colour(self, x: float, y: float) -> list[int]:
+        """[red, green, blue] of what the last canvas shows there, once it is drawn."""
+        self.page.wait_for_timeout(100)
+        script = """(canvas, [x, y]) => {
+            const [width, height, margin] = [canvas.width, canvas.height, (6 * canvas.width) / canvas.clientWidth];
+            const side = Math.min(width, height) - 2 * margin;
+            const [left, top] = [(width - side) / 2 + x * side, (height - side) / 2 + y * side];
+            return [...canvas.getContext('2d').getImageData(Math.round(left), Math.round(top), 1, 1).data.slice(0, 3)];
+        }"""
+        return self.canvas.last.evaluate(script, [x, y])
+
+    def drag(self, start: tuple[float, float], end: tuple[float, float]) -> None:
+        self.pull(self.at(*start), self.at(*end))
+
+    def pull(self, start: tuple[float, float], end: tuple[float, float]) -> None:
+        self.page.mouse.move(*start)
+        self.page.mouse.down()
+        self.page.mouse.move(*end, steps=6)
+        self.page.mouse.up()
+
+    def press(self, *keys: str) -> None:
+        for key in keys:
+            self.page.keyboard.press(key)
+
+    def reload(self) -> dict:
+        """Save the workflow, load the page anew and open it; returns what was saved of the node."""
+        saved = self.page.evaluate("JSON.stringify(app.graph.serialize())")
+        self.desk.open()
+        self.desk.load(saved)
+        self.settle()
+        return self.page.evaluate("text => JSON.parse(text).nodes[0]", saved)
+
+
 def chromium() -> str | None:
     """The path of a Chromium or Chrome on this machine."""
     found = [path for path in map(shutil.which, NAMES) if path] + [path for path in PLACES if os.path.exists(path)]
@@ -159,3 +250,8 @@ def desk(desks: dict[str, Desk], request: pytest.FixtureRequest) -> Iterator[Des
     yield desk
     desk.photograph(request.node.name)
     assert desk.complaints == []
+
+
+@pytest.fixture
+def artist(desk: Desk, nodes: dict) -> Artist:
+    return Artist(desk)

@@ -1,12 +1,13 @@
 /**
  * The canvas widget: a picture, what is drawn on it, and the hand on mouse, pen, finger or keys.
  *
- * It holds no values. `host` reads and writes those of the node's own widgets: {read(), write(state), commit(), locked(),
- * levels(), picture(), forward(name, event)}; `tool` (tools.js) says what an action makes of them.
+ * It holds no values and no history. `host` reads and writes those of the node's own widgets and of the page: {read(),
+ * write(state), commit(), undo(), undoes(), locked(), levels(), view(), forward(name, event)}; `tool` (tools.js) says what
+ * an action makes of them.
  */
 
 import { paintGround } from "./paint.js";
-import { frameOf, History } from "./regions.js";
+import { frameOf } from "./regions.js";
 import { say } from "./texts.js";
 
 const STYLE = `
@@ -17,18 +18,18 @@ const STYLE = `
 .sda-editor button { font: inherit; color: inherit; padding: 2px 8px; border-radius: 4px; cursor: pointer;
   border: 1px solid var(--border-color, #666); background: var(--comfy-input-bg, #222); }
 .sda-editor button[aria-pressed="true"] { border-color: #56b4e9; box-shadow: inset 0 0 0 1px #56b4e9; }
+.sda-editor button:disabled { opacity: 0.4; cursor: default; }
 .sda-editor button:focus-visible { outline: 2px solid #56b4e9; outline-offset: 1px; }
 .sda-editor .sda-gap { flex: 1; }
 .sda-editor .sda-stage { position: relative; flex: 1 1 0; min-height: 0; border-radius: 6px;
   background: var(--comfy-input-bg, #222); }
-.sda-editor .sda-stage:focus-within { outline: 2px solid #56b4e9; outline-offset: -1px; }
+.sda-editor .sda-stage:focus { outline: 2px solid #56b4e9; outline-offset: -1px; }
 .sda-editor canvas { position: absolute; inset: 0; width: 100%; height: 100%; touch-action: none; }
-.sda-editor .sda-keys { position: absolute; inset: 0; width: 100%; height: 100%; padding: 0; border: 0; opacity: 0;
-  pointer-events: none; }
-.sda-editor .sda-line { white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
-.sda-editor .sda-hint { opacity: 0.7; }`;
+.sda-editor .sda-line { overflow-wrap: anywhere; }
+.sda-editor .sda-hint { opacity: 0.7; cursor: help; }
+/* Where Nodes 2.0 leaves details out of far nodes, it also takes the pointer from their widgets; this one is still seen. */
+.isLOD .sda-editor { pointer-events: auto; }`;
 const DRAG_FROM = 3; // pixels; less is a click
-const ONE_ACTION = 500; // milliseconds between turns of the wheel that are undone together
 
 const same = (a, b) => JSON.stringify(a) === JSON.stringify(b);
 
@@ -46,12 +47,11 @@ function name(button, text, label) {
 }
 
 export class Editor {
-  #history = new History();
   #gesture = null;
   #frame = frameOf(1, 1, 1);
   #queued = false;
-  #scrolled = 0;
-  #later = 0;
+  #unsaved = false; // changed by keys, and the page does not know yet
+  #wanted = false; // the focus, as soon as the element is in the page
 
   constructor(tool, host) {
     this.tool = tool;
@@ -71,22 +71,37 @@ export class Editor {
     });
   }
 
+  /** What is neither a value nor drawn from one: whether the focus is here, and what the tool has selected. */
+  get hand() {
+    return { focused: document.activeElement === this.stage, selected: this.tool.selected };
+  }
+
+  set hand({ focused, selected }) {
+    this.#wanted = focused;
+    this.tool.selected = selected;
+    this.draw();
+  }
+
   #build() {
     if (!document.getElementById("sda-editor-style")) {
       document.head.append(Object.assign(make("style", { id: "sda-editor-style" }), { textContent: STYLE }));
     }
-    const { label, hint } = this.tool;
+    const { label, hint, keys } = this.tool;
     this.choices = make("div", { class: "sda-bar", role: "group", "aria-label": say("level") });
-    const [undo, reset] = [this.#button(() => this.#step("undo")), this.#button(() => this.#change(this.tool.initial))];
-    name(undo, say("undo"), say("undoTip"));
-    name(reset, say("reset"), say("resetTip"));
-    const bar = make("div", { class: "sda-bar" }, this.choices, make("span", { class: "sda-gap" }), undo, reset);
+    this.undo = this.#button(() => this.host.undo());
+    this.reset = this.#button(() => {
+      this.#change(this.tool.initial);
+      this.#commit();
+    });
+    name(this.undo, say("undo"), say("undoTip"));
+    name(this.reset, say("reset"), say("resetTip"));
+    const bar = make("div", { class: "sda-bar" }, this.choices, make("span", { class: "sda-gap" }), this.undo, this.reset);
     this.canvas = make("canvas", { "aria-hidden": "true" });
-    // The focus lives in an input, because ComfyUI's own keys (its undo, Delete) leave a focused input alone and nothing else.
-    this.keys = make("input", { class: "sda-keys", readonly: "", inputmode: "none", "aria-label": `${label}. ${hint}` });
-    this.stage = make("div", { class: "sda-stage" }, this.canvas, this.keys);
+    // The focus is in no input: the page leaves those their own undo, and this has none but the page's.
+    const named = { role: "application", tabindex: "0", "aria-label": `${label}. ${hint}. ${keys}` };
+    this.stage = make("div", { class: "sda-stage", ...named }, this.canvas);
     this.status = make("div", { class: "sda-line", role: "status" });
-    const help = make("div", { class: "sda-line sda-hint", title: hint, "aria-hidden": "true" }, hint);
+    const help = make("div", { class: "sda-line sda-hint", title: keys, "aria-hidden": "true" }, hint);
     // Nodes 2.0 lets a widget of the second class grow with its node.
     this.element = make("div", { class: "sda-editor widget-expands" }, bar, this.stage, this.status, help);
   }
@@ -95,14 +110,14 @@ export class Editor {
     const button = make("button", { type: "button" });
     button.addEventListener("mousedown", (event) => event.preventDefault()); // a click leaves the focus on the picture
     button.addEventListener("click", () => {
-      if (!this.host.locked()) act();
+      act();
       this.draw();
     });
     return button;
   }
 
   #listen() {
-    const { canvas, keys, element } = this;
+    const { canvas, stage, element } = this;
     const on = (target, type, act, options) => target.addEventListener(type, (event) => act(event), options);
     on(canvas, "pointerdown", (event) => this.#press(event));
     on(canvas, "pointermove", (event) => this.#move(event));
@@ -110,19 +125,13 @@ export class Editor {
     on(canvas, "pointercancel", () => this.#cancel());
     on(canvas, "pointerenter", () => this.draw());
     on(canvas, "mousedown", (event) => event.preventDefault()); // or the page takes the focus back, and scrolls by wheel clicks
-    on(canvas, "wheel", (event) => this.#wheel(event), { passive: false });
-    on(keys, "keydown", (event) => this.#key(event));
-    for (const type of ["focus", "blur"]) {
-      // In Nodes 2.0 the page keeps the wheel for its zoom unless a widget asks for it.
-      on(keys, type, () => (element.dataset.captureWheel = String(this.#focused)));
-    }
+    on(element, "wheel", (event) => this.#wheel(event), { passive: false });
+    on(stage, "keydown", (event) => this.#key(event));
+    on(stage, "keyup", () => this.#commit()); // a held key is one change
+    on(stage, "blur", () => this.#commit());
     // Otherwise Nodes 2.0 drags the node.
     for (const type of ["pointerdown", "pointermove", "pointerup"]) on(element, type, (event) => event.stopPropagation());
     if (typeof ResizeObserver !== "undefined") new ResizeObserver(() => this.draw()).observe(this.stage);
-  }
-
-  get #focused() {
-    return document.activeElement === this.keys;
   }
 
   /** Why nothing can be changed now, or "". */
@@ -150,7 +159,7 @@ export class Editor {
   #press(event) {
     if (event.button === 1) this.host.forward("processMouseDown", event);
     if (event.button !== 0 || !event.isPrimary) return;
-    this.keys.focus({ preventScroll: true });
+    this.stage.focus({ preventScroll: true });
     if (this.#locked()) return;
     const { point, reach } = this.#pointer(event);
     const before = this.host.read();
@@ -179,8 +188,8 @@ export class Editor {
     const { before } = this.#gesture;
     this.#gesture = null;
     if (!same(before, this.host.read())) {
-      this.#history.record(before);
-      this.host.commit();
+      this.#unsaved = true;
+      this.#commit();
     }
     this.draw();
   }
@@ -191,73 +200,59 @@ export class Editor {
     this.draw();
   }
 
+  /** The wheel is the graph's, here as everywhere; Nodes 2.0 takes it before it comes here. */
   #wheel(event) {
     event.stopPropagation();
     event.preventDefault();
-    if (!this.#focused || event.ctrlKey || event.metaKey || this.#locked()) {
-      this.host.forward("processMouseWheel", event);
-      return;
-    }
-    const continued = event.timeStamp - this.#scrolled < ONE_ACTION;
-    this.#scrolled = event.timeStamp;
-    this.#change(this.tool.turn(this.host.read(), -Math.sign(event.deltaY)), continued);
+    this.host.forward("processMouseWheel", event);
   }
 
   #key(event) {
-    const letter = (event.ctrlKey || event.metaKey) && !event.altKey ? event.key.toLowerCase() : "";
     if (event.key === "Escape") {
       if (this.#gesture) this.#cancel();
-      else this.keys.blur();
-    } else if (letter === "z" || letter === "y") this.#step(letter === "y" || event.shiftKey ? "redo" : "undo");
-    else {
-      const state = this.#locked() ? undefined : this.tool.key(this.host.read(), event);
-      if (state === undefined) return; // everyone else's: Tab, Ctrl+Enter, ...
-      this.#change(state, event.repeat);
-    }
+      else this.stage.blur();
+    } else if (!this.tool.takes(event)) return; // everyone else's: Tab, Ctrl+Enter, undo, ...
+    else if (!this.#locked() && !this.#gesture) this.#change(this.tool.key(this.host.read(), event));
     event.preventDefault();
-    event.stopPropagation();
+    event.stopPropagation(); // locked or not: the page's Delete takes the node
   }
 
-  #change(state, continued = false) {
-    const before = this.host.read();
-    if (!same(before, state)) {
-      this.#history.record(before, continued);
-      this.#set(state);
+  #change(state) {
+    if (!same(this.host.read(), state)) {
+      this.host.write(state);
+      this.#unsaved = true;
     }
     this.draw();
   }
 
-  #step(direction) {
-    if (this.host.locked() || this.#gesture) return;
-    this.#scrolled = 0;
-    const state = this.#history[direction](this.host.read());
-    if (state) this.#set(state);
-    this.draw();
-  }
-
-  #set(state) {
-    this.host.write(state);
-    clearTimeout(this.#later); // a held key is one change of the workflow
-    this.#later = setTimeout(() => this.host.commit(), 300);
+  #commit() {
+    if (this.#unsaved) this.host.commit();
+    this.#unsaved = false;
   }
 
   #paint() {
     const { clientWidth: width, clientHeight: height } = this.stage;
     if (!width || !height) return;
+    if (this.#wanted) this.stage.focus({ preventScroll: true });
+    this.#wanted = false;
     const ratio = Math.min(Math.max((window.devicePixelRatio || 1) * this.#zoom, 1), 4);
     this.canvas.width = Math.round(width * ratio);
     this.canvas.height = Math.round(height * ratio);
     const ctx = this.canvas.getContext("2d");
     ctx.scale(ratio, ratio);
 
-    const [state, picture, locked] = [this.host.read(), this.host.picture(), this.#locked()];
+    const [state, view, locked] = [this.host.read(), this.host.view(), this.#locked()];
+    const { color: ink, backgroundColor: paper } = getComputedStyle(this.stage);
+    const picture = view.ground ?? view.other;
     this.tool.levels = this.host.levels();
     this.#frame = frameOf(width, height, picture ? picture.naturalWidth / picture.naturalHeight : 1);
-    paintGround(ctx, this.#frame, picture, getComputedStyle(this.element).color);
-    this.tool.paint(ctx, this.#frame, state, !locked);
+    paintGround(ctx, this.#frame, view.ground, { ink, paper });
+    this.tool.paint(ctx, this.#frame, state, { ...view, ink, paper, editable: !locked });
 
     const text = locked || this.tool.describe(state);
-    if (this.status.textContent !== text) this.status.textContent = this.status.title = this.keys.value = text;
+    if (this.status.textContent !== text) this.status.textContent = text;
+    this.undo.disabled = !this.host.undoes();
+    this.reset.disabled = Boolean(this.host.locked()) || same(state, this.tool.initial);
     this.#offer(this.tool.choices);
   }
 

@@ -19,13 +19,15 @@ const place = (frame, [x0, y0, x1, y1]) => {
 };
 
 /** The picture, or a plain ground in the theme's ink where there is none. */
-export function paintGround(ctx, frame, picture, ink) {
+export function paintGround(ctx, frame, picture, { ink, paper }) {
   const whole = place(frame, [0, 0, 1, 1]);
   if (picture) {
     ctx.drawImage(picture, ...whole);
     return;
   }
   ctx.save();
+  ctx.fillStyle = paper;
+  ctx.fillRect(...whole);
   ctx.fillStyle = ctx.strokeStyle = ink;
   ctx.globalAlpha = 0.08;
   ctx.fillRect(...whole);
@@ -49,29 +51,48 @@ export function paintLevels(ctx, frame, levels, bright = null) {
   ctx.restore();
 }
 
-/** The chosen box: the rest of the picture dimmed, handles on the edges and corners while it can be dragged. */
-export function paintBox(ctx, frame, box, handles) {
-  const [x, y, width, height] = fitBox(box);
-  const inside = place(frame, [x, y, x + width, y + height]);
-  ctx.save();
-  ctx.beginPath();
-  ctx.rect(...place(frame, [0, 0, 1, 1]));
-  ctx.rect(...inside);
-  ctx.fillStyle = "rgba(0, 0, 0, 0.45)";
-  ctx.fill("evenodd");
+/**
+ * What a region will show: another picture where it stands in its own frame, or `shrunk` into the region's box.
+ *
+ * A region is {box: [x0, y0, x1, y1], mask}, the mask an image that is as opaque as the region is strong, or none: the box.
+ */
+export function paintInside(ctx, frame, region, { other, shrunk, ...theme }) {
+  const [x, y, width, height] = place(frame, region.box);
+  layer(ctx, (sheet) => {
+    paintGround(sheet, shrunk ? { x, y, width, height } : frame, other, theme);
+    sheet.globalCompositeOperation = "destination-in";
+    fill(sheet, frame, region);
+  });
+}
+
+/** The chosen region: the rest of the picture dimmed, an edge, and handles on that of a box while it can be dragged. */
+export function paintRegion(ctx, frame, region, handles) {
+  layer(ctx, (sheet) => {
+    sheet.fillStyle = "rgba(0, 0, 0, 0.45)";
+    sheet.fillRect(...place(frame, [0, 0, 1, 1]));
+    sheet.globalCompositeOperation = "destination-out";
+    fill(sheet, frame, region);
+  });
+  if (region.mask) {
+    for (const [style, width] of [[EDGE, 2.5], [ACCENT, 1.5]]) layer(ctx, (sheet) => rim(sheet, frame, region, style, width));
+    return;
+  }
+  const inside = place(frame, region.box);
   outline(ctx, inside);
-  if (handles) {
-    ctx.lineWidth = 1;
-    ctx.fillStyle = "#fff";
-    ctx.strokeStyle = EDGE;
-    const [left, top, w, h] = inside;
-    for (const across of [0, 0.5, 1]) {
-      for (const down of [0, 0.5, 1]) {
-        if (across === 0.5 && down === 0.5) continue;
-        const corner = [Math.round(left + across * w) - 3.5, Math.round(top + down * h) - 3.5, 7, 7];
-        ctx.fillRect(...corner);
-        ctx.strokeRect(...corner);
-      }
+  if (handles) paintHandles(ctx, inside);
+}
+
+function paintHandles(ctx, [left, top, width, height]) {
+  ctx.save();
+  ctx.lineWidth = 1;
+  ctx.fillStyle = "#fff";
+  ctx.strokeStyle = EDGE;
+  for (const across of [0, 0.5, 1]) {
+    for (const down of [0, 0.5, 1]) {
+      if (across === 0.5 && down === 0.5) continue;
+      const corner = [Math.round(left + across * width) - 3.5, Math.round(top + down * height) - 3.5, 7, 7];
+      ctx.fillRect(...corner);
+      ctx.strokeRect(...corner);
     }
   }
   ctx.restore();
@@ -94,12 +115,45 @@ export function paintCells(ctx, frame, cells, rules, selected) {
   ctx.restore();
 }
 
+/** Draw on a sheet of its own, whose compositing leaves alone what is there, and lay it on top. */
+function layer(ctx, draw) {
+  const sheet = Object.assign(document.createElement("canvas"), { width: ctx.canvas.width, height: ctx.canvas.height });
+  const own = sheet.getContext("2d");
+  own.setTransform(ctx.getTransform());
+  draw(own);
+  ctx.save();
+  ctx.resetTransform();
+  ctx.drawImage(sheet, 0, 0);
+  ctx.restore();
+}
+
+function fill(ctx, frame, { box, mask }) {
+  ctx.fillStyle = "#000";
+  if (mask) ctx.drawImage(mask, ...place(frame, [0, 0, 1, 1]));
+  else ctx.fillRect(...place(frame, box));
+}
+
+/** The line around a mask: all that lies at most `width` outside it. */
+function rim(ctx, frame, region, style, width) {
+  for (let turn = 0; turn < 8; turn++) {
+    const [x, y] = [frame.x + width * Math.cos((turn * Math.PI) / 4), frame.y + width * Math.sin((turn * Math.PI) / 4)];
+    ctx.drawImage(region.mask, x, y, frame.width, frame.height);
+  }
+  ctx.globalCompositeOperation = "source-in";
+  ctx.fillStyle = style;
+  ctx.fillRect(frame.x - width, frame.y - width, frame.width + 2 * width, frame.height + 2 * width);
+  ctx.globalCompositeOperation = "destination-out";
+  fill(ctx, frame, region);
+}
+
 function outline(ctx, area) {
+  ctx.save();
   for (const [style, width] of [[EDGE, 4], [ACCENT, 2]]) {
     ctx.strokeStyle = style;
     ctx.lineWidth = width;
     ctx.strokeRect(...area);
   }
+  ctx.restore();
 }
 
 function hatch(ctx, [x, y, width, height]) {

@@ -159,31 +159,3 @@ export function raiseCell(rules, cell, amount) {
   else changed.set(name, factor);
   return changed;
 }
-
-/** Undo and redo of states that are plain values. */
-export class History {
-  #past = [];
-  #future = [];
-
-  /** Remember the state before a change; with `continued` the change belongs to the one before (a held key, one scroll). */
-  record(before, continued = false) {
-    if (!continued || !this.#past.length) this.#past.push(before);
-    this.#past.splice(0, this.#past.length - 100);
-    this.#future = [];
-  }
-
-  /** The state before the last change, or undefined. */
-  undo(current) {
-    return History.#step(this.#past, this.#future, current);
-  }
-
-  redo(current) {
-    return History.#step(this.#future, this.#past, current);
-  }
-
-  static #step(from, to, current) {
-    if (!from.length) return undefined;
-    to.push(current);
-    return from.pop();
-  }
-}

@@ -5,7 +5,7 @@
  * `state` is the list of the widgets' values, in the order that the extension names them.
  */
 
-import { paintBox, paintCells, paintLevels } from "./paint.js";
+import { paintCells, paintInside, paintLevels, paintRegion } from "./paint.js";
 import * as regions from "./regions.js";
 import { say } from "./texts.js";
 
@@ -21,8 +21,10 @@ const plain = (event) => event.getModifierState("AltGraph") || !(event.ctrlKey |
 export class BoxTool {
   label = say("boxLabel");
   hint = say("boxHint");
+  keys = say("boxKeys");
   choices = [];
   levels = [];
+  selected = null; // there is one box
 
   constructor(initial) {
     this.initial = initial;
@@ -53,24 +55,27 @@ export class BoxTool {
     };
   }
 
+  /** Whether a key is for the picture. */
+  takes(event) {
+    return event.key in ARROWS || (plain(event) && (event.key in SIZES || RESETS.includes(event.key)));
+  }
+
+  /** What such a key makes of the box. */
   key(box, event) {
-    const [dx, dy] = ARROWS[event.key] ?? [0, 0];
-    if (dx || dy) {
-      const step = regions.STEP * (event.ctrlKey || event.metaKey ? 10 : 1);
-      return event.shiftKey ? regions.resizeBox(box, "se", dx * step, dy * step) : regions.moveBox(box, dx * step, dy * step);
-    }
-    if (!plain(event)) return undefined;
-    if (event.key in SIZES) return this.turn(box, SIZES[event.key]);
-    return RESETS.includes(event.key) ? this.initial : undefined;
+    if (event.key in SIZES) return regions.growBox(box, regions.STEP * SIZES[event.key]);
+    if (RESETS.includes(event.key)) return this.initial;
+    const step = regions.STEP * (event.ctrlKey || event.metaKey ? 10 : 1);
+    const [dx, dy] = ARROWS[event.key].map((way) => way * step);
+    return event.shiftKey ? regions.resizeBox(box, "se", dx, dy) : regions.moveBox(box, dx, dy);
   }
 
-  turn(box, steps) {
-    return regions.growBox(box, regions.STEP * steps);
-  }
-
-  paint(ctx, frame, box, editable) {
+  /** The region is `view.region` where an input decides, null where nobody knows yet what it will say. */
+  paint(ctx, frame, state, view) {
+    const [x, y, width, height] = regions.fitBox(state);
+    const region = view.region === undefined ? { box: [x, y, x + width, y + height] } : view.region;
+    if (region && view.other !== undefined) paintInside(ctx, frame, region, view);
     paintLevels(ctx, frame, this.levels);
-    paintBox(ctx, frame, box, editable);
+    if (region) paintRegion(ctx, frame, region, view.editable);
   }
 }
 
@@ -78,8 +83,9 @@ export class BoxTool {
 export class CellTool {
   label = say("cellLabel");
   hint = say("cellHint");
+  keys = say("cellKeys");
   #levels = regions.levelsOf();
-  #selected = this.#levels[1][0];
+  selected = this.#levels[1][0];
 
   constructor(initial) {
     this.initial = initial;
@@ -88,9 +94,9 @@ export class CellTool {
   /** The levels to choose from; the selection stays where it was, as far as there is such a cell. */
   set levels(levels) {
     this.#levels = levels;
-    const same = ({ level, row, column }) =>
-      level === this.#selected.level && row === this.#selected.row && column === this.#selected.column;
-    this.#selected = levels.flat().find(same) ?? levels[0][0];
+    const { selected } = this;
+    const same = ({ level, row, column }) => level === selected.level && row === selected.row && column === selected.column;
+    this.selected = levels.flat().find(same) ?? levels[0][0];
   }
 
   /** For the buttons: what each level is called, and whether it is the one worked on. */
@@ -104,17 +110,17 @@ export class CellTool {
 
   choose(depth) {
     const cells = this.#levels[Math.min(Math.max(depth, 0), this.#levels.length - 1)];
-    const [x0, y0, x1, y1] = this.#selected.box;
-    if (cells !== this.#cells) this.#selected = regions.cellAt(cells, [(x0 + x1) / 2, (y0 + y1) / 2]) ?? cells[0];
+    const [x0, y0, x1, y1] = this.selected.box;
+    if (cells !== this.#cells) this.selected = regions.cellAt(cells, [(x0 + x1) / 2, (y0 + y1) / 2]) ?? cells[0];
   }
 
   get #cells() {
-    return this.#levels.find((cells) => cells.includes(this.#selected));
+    return this.#levels.find((cells) => cells.includes(this.selected));
   }
 
   describe([text]) {
-    const { level, row, column } = this.#selected;
-    const factor = regions.factorOf(regions.parseCells(text), this.#selected);
+    const { level, row, column } = this.selected;
+    const factor = regions.factorOf(regions.parseCells(text), this.selected);
     const strength = factor === 0 ? say("off") : say("strength", { factor: factor.toFixed(2) });
     return say("cell", { level, row, column, strength });
   }
@@ -133,31 +139,28 @@ export class CellTool {
   }
 
   press([text], start) {
-    this.#selected = regions.cellAt(this.#cells, start) ?? this.#selected;
+    this.selected = regions.cellAt(this.#cells, start) ?? this.selected;
     return ({ moved, rise }) => (moved ? this.#raised(text, rise / 100) : [text]);
   }
 
+  takes(event) {
+    return plain(event) && (event.key in ARROWS || event.key in SIZES || "[]".includes(event.key) || RESETS.includes(event.key));
+  }
+
   key([text], event) {
-    if (!plain(event)) return undefined;
-    if (event.key in ARROWS) this.#selected = regions.neighbour(this.#cells, this.#selected, ...ARROWS[event.key]);
+    if (event.key in ARROWS) this.selected = regions.neighbour(this.#cells, this.selected, ...ARROWS[event.key]);
     else if (event.key === "[") this.choose(this.#levels.indexOf(this.#cells) - 1);
     else if (event.key === "]") this.choose(this.#levels.indexOf(this.#cells) + 1);
-    else if (event.key in SIZES) return this.turn([text], SIZES[event.key]);
-    else if (RESETS.includes(event.key)) return this.#raised(text, null);
-    else return undefined;
+    else return this.#raised(text, RESETS.includes(event.key) ? null : 0.05 * SIZES[event.key]);
     return [text];
   }
 
-  turn([text], steps) {
-    return this.#raised(text, 0.05 * steps);
-  }
-
   #raised(text, amount) {
-    return [regions.formatCells(regions.raiseCell(regions.parseCells(text), this.#selected, amount))];
+    return [regions.formatCells(regions.raiseCell(regions.parseCells(text), this.selected, amount))];
   }
 
-  paint(ctx, frame, [text], editable) {
+  paint(ctx, frame, [text], { editable }) {
     paintLevels(ctx, frame, this.#levels, this.#cells);
-    if (!this.problem([text])) paintCells(ctx, frame, this.#cells, regions.parseCells(text), editable ? this.#selected : null);
+    if (!this.problem([text])) paintCells(ctx, frame, this.#cells, regions.parseCells(text), editable ? this.selected : null);
   }
 }
