@@ -76,7 +76,7 @@ function attach(node, { tool: Tool, widgets: names, ground, other, shrunk }) {
     undo: () => app.extensionManager?.command?.execute("Comfy.Undo"),
     undoes: () => Boolean(app.extensionManager?.workflow?.activeWorkflow?.changeTracker?.undoQueue?.length),
     locked() {
-      if (masked()) return say(region() ? "masked" : "maskUnseen");
+      if (masked()) return region() ? say("masked") : say("maskUnseen");
       return connected() ? say("connected") : "";
     },
     levels: () => levelsOf(seen().layout, seen().cells),
