@@ -129,7 +129,7 @@ def missing(desk: Desk) -> str:
         return text
     details.click()
     text = panel.inner_text()
-    page.evaluate("app.extensionManager.command.execute('Workspace.ToggleRightSidePanel')")
+    panel.get_by_role("button", name="Toggle properties panel").click()
     panel.wait_for(state="hidden")
     return text
 
@@ -199,7 +199,7 @@ def test_the_first_template_is_an_app_where_the_page_knows_apps(desk: Desk, mini
     page.evaluate("app.extensionManager.command.execute('Comfy.ToggleLinear')")
     try:
         for name in ("instruction", "preset", "seed"):
-            page.get_by_text(name, exact=True).first.wait_for()
+            page.get_by_text(name, exact=True).locator("visible=true").first.wait_for()
         desk.run()
         page.locator("img[src*=edited_]").first.wait_for()
         desk.photograph(f"app, {'Nodes 2.0' if desk.modern else 'classic canvas'}")
