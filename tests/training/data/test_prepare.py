@@ -127,8 +127,11 @@ class Stuck:
         seen, steady = None, 0
         for _ in range(2400):
             time.sleep(0.05)
-            workers = [p for p in psutil.Process().children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
-            now = [(p.pid, p.status(), p.cpu_times()[:2]) for p in workers if p.status() != psutil.STATUS_ZOMBIE]
+            try:
+                now = [(p.pid, p.status(), p.cpu_times()[:2]) for p in psutil.Process().children(recursive=True)
+                       if "spawn_main" in " ".join(p.cmdline()) and p.status() != psutil.STATUS_ZOMBIE]
+            except psutil.Error:  # one that has just ended
+                now = []
             waits = len(now) == 1 and now[0][1] != psutil.STATUS_RUNNING and sum(now[0][2]) > 0.1
             steady = steady + 1 if waits and now == seen else 0
             seen = now
