@@ -1,12 +1,13 @@
-"""Pictures a second that one core prepares and decodes for training, beside a bare loop that decodes, resizes and encodes.
+"""Pictures a second that one core prepares and decodes, beside a bare loop that decodes, resizes and encodes.
 
     python3 run.py bench data [--pictures 16] [--rounds 7] [--json]
 
-Pictures with the spectrum of photographs, as JPEGs of several sizes, go through `sda prepare`'s two steps (every picture is read and
-examined; then read again, hashed and written into a shard) and through the training's loader (a ranged read of the shard, its hash,
-decoding, a crop and a resize to a 1024 px bucket, a tensor). The bare loop is Pillow alone, as other preparers do it: open, fit
-to the same bucket, save as JPEG. All three take turns on the same core, and what counts is the time of that core, so that others at
-work on the machine take little from any of them. A run of the default settings replaces benchmarks/data.md.
+Pictures with the spectrum of photographs, as JPEGs of several sizes, go through `sda prepare`'s two steps (every picture
+is read and examined; then read again, hashed and written into a shard) and through the training's loader (a ranged read of
+the shard, its hash, decoding, a crop and a resize to a 1024 px bucket, a tensor). The bare loop is Pillow alone, as other
+preparers do it: open, fit to the same bucket, save as JPEG. All three take turns on the same core, and what counts is the
+time of that core, so that others at work on the machine take little from any of them. A run of the default settings
+replaces benchmarks/data.md.
 """
 from __future__ import annotations
 
@@ -45,10 +46,12 @@ def photograph(width: int, height: int, seed: int) -> bytes:
     draw = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     frequency[0, 0] = 1
-    grey, *colours = (np.fft.irfft2(np.fft.rfft2(draw.standard_normal((height, width))) / frequency ** 1.2, (height, width)) for _ in range(3))
+    noise = (np.fft.rfft2(draw.standard_normal((height, width))) for _ in range(3))
+    grey, *colours = (np.fft.irfft2(part / frequency ** 1.2, (height, width)) for part in noise)
     pixels = np.stack([grey, grey + 0.3 * colours[0], grey + 0.3 * colours[1]], -1)
     stream = io.BytesIO()
-    Image.fromarray((128 + 50 * pixels / pixels.std()).clip(0, 255).astype(np.uint8)).save(stream, "JPEG", quality=QUALITY)
+    image = Image.fromarray((128 + 50 * pixels / pixels.std()).clip(0, 255).astype(np.uint8))
+    image.save(stream, "JPEG", quality=QUALITY)
     return stream.getvalue()
 
 
@@ -98,7 +101,8 @@ def measure(width: int, height: int, pictures: int, rounds: int, folder: Path) -
             run()
             taken[name].append(time.process_time() - start)
     speed = {name: pictures / statistics.median(seconds[1:]) for name, seconds in taken.items()}
-    return {"width": width, "height": height, "bucket": bucket, "kilobytes": sum(map(len, files)) / pictures / 1000, **speed}
+    kilobytes = sum(map(len, files)) / pictures / 1000
+    return {"width": width, "height": height, "bucket": bucket, "kilobytes": kilobytes, **speed}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -113,19 +117,22 @@ def main(argv: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as folder:
             it = measure(width, height, options.pictures, options.rounds, Path(folder))
         results.append(it)
-        lines.append([f"{width} x {height}", f"{it['kilobytes']:.0f}", f"{it['bucket'][1]} x {it['bucket'][0]}", f"{it['bare']:.0f}",
-                      f"{it['prepare']:.0f}", f"{it['loader']:.0f}", f"{it['prepare'] / it['bare']:.1f}", f"{it['loader'] / it['bare']:.1f}"])
+        lines.append([f"{width} x {height}", f"{it['kilobytes']:.0f}", f"{it['bucket'][1]} x {it['bucket'][0]}",
+                      *(f"{it[name]:.0f}" for name in ("bare", "prepare", "loader")),
+                      *(f"{it[name] / it['bare']:.1f}" for name in ("prepare", "loader"))])
         print(*lines[-1], sep="  ", file=sys.stderr, flush=True)
     page = "\n".join([
         "# Pictures a second of one core",
         "",
-        f"{table.machine()}; {date.today()}; `python3 run.py bench data --pictures {options.pictures} --rounds {options.rounds}`",
+        f"{table.machine()}; {date.today()}; "
+        f"`python3 run.py bench data --pictures {options.pictures} --rounds {options.rounds}`",
         "",
-        "*bare*: Pillow alone: decode, fit to the bucket (Lanczos), encode as JPEG. *prepare*: both passes of `sda prepare` over the same "
-        "files. *loader*: what training does with a prepared picture: ranged read, hash, decode, crop and resize to the bucket, float "
-        "tensor. Per second of one core's time, all in one process, turn by turn.",
+        "*bare*: Pillow alone: decode, fit to the bucket (Lanczos), encode as JPEG. *prepare*: both passes of `sda prepare` "
+        "over the same files. *loader*: what training does with a prepared picture: ranged read, hash, decode, crop and "
+        "resize to the bucket, float tensor. Per second of one core's time, all in one process, turn by turn.",
         "",
-        *table.rows(["JPEG, px", "KB", "bucket, px", "bare", "prepare", "loader", "prepare / bare", "loader / bare"], lines),
+        *table.rows(["JPEG, px", "KB", "bucket, px", "bare", "prepare", "loader", "prepare / bare", "loader / bare"],
+                    lines),
         "",
     ])
     print(page)

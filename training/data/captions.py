@@ -30,11 +30,12 @@ def text_of(data: bytes) -> str:
         return data.decode("utf-16-le" if b"\0" in data[1:64:2] else "utf-16-be", "replace")
     text = data.decode("utf-8", "replace")
     torn, foreign = text.count("\ufffd"), sum(c > "\x7f" for c in text)
-    return data.decode("cp1252", "replace") if 2 * torn > foreign else text  # a torn letter or two do not make it another encoding
+    # A torn letter or two do not make it another encoding.
+    return data.decode("cp1252", "replace") if 2 * torn > foreign else text
 
 
 def caption_of(value: object, deep: int = DEEP) -> str:
-    """The caption in a value of JSON or of a table: of several the first, of numbers their digits; empty where there is none."""
+    """The caption in a value of JSON or of a table: of several the first, of numbers their digits; "" where there is none."""
     if isinstance(value, bytes):
         value = text_of(value)
     if isinstance(value, str):
@@ -50,8 +51,8 @@ def caption_of(value: object, deep: int = DEEP) -> str:
 
 
 def caption_in(data: bytes, ending: str) -> str:
-    """Of a file beside a picture; "json" with the caption under one of COLUMNS, everything else as plain text. Raises ValueError
-    or RecursionError where it is no JSON."""
+    """Of a file beside a picture; "json" with the caption under one of COLUMNS, everything else as plain text. Raises
+    ValueError or RecursionError where it is no JSON."""
     return caption_of(json.loads(text_of(data)) if ending == "json" else data)
 
 
@@ -63,4 +64,5 @@ def metadata(name: str, data: bytes) -> dict[str, str]:
         rows = csv.DictReader(io.StringIO(text_of(data).lstrip("\ufeff"), newline=""))
     else:
         rows = map(json.loads, filter(str.strip, text_of(data).splitlines()))
-    return {row["file_name"]: caption_of(row) for row in rows if isinstance(row, dict) and isinstance(row.get("file_name"), str)}
+    named = (row for row in rows if isinstance(row, dict) and isinstance(row.get("file_name"), str))
+    return {row["file_name"]: caption_of(row) for row in named}

@@ -1,5 +1,5 @@
-"""Which samples make the set: of equal content the first, and the cut into shards. Of all samples it holds numbers only; their
-names and captions stay in the marks of the workers, and what is needed of them is fetched from there."""
+"""Which samples make the set: of equal content the first, and the cut into shards. Of all samples it holds numbers only;
+their names and captions stay in the marks of the workers, and what is needed of them is fetched from there."""
 from __future__ import annotations
 
 from collections import Counter
@@ -24,8 +24,8 @@ Runs = list[tuple[int, int]]
 class Choice:
     """A sample's number is its place in the source; chunk n has those of [starts[n], starts[n + 1]).
 
-    kept: [K] numbers, ascending. sizes: [K] bytes. lends: {kept number: the number of an equal one, whose caption it takes}.
-    same: {dropped number: the kept one that it equals}. reasons: how many were dropped for what, the most frequent first.
+    kept: [K] numbers, ascending. sizes: [K] bytes. lends: {kept number: that of an equal one, whose caption it takes}.
+    same: {dropped number: the kept one that it equals}. reasons: how many were dropped for what, most frequent first.
     captioned, silent: how many kept ones have a caption, and how many have one that could not be read.
     """
 
@@ -65,7 +65,7 @@ class Choice:
 
     def borrowed(self, first: int, end: int) -> dict[str, str]:
         """{place in kept[first:end]: caption} of those that take one."""
-        places = {place: self.lends[n] for place, n in enumerate(self.kept[first:end].tolist()) if n in self.lends} if self.lends else {}
+        places = {place: self.lends[n] for place, n in enumerate(self.kept[first:end].tolist()) if n in self.lends}
         texts = self._texts("caption", list(places.values()))
         return {str(place): texts[number] for place, number in places.items()}
 
@@ -98,21 +98,23 @@ class Choice:
 
 
 def choose(fs, marks: list[str]) -> Choice:
-    """Of samples of equal content the first of the source's order is kept, with the first caption that any of them has."""
+    """Of samples of equal content the first of the source's order is kept, with the first caption that any has."""
     with ThreadPoolExecutor(16) as pool:
         parts = list(pool.map(lambda mark: _numbers(read_table(fs, mark, READ)), marks))
     starts = np.cumsum([0, *(len(part) for part in parts)])
     table = pa.concat_tables(parts).combine_chunks()
     good = np.flatnonzero(pc.equal(table["reason"], "").to_numpy(zero_copy_only=False))
     captioned, silent = (table[name].to_numpy(zero_copy_only=False)[good] for name in ("captioned", "silent"))
-    content = table["same"].combine_chunks().take(pa.array(good)).dictionary_encode().indices.to_numpy(zero_copy_only=False)
+    same = table["same"].combine_chunks().take(pa.array(good))
+    content = same.dictionary_encode().indices.to_numpy(zero_copy_only=False)
     _, first = np.unique(content, return_index=True)  # numbered as they appear, so first[c] is the first of content c
     speaking, tells = np.unique(content[captioned], return_index=True)
     teller = np.full(len(first), -1)
     teller[speaking] = np.flatnonzero(captioned)[tells]
     lent = np.flatnonzero((teller >= 0) & (teller != first) & ~captioned[first])
     again = np.setdiff1d(np.arange(len(good)), first)
-    reasons = Counter({row["values"]: row["counts"] for row in pc.value_counts(table["reason"]).to_pylist() if row["values"]})
+    counts = pc.value_counts(table["reason"]).to_pylist()
+    reasons = Counter({row["values"]: row["counts"] for row in counts if row["values"]})
     if len(again):
         reasons["duplicate"] += len(again)
     kept = np.sort(first)

@@ -22,7 +22,7 @@ SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(://|::)")  # two letters at least:
 
 
 def is_url(place: str) -> bool:
-    """Whether it is for fsspec to understand, with its `::`, `?` and `#`. What lies on this machine, or could, is a path."""
+    """Whether it is for fsspec to understand, with its `::`, `?` and `#`. What is on this machine, or could be, is a path."""
     here = os.path.exists(place) or os.path.exists(os.path.dirname(place) or ".")
     return bool(SCHEME.match(place)) and not place.startswith("file://") and not here
 

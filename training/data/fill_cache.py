@@ -147,7 +147,8 @@ def tasks_of(missing: dict[bytes, tuple[int, str]], part: Part) -> list[dict]:
     return tasks
 
 
-def fill(made: Workers, config: Config, index: Index, entries: dict[bytes, tuple[int, str]], part: Part, load: dict) -> None:
+def fill(made: Workers, config: Config, index: Index, entries: dict[bytes, tuple[int, str]], part: Part,
+         load: dict) -> None:
     """Encode what the cache lacks and then write its index, which makes it valid."""
     out = absolute(config.out)
     fs, root = locate(out)

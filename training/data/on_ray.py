@@ -16,16 +16,16 @@ AHEAD = 2
 
 
 class Cluster:
-    """The running cluster at `address`, or Ray started here on `count` cores (0: all). One to which this process is already
-    connected is used, and left running. Raises ValueError where Ray is not there or does not start."""
+    """The running cluster at `address`, or Ray started here on `count` cores (0: all). One to which this process is
+    already connected is used, and left running. Raises ValueError where Ray is not there or does not start."""
 
     def __init__(self, address: str, count: int):
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
             import ray
         except ImportError:
-            raise ValueError("Ray is not installed: pip install ray; or leave --ray and --ray-address out, for this machine "
-                             "alone needs none.") from None
+            raise ValueError("Ray is not installed: pip install ray; or leave --ray and --ray-address out, for this "
+                             "machine alone needs none.") from None
         self.ray, self.ours = ray, not ray.is_initialized()
         quiet = dict(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
         here = dict(address="local", num_cpus=count or None, include_dashboard=False, object_store_memory=STORE)
@@ -40,8 +40,8 @@ class Cluster:
         except Exception as error:  # Ray raises all kinds: of connections, files, processes.
             what = f"No Ray cluster answers at {address}" if address else "Ray did not start"
             said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise ValueError(f"{what} ({said}); start one with `ray start --head`, or leave --ray and --ray-address out to run on "
-                             f"this machine alone.") from None
+            raise ValueError(f"{what} ({said}); start one with `ray start --head`, or leave --ray and --ray-address out to "
+                             f"run on this machine alone.") from None
         found = ray.cluster_resources()
         self.gpus = int(found.get("GPU", 0))
         self.cores = max(1, int(found.get("CPU", 1)))
@@ -65,8 +65,8 @@ class Cluster:
                 free.append(give)
                 try:
                     yield ray.get(done)
-                except (ray.exceptions.WorkerCrashedError, ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError,
-                        ray.exceptions.NodeDiedError) as error:
+                except (ray.exceptions.WorkerCrashedError, ray.exceptions.RayActorError, ray.exceptions.NodeDiedError,
+                        ray.exceptions.OutOfMemoryError) as error:
                     yield given_up(task, type(error).__name__)
 
     def close(self) -> None:

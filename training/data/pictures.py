@@ -12,8 +12,8 @@ from PIL import Image, ImageCms
 from .bare import bare
 
 # Never Pillow's whole list: some of its readers start other programs.
-FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "AVIF": "avif", "BMP": "bmp", "TIFF": "tif", "GIF": "gif",
-           "JPEG2000": "jp2"}
+FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "AVIF": "avif", "BMP": "bmp", "TIFF": "tif",
+           "GIF": "gif", "JPEG2000": "jp2"}
 MAX_PIXELS = 178_956_970
 """Pictures of more pixels are refused before they are unpacked; Pillow's own limit."""
 VERSION = "2"
@@ -21,7 +21,8 @@ VERSION = "2"
 ORIENTATION = 0x0112
 # EXIF's orientation -> what makes the picture stand upright
 UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
+           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+           8: Image.Transpose.ROTATE_90}
 SIDEWAYS = {UPRIGHT[number] for number in (5, 6, 7, 8)}
 BITS = (8, 10, 12, 16, 24, 31, 32)
 """Depths of whole numbers: scanners and cameras keep 10 or 12 bits in 16, instruments 31 in 32."""
@@ -37,10 +38,10 @@ class BadPicture(ValueError):
 
 
 def open_picture(data: bytes, least: tuple[int, int] | None = None) -> tuple[Image.Image, str]:
-    """(the picture as 8-bit sRGB, upright, the usual ending of its format). Alpha goes over white, whole numbers of other
-    depths to 8 bits, embedded colour profiles and CMYK to sRGB.
+    """(the picture as 8-bit sRGB, upright, the usual ending of its format). Alpha goes over white, whole numbers of
+    other depths to 8 bits, embedded colour profiles and CMYK to sRGB.
 
-    least: (height, width) in pixels; where given, a JPEG may be unpacked at a fraction of its size that has at least as many.
+    least: (height, width) in pixels; where given, a JPEG may be unpacked at a fraction of its size that has as many.
     Raises BadPicture for everything else than one whole still picture.
     """
     def unpack(image: Image.Image) -> tuple[Image.Image, str]:
@@ -100,7 +101,8 @@ def _unpacked(data: bytes, unpack: Callable[[Image.Image], T]) -> T:
     except BadPicture:
         raise
     except Image.UnidentifiedImageError:
-        raise BadPicture("not a picture", f"not a picture of a known format ({', '.join(sorted(set(FORMATS.values())))})") from None
+        known = ", ".join(sorted(set(FORMATS.values())))
+        raise BadPicture("not a picture", f"not a picture of a known format ({known})") from None
     except Image.DecompressionBombError:
         raise BadPicture("too large", f"more than {MAX_PIXELS} pixels") from None
     except Exception as error:  # Readers of hostile bytes raise anything.

@@ -22,16 +22,16 @@ class Workers(Protocol):
     def run(self, work: Callable, tasks: list[dict], setup: dict | None = None) -> Iterator[dict]:
         """What `attempt` gives for every task, in the order in which they end.
 
-        work    a function of a module, from a task to {"samples": how many it did}, or a class of such functions that every
-                worker makes once, of the keyword arguments `setup`
+        work    a function of a module, from a task to {"samples": how many it did}, or a class of such functions that
+                every worker makes once, of the keyword arguments `setup`
         tasks   each with "about", its name in an error, and "size", its share of the work
         """
 
 
 @contextmanager
 def workers(count: int = 0, ray: bool = False, address: str = "", gpus: int = 0) -> Iterator[Workers]:
-    """`count` processes (0: one for each core) of this machine, or of Ray where it is asked for. gpus: of this machine; where
-    there are any, each has one process."""
+    """`count` processes (0: one for each core) of this machine, or of Ray where it is asked for. gpus: of this machine;
+    where there are any, each has one process."""
     made = Cluster(address, count) if ray or address else Pool(gpus or count or cores())
     try:
         yield made
@@ -39,11 +39,13 @@ def workers(count: int = 0, ray: bool = False, address: str = "", gpus: int = 0)
         made.close()
 
 
-def stream(made: Workers, work: Callable, tasks: list[dict], title: str, unit: str = " samples", setup: dict | None = None) -> int:
+def stream(made: Workers, work: Callable, tasks: list[dict], title: str, unit: str = " samples",
+           setup: dict | None = None) -> int:
     """Run every task under a progress bar; the number of samples done. unit: of the tasks' "size".
     Raises ValueError with what the first task that failed had to say."""
     done = 0
-    with tqdm(total=sum(task["size"] for task in tasks), desc=title, unit=unit, unit_scale=unit == "B", disable=not tasks) as bar:
+    total = sum(task["size"] for task in tasks)
+    with tqdm(total=total, desc=title, unit=unit, unit_scale=unit == "B", disable=not tasks) as bar:
         for record in made.run(work, tasks, setup):
             if record["error"]:
                 raise ValueError(record["error"])

@@ -20,7 +20,7 @@ CONTEXT = multiprocessing.get_context("spawn")
 class Pool:
     """At most `size` processes, each started for the first task that finds no other free; they stay for the next `run`.
 
-    The library's executor takes all workers down with one that dies. Here it is the one that is replaced, and known by its task.
+    Python's own executor takes all workers down with one that dies. Here that one is replaced, and known by its task.
     """
 
     def __init__(self, size: int):
@@ -93,7 +93,7 @@ class Worker:
 
 @contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Ctrl+C goes to every process of a terminal. What starts meanwhile never sees it; this process does when it is over."""
+    """Ctrl+C goes to every process of a terminal. What starts meanwhile never sees it; this process does afterwards."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -106,7 +106,7 @@ def interrupts_held() -> Iterator[None]:
 
 
 def serve(pipe: Connection, slot: int, threads: int) -> None:
-    """A worker's life: tasks from the pipe until it closes, or the parent dies in the middle of one. slot: its number, for a GPU."""
+    """A worker's life: tasks from the pipe until it closes, or the parent dies. slot: its number, which chooses a GPU."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # before the work brings its libraries

@@ -28,8 +28,8 @@ TOGETHER = 64
 @dataclass(frozen=True)
 class Config:
     source: str
-    """A folder (pictures at any depth, captions beside them as .txt, .caption or .json), .tar files as img2dataset writes them,
-    or .parquet files with a column of paths or of pictures; also a glob, also of an object store (s3://, gs://, ...)."""
+    """A folder (pictures at any depth, captions beside them as .txt, .caption or .json), .tar files as img2dataset writes
+    them, or .parquet files with a column of paths or of pictures; also a glob, also of an object store (s3://, ...)."""
     out: str
     """Folder of the shards and the index, local or of an object store."""
     resolutions: tuple[int, ...] = (512, 768, 1024)
@@ -63,7 +63,8 @@ def prepare(config: Config, chunks: list[dict], passed: dict[str, int], kind: st
             choice = choose(fs, marks)
             if not len(choice.kept):
                 report(fs, root, config, choice, passed, {})
-                raise ValueError(f"Of {choice.count} samples none is left ({counted(choice.reasons)}); see {out}/report.json.")
+                raise ValueError(f"Of {choice.count} samples none is left ({counted(choice.reasons)}); see "
+                                 f"{out}/report.json.")
             tasks = layout(choice, chunks, marks, out, kind, config)
             finish(made, out, tasks)
             write_index(fs, root, len(tasks), kind, config, partial(report, fs, root, config, choice, passed))
@@ -77,15 +78,17 @@ def prepare(config: Config, chunks: list[dict], passed: dict[str, int], kind: st
 
 
 def examine_all(made: Workers, out: str, chunks: list[dict], least: int) -> list[str]:
-    """The marks (paths of tables of SCANNED) of all chunks in their order. What was examined before is not read again, but for
-    chunks of which something did not answer."""
+    """The marks (paths of tables of SCANNED) of all chunks in their order. What was examined before is not read again, but
+    for chunks of which something did not answer."""
     fs, root = locate(f"{out}/_work/scan")
     sizes, unit = weigh(chunks)
     tasks = [scan_task(out, chunk, least) | {"size": size} for chunk, size in zip(chunks, sizes)]
     names, there = [posixpath.basename(task["mark"]) for task in tasks], listed(fs, root)
 
     def done(name: str) -> bool:
-        return name in there and UNREACHABLE not in read_table(fs, posixpath.join(root, name), ["reason"])["reason"].to_pylist()
+        if name not in there:
+            return False
+        return UNREACHABLE not in read_table(fs, posixpath.join(root, name), ["reason"])["reason"].to_pylist()
 
     with ThreadPoolExecutor(16) as pool:
         todo = {name: task for name, task, is_done in zip(names, tasks, pool.map(done, names)) if not is_done}
@@ -104,9 +107,11 @@ def layout(choice: Choice, chunks: list[dict], marks: list[str], out: str, kind:
     """The tasks of `write`: the kept samples in order, cut into shards of about shard_mb."""
     tasks = []
     for number, (first, end) in enumerate(choice.shards(config.shard_mb * 2 ** 20)):
-        parts = [[json.dumps(chunks[n]), f"{out}/_work/scan/{posixpath.basename(marks[n])}", runs] for n, runs in choice.runs(first, end)]
-        tasks.append({"out": out, "number": number, "kind": kind, "resolutions": list(config.resolutions), "first": first, "parts": parts,
-                      "captions": choice.borrowed(first, end), "size": end - first, "about": f"shard {number}"})
+        parts = [[json.dumps(chunks[n]), f"{out}/_work/scan/{posixpath.basename(marks[n])}", runs]
+                 for n, runs in choice.runs(first, end)]
+        tasks.append({"out": out, "number": number, "kind": kind, "resolutions": list(config.resolutions), "first": first,
+                      "parts": parts, "captions": choice.borrowed(first, end), "size": end - first,
+                      "about": f"shard {number}"})
     return tasks
 
 
@@ -126,11 +131,11 @@ def finish(made: Workers, out: str, tasks: list[dict]) -> None:
 
 
 def write_index(fs, root: str, shards: int, kind: str, config: Config, before: Callable[[dict], None]) -> None:
-    """One table of all shards' rows, a few shards at a time. before: called with the samples in each bucket when all is written
-    and nothing yet shows: the index says that everything is there."""
+    """One table of all shards' rows, a few shards at a time. before: called with the samples in each bucket when all is
+    written and nothing yet shows: the index says that everything is there."""
     wanted, buckets = schema(kind, config.resolutions), {r: Counter() for r in config.resolutions}
-    with whole_file(fs, posixpath.join(root, NAME)) as stream, pq.ParquetWriter(stream, wanted, compression="zstd") as writer, \
-            ThreadPoolExecutor(16) as pool:
+    with (whole_file(fs, posixpath.join(root, NAME)) as stream, ThreadPoolExecutor(16) as pool,
+          pq.ParquetWriter(stream, wanted, compression="zstd") as writer):
         for start in range(0, shards, TOGETHER):
             paths = [posixpath.join(root, mark_of(number)) for number in range(start, min(start + TOGETHER, shards))]
             parts = pool.map(partial(read_table, fs), paths)
@@ -148,9 +153,10 @@ def counted(reasons: dict[str, int], lead: str = "") -> str:
 def report(fs, root: str, config: Config, choice: Choice, passed: dict[str, int], buckets: dict[int, Counter]) -> None:
     """report.json (numbers) and report.parquet (every dropped sample, with reason and detail)."""
     choice.write_dropped(fs, posixpath.join(root, "report.parquet"))
+    counts = {r: {"smaller": sizes.pop((0, 0), 0)} | {f"{h}x{w}": n for (h, w), n in sorted(sizes.items())}
+              for r, sizes in buckets.items()}
     write_json(fs, posixpath.join(root, "report.json"), {
         "source": config.source, "kept": len(choice.kept), "dropped": choice.reasons, "with_caption": choice.captioned,
-        **({"captions_unreadable": choice.silent} if choice.silent else {}), "files_passed_over": passed, "bytes": choice.bytes,
-        "buckets_height_x_width": {
-            r: {"smaller": sizes.pop((0, 0), 0)} | {f"{h}x{w}": n for (h, w), n in sorted(sizes.items())} for r, sizes in buckets.items()},
+        "captions_unreadable": choice.silent, "files_passed_over": passed, "bytes": choice.bytes,
+        "buckets_height_x_width": counts,
     })

@@ -52,7 +52,8 @@ def read(chunk: dict, wanted: set[int] | None = None) -> Iterator[Found]:
         yield from _READERS[chunk["kind"]](fs, root, chunk, wanted)
     except Exception as error:  # The file as a whole: what was found in it before stays.
         if wanted is not None:
-            raise ValueError(f"{about(chunk)} could be read before and cannot now ({_said(error)}); start the same line again.") from error
+            raise ValueError(f"{about(chunk)} could be read before and cannot now ({_said(error)}); start the same line "
+                             f"again.") from error
         reason, detail = _trouble(error, about(chunk))
         if isinstance(error, (tarfile.TarError, pa.ArrowException)) or type(error) is OSError and error.errno is None:
             reason = "broken tar" if chunk["kind"] == "tar" else "broken table"
@@ -148,7 +149,7 @@ def _read_tar(fs, root: str, chunk: dict, wanted: set[int] | None) -> Iterator[F
 
 
 def _plain(stream: BinaryIO, unpacked: BinaryIO) -> tuple[BinaryIO, str]:
-    """(the tar itself, what went wrong while it was unpacked). A packed one is unpacked first: it is read here and there."""
+    """(the tar itself, what went wrong while it was unpacked). A packed one is unpacked first: reading jumps."""
     start = stream.read(6)
     stream.seek(0)
     opened = next((opened for mark, opened in PACKED.items() if start.startswith(mark)), None)
@@ -205,10 +206,11 @@ def _read_rows(fs, root: str, chunk: dict, wanted: set[int] | None) -> Iterator[
         for batch in file.iter_batches(batch_size=16, row_groups=[chunk["group"]], columns=columns):
             for row in range(batch.num_rows):
                 number += 1
+                origin = f"{chunk['file']}, row {number} of group {chunk['group']}"
                 for members in _pictures(batch, row, chunk["members"]):
                     place += 1
                     if wanted is None or place in wanted:
-                        yield _row(fs, folder, batch, row, chunk, members, f"{chunk['file']}, row {number} of group {chunk['group']}")
+                        yield _row(fs, folder, batch, row, chunk, members, origin)
 
 
 def _pictures(batch: pa.RecordBatch, row: int, columns: dict[str, str]) -> Iterator[dict]:

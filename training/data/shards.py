@@ -29,8 +29,8 @@ SCANNED = pa.schema([
       for what, kind in (("length", pa.int64()), ("sha256", pa.binary(32)), ("ending", pa.string()))),
     *((text, pa.large_string()) for text in ("caption", "source_caption", "target_caption")),
 ])
-"""A row for each sample: reason "" where it is kept, with why its caption could not be read as the detail; `same` is equal for
-samples of equal content."""
+"""A row for each sample: reason "" where it is kept, with why its caption could not be read as the detail; `same` is equal
+for samples of equal content."""
 
 
 def examine(found: Found, least: int) -> dict:
@@ -73,9 +73,9 @@ def scan(task: dict) -> dict:
 def write(task: dict) -> dict:
     """Write one shard and then the rows of its index, unless both are there and whole.
 
-    task: {"out", "number", "kind", "resolutions", "first": number of its first sample in the set, "parts": [[chunk, URL of its
-    mark, runs [first, end) of the samples' places in it], ...], "captions": {place in the shard: what another sample of
-    the same content has}}.
+    task: {"out", "number", "kind", "resolutions", "first": number of its first sample in the set, "parts": [[chunk, URL of
+    its mark, runs [first, end) of the samples' places in it], ...], "captions": {place in the shard: what another sample
+    of the same content has}}.
     """
     fs, root = locate(task["out"])
     name, mark = f"shards/{task['number']:06}.tar", posixpath.join(root, mark_of(task["number"]))
@@ -133,7 +133,8 @@ def _add(tar: tarfile.TarFile, number: int, found: Found, sample: dict, task: di
         row |= {"mask_offset": 0, "mask_length": 0, "source_caption": sample["source_caption"] or "",
                 "target_caption": sample["target_caption"] or ""}
     if found.trouble:
-        raise ValueError(f"{sample['origin']} could be read before and cannot now ({found.trouble[1]}); start the same line again.")
+        raise ValueError(f"{sample['origin']} could be read before and cannot now ({found.trouble[1]}); start the same line "
+                         f"again.")
     for member, data in found.data.items():
         if found.origin != sample["origin"] or hashlib.sha256(data).digest() != sample[f"{member}_sha256"]:
             raise changed(sample["origin"])

@@ -1,7 +1,7 @@
 """Where samples come from: folders of pictures, tars as img2dataset writes them, parquet files of paths or of pictures.
 
-A source is cut into chunks, small JSON records that any worker can read by itself (readers.py). The order of the chunks and
-of the samples in them is that of the sorted names, so it does not depend on who reads them.
+A source is cut into chunks, small JSON records that any worker can read by itself (readers.py). The order of the chunks
+and of the samples in them is that of the sorted names, so it does not depend on who reads them.
 """
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PATH_COLUMNS = ("path", "image_path", "file_path", "file_name", "filename", "ima
 
 
 def listing(url: str, path_column: str = "", caption_column: str = "") -> tuple[list[dict], dict[str, int]]:
-    """(chunks, {ending: files that were passed over}) of a folder, a file or a glob. Raises ValueError where there is nothing."""
+    """(chunks, {ending: files that were passed over}) of a folder, a file or a glob. ValueError where there is nothing."""
     fs, root, infos, lost = files_of(url)
     place = {"url": fs.unstrip_protocol(root)}
     by_ending: dict[str, list[str]] = {}
@@ -57,14 +57,15 @@ def listing(url: str, path_column: str = "", caption_column: str = "") -> tuple[
     if lost:
         chunks.append(place | {"kind": "lost", "items": lost})
     if not chunks:
-        raise ValueError(f"{url} holds no pictures ({', '.join(sorted(PICTURE))}), no .tar and no .parquet file with rows.")
+        raise ValueError(f"{url} holds no pictures ({', '.join(sorted(PICTURE))}), no .tar and no .parquet file with rows; "
+                         f"give the folder in which they are.")
     return chunks, {e: len(names) for e, names in sorted(by_ending.items()) if names and e not in used}
 
 
 def files_of(url: str) -> tuple[fsspec.AbstractFileSystem, str, dict[str, dict], list[tuple[str, str, str]]]:
-    """(file system, folder, {name in the folder: what the store tells of the file}, [(name, reason, detail) of what could not be
-    opened]) of a folder, a file or a glob, by name. What exists is a path, whatever characters are in it. Hidden files and folders
-    below are left out; one that is named is not."""
+    """(file system, folder, {name in the folder: what the store tells of the file}, [(name, reason, detail) of what could
+    not be opened]) of a folder, a file or a glob, by name. What exists is a path, whatever characters are in it. Hidden
+    files and folders below are left out; one that is named is not."""
     fs, root = locate(url)
     if fs.isfile(root):
         return fs, posixpath.dirname(root), {posixpath.basename(root): fs.info(root)}, []
@@ -90,7 +91,7 @@ def _find(fs, root: str, deep: int | None, hidden: bool) -> dict[str, dict]:
 
 
 def _walk(root: str, deep: int | None, hidden: bool) -> tuple[dict[str, dict], list[tuple[str, str, str]]]:
-    """Files of this machine's disks, links followed: each real folder once, under its own name before that of a link."""
+    """Files of this machine, links followed: each real folder once, under its own name before that of a link."""
     infos: dict[str, dict] = {}
     lost, seen, folders, links = [], set(), deque([""]), deque()
     while folders or links:
@@ -102,7 +103,7 @@ def _walk(root: str, deep: int | None, hidden: bool) -> tuple[dict[str, dict], l
                 continue
             seen.add((real.st_dev, real.st_ino))
             with os.scandir(path) as scan:
-                entries = sorted((entry for entry in scan if hidden or not entry.name.startswith(".")), key=lambda entry: entry.name)
+                entries = sorted((e for e in scan if hidden or not e.name.startswith(".")), key=lambda e: e.name)
         except OSError as error:
             if not folder:
                 raise
@@ -147,7 +148,7 @@ def _captions(fs, root: str, notes: list[str], lost: list) -> dict[str, str]:
 
 
 def _picture_chunks(infos: dict[str, dict], place: dict, pictures: list[str], noted: dict[str, str]) -> Iterator[dict]:
-    """Chunks of items (picture, file beside it with its caption or None) and, where a table has the captions, {picture: caption}."""
+    """Chunks of items (picture, file beside it with its caption or None) and, of a table's captions, {picture: caption}."""
     beside = {}
     for name in infos:  # By name, so that of a.TXT and a.txt it is the second.
         if ending_of(name) in captions.ENDINGS:
@@ -157,12 +158,14 @@ def _picture_chunks(infos: dict[str, dict], place: dict, pictures: list[str], no
         for name in pictures[i:i + ROWS]:
             sides = (beside.get((posixpath.splitext(name)[0], ending)) for ending in captions.ENDINGS)
             items.append((name, next(filter(None, sides), None)))
-        chunk = place | {"kind": "files", "items": items, "stamp": [stamp(infos[name]) for pair in items for name in pair if name]}
+        stamps = [stamp(infos[name]) for pair in items for name in pair if name]
+        chunk = place | {"kind": "files", "items": items, "stamp": stamps}
         words = {name: noted[name] for name, side in items if side is None and name in noted}
         yield chunk | ({"captions": words} if words else {})
 
 
-def _table_chunks(fs, root: str, place: dict, name: str, mark: list, path_column: str, caption_column: str) -> list[dict]:
+def _table_chunks(fs, root: str, place: dict, name: str, mark: list, path_column: str,
+                  caption_column: str) -> list[dict]:
     with fs.open(posixpath.join(root, name), "rb") as stream:
         file = pq.ParquetFile(stream)
         fields = {field.name: field.type for field in file.schema_arrow}
@@ -175,16 +178,18 @@ def _table_chunks(fs, root: str, place: dict, name: str, mark: list, path_column
             return row_chunks(file, place, name, mark, {"": column}, {"caption": caption} if caption else {})
         table = file.read(columns=[c for c in (column, caption) if c])
     paths = [str(path or "") for path in table.column(column).to_pylist()]
-    words = [captions.caption_of(value) for value in table.column(caption).to_pylist()] if caption else [""] * len(paths)
+    words = [""] * len(paths)
+    if caption:
+        words = [captions.caption_of(value) for value in table.column(caption).to_pylist()]
     rows = sorted(zip(paths, words))
     base = place | {"kind": "paths", "table": name, "stamp": mark}
     return [base | {"items": rows[i:i + ROWS]} for i in range(0, len(rows), ROWS)]
 
 
 def row_chunks(file: pq.ParquetFile, place: dict, name: str, mark: list, members: dict, texts: dict) -> list[dict]:
-    """A chunk for every row group of a parquet file that holds the pictures themselves. members, texts: {ours: column}."""
-    return [place | {"kind": "rows", "file": name, "group": g, "rows": file.metadata.row_group(g).num_rows, "stamp": mark,
-                     "members": members, "texts": texts} for g in range(file.num_row_groups)]
+    """A chunk for every row group of a parquet file that holds the pictures itself. members, texts: {ours: column}."""
+    base = place | {"kind": "rows", "file": name, "stamp": mark, "members": members, "texts": texts}
+    return [base | {"group": g, "rows": file.metadata.row_group(g).num_rows} for g in range(file.num_row_groups)]
 
 
 def _holds_pictures(kind: pa.DataType) -> bool:
@@ -200,15 +205,17 @@ def _named(fields: dict, name: str) -> str | None:
 
 
 def _column(url: str, name: str, fields: dict, asked: str, usual: tuple[str, ...], flag: str) -> str:
-    found = (asked if asked in fields else None) if asked else next(filter(None, (_named(fields, n) for n in usual)), None)
+    found = next((field for n in usual if (field := _named(fields, n))), None)
+    if asked:
+        found = asked if asked in fields else None
     if found is None:
-        raise ValueError(f"{name} in {url} has no column {asked or ' or '.join(dict.fromkeys(usual))}, only {', '.join(fields)}; "
-                         f"name the right one with {flag}.")
+        wanted = asked or " or ".join(dict.fromkeys(usual))
+        raise ValueError(f"{name} in {url} has no column {wanted}, only {', '.join(fields)}; name the right one with {flag}.")
     return found
 
 
 def weigh(chunks: list[dict]) -> tuple[list[int], str]:
-    """(how much of the work each chunk is, in what unit): samples where all can be counted, bytes where only reading a tar tells."""
+    """(how much of the work each chunk is, in what unit): samples where all can be counted, bytes where there are tars."""
     if any(chunk["kind"] == "tar" for chunk in chunks):
         return [_bytes_of(chunk) for chunk in chunks], "B"
     return [chunk["rows"] if chunk["kind"] == "rows" else len(chunk["items"]) for chunk in chunks], " samples"

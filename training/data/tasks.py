@@ -34,8 +34,8 @@ def failed(error: str) -> dict:
 
 def given_up(task: dict, last: object) -> dict:
     """The record of a task over which DEATHS workers have died. last: how the last one did."""
-    return failed(f"{DEATHS} workers died over {task['about']} ({last}); mostly the memory is short: take fewer --workers. "
-                  f"The same line goes on from here.")
+    return failed(f"{DEATHS} workers died over {task['about']} ({last}); mostly the memory is short: take fewer "
+                  f"--workers. The same line goes on from here.")
 
 
 def cores() -> int:
