@@ -188,7 +188,7 @@ def test_nodes_and_canvas_speak_the_language_of_the_page(language: str, desks: d
         for socket in (*node["inputs"].values(), *node["outputs"].values()):
             desk.page.get_by_text(socket["name"], exact=True).first.wait_for()
         desk.page.get_by_text(node["display_name"], exact=True).first.hover()
-        desk.page.get_by_text(node["description"]).wait_for()
+        desk.page.get_by_text(node["description"]).first.wait_for()
         desk.photograph(f"language {language}")
     finally:
         desk.settings(Locale="en")

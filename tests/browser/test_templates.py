@@ -201,7 +201,7 @@ def test_the_first_template_is_an_app_where_the_page_knows_apps(desk: Desk, mini
         for name in ("instruction", "preset", "seed"):
             page.get_by_text(name, exact=True).locator("visible=true").first.wait_for()
         desk.run()
-        page.locator("img[src*=edited_]").first.wait_for()
+        page.locator("img[src*=edited_]").locator("visible=true").first.wait_for()
         desk.photograph(f"app, {'Nodes 2.0' if desk.modern else 'classic canvas'}")
     finally:
         page.evaluate("app.extensionManager.command.execute('Comfy.ToggleLinear')")
