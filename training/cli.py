@@ -45,7 +45,7 @@ def run_module(module_name: str, arguments: list[str], prog: str, file: Path | N
     """Whether the module's run went to its end. file: the TOML file used where --config names none."""
     import tyro
 
-    from .config import from_toml
+    from .config import checked, from_toml
 
     if "--config" in arguments:
         at = arguments.index("--config")
@@ -54,7 +54,7 @@ def run_module(module_name: str, arguments: list[str], prog: str, file: Path | N
         file, arguments = Path(arguments[at + 1]), arguments[:at] + arguments[at + 2:]
     module = importlib.import_module(f".{module_name}", __package__)
     default = {"default": from_toml(module.Config, file)} if file else {}
-    return module.run(tyro.cli(module.Config, args=arguments, prog=prog, **default)) is not False
+    return module.run(checked(tyro.cli(module.Config, args=arguments, prog=prog, **default))) is not False
 
 
 def plan_of(argv: list[str]) -> list[tuple]:
