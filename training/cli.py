@@ -5,6 +5,7 @@ A command's settings come from its TOML file (--config) and from flags, which wi
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 from pathlib import Path
@@ -70,20 +71,33 @@ def plan_of(argv: list[str]) -> list[tuple]:
     return []
 
 
+def stopped() -> int:
+    """The exit status of what was asked to stop; torchrun would start anew whatever does not return 0."""
+    return 0 if "TORCHELASTIC_RUN_ID" in os.environ else 130
+
+
+# Libraries that, at their import, say what of other libraries they looked for in vain; no command uses it.
+LOUD = ("diffusers.quantizers.torchao.torchao_quantizer", "bitsandbytes.backends.cpu.ops")
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     calls = plan_of(argv)
     if not calls:
         print(usage())
         return 0 if argv in (["--help"], ["-h"]) else 2
+    for name in LOUD:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         for call in calls:
             if not run_module(*call):
-                # torchrun would start anew whatever does not return 0, also what was asked to stop.
-                return 0 if "TORCHELASTIC_RUN_ID" in os.environ else 130
+                return stopped()
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"sda: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("sda: stopped; the same command goes on where it was.", file=sys.stderr)
+        return stopped()
     return 0
 
 

@@ -129,7 +129,7 @@ def _adapter(kind: type) -> TypeAdapter:
 
 def sentence(kind: type, errors: list[dict], where: str) -> str:
     """What is wrong with a table, from pydantic's errors: the place, the key, the value, what was expected."""
-    first = errors[0]
+    first = next((e for e in errors if e["type"] in _UNKNOWN), errors[0])  # what is misspelt may be what is missing
     path, table = [str(part) for part in first["loc"][1:]], kind
     depth = 0  # of the tables around the key
     for part in path:
@@ -141,7 +141,7 @@ def sentence(kind: type, errors: list[dict], where: str) -> str:
     key = "".join([*path[depth:depth + 1], *(f"[{part}]" for part in path[depth + 1:] if part.isdigit())])
     if first["type"] == "value_error":  # a sentence of ours already
         return f"{f'{where} [{chr(46).join(path)}]' if path else where}: {first['ctx']['error']}"
-    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+    if first["type"] in _UNKNOWN:
         known = [f.name for f in dataclasses.fields(table)]
         near = difflib.get_close_matches(key, known, 1)
         hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}."
@@ -162,6 +162,7 @@ def _table(kind: type, key: str) -> type | None:
     return next((k for k in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(k)), None)
 
 
+_UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 _WANTED = {"bool_type": "true or false", "int_type": "a whole number", "int_from_float": "a whole number", "float_type": "a number",
            "finite_number": "a finite number", "string_type": "a text", "path_type": "a path", "tuple_type": "a list",
            "dataclass_type": "a table", "none_required": "left out"}
