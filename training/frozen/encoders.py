@@ -12,9 +12,10 @@ from torch import Tensor
 from ...kernels import checkpoint
 from ...kernels.adapter import AdapterConfig
 from ...kernels.precision import frozen_dtype
+from ...kernels.storage import SCALE_SUFFIX
 from ...kernels.vision.known import KNOWN_TOWERS
 from ...kernels.vision.towers import TowerConfig, VisionTower, load_tower
-from ..files import folder_tensors
+from ..files import folder_tensors, outline
 from .base import base_sha256
 
 FLUX_VAE = {"scaling_factor": 0.3611, "shift_factor": 0.1159}  # black-forest-labs/flux, util.py
@@ -128,6 +129,12 @@ def load_one(path: Path, name: str) -> VisionTower:
     if path.is_dir():
         return load_tower(config, folder_tensors(path))
     return load_tower(config, checkpoint.load_tensors(path) if name else checkpoint.load(path, "vision_tower")[0])
+
+
+def check_tower(path: Path, name: str) -> None:
+    """ValueError where a file is not the tower that it is said to be, without its weights being read."""
+    tensors = folder_tensors(path, outline) if path.is_dir() else outline(path)
+    load_tower(tower_config(path, name), {key: value for key, value in tensors.items() if not key.endswith(SCALE_SUFFIX)})
 
 
 def check_towers(towers: Sequence[tuple[Path, str]], adapter: Path, record: dict) -> None:
