@@ -16,6 +16,7 @@ COMMANDS = {
     "prepare": ("data.prepare", "pictures to shards and an index"),
     "prepare-edits": ("data.prepare_edits", "(source, target, instruction) sets to shards and an index"),
     "cache": ("data.fill_cache", "latents and tower features of prepared pictures"),
+    "statistics": ("stages.statistics", "what a text encoder writes, as a small file that stands in for it"),
     "train adapter": ("stages.adapter", "the adapter through a frozen FLUX.1"),
     "train editor": ("stages.editor", "the edit decoder"),
     "plan": ("plan.plan", "memory, FLOPs, speed and cost of a training, before it starts"),

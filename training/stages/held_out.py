@@ -17,6 +17,11 @@ def plan_of(index: Index, run: RunConfig, data: DataConfig) -> Plan:
     return Plan(index, run.batch, run.seed, {str(i): dict.fromkeys(map(int, p[1:]), 1.0) for i, p in enumerate(data.resolutions)})
 
 
+def captions_of(index: Index) -> list[str]:
+    """The first captions of a set, for the statistics of the text space."""
+    return [caption for caption in index.table.column("caption").slice(0, 512).to_pylist() if caption]
+
+
 def feed_of(plan: Plan, run: RunConfig, data: DataConfig, world: World, read: Callable) -> Feed:
     """This process's samples of a run, as `read` gives them."""
     own = [position for positions in world.share(run.batch, run.micro) for position in positions]
