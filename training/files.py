@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..kernels import checkpoint, header
+from ..kernels.storage import SCALE_SUFFIX
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
 STORED = {name: dtype for dtype, name in header.DTYPES.items()} | {
@@ -48,6 +49,14 @@ def outline(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             found |= {name: file.get_tensor(name) for name in words}
     return found
+
+
+def recorded(path: Path, kind: str, read: Callable[[Path], dict[str, Tensor]]) -> tuple[dict[str, Tensor], dict]:
+    """(tensors, record) of one of our own files: loaded, or their outline where `read` is that."""
+    if read is not outline:
+        return checkpoint.load(path, kind)
+    tensors = {name: tensor.float() for name, tensor in outline(path).items() if not name.endswith(SCALE_SUFFIX)}
+    return tensors, checkpoint.read_header(path, kind)
 
 
 def code_version() -> str:

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from ...kernels import checkpoint, schema
 from ...kernels.precision import resolve
-from ...kernels.storage import SCALE_SUFFIX
-from ..files import file_hash, folder_tensors
+from ..files import file_hash, folder_tensors, recorded
 from .flux import build_flux, from_bfl, to_bfl
 from .fp8 import unscaled
 
@@ -86,12 +85,11 @@ def skeleton(path: Path, read: Callable[[Path], dict[str, Tensor]] = checkpoint.
 
 
 def from_file(path: Path, read: Callable[[Path], dict[str, Tensor]]) -> tuple[FluxTransformer2DModel, dict[str, Tensor]]:
-    tensors = read(path)
     if checkpoint.has_record(path):
-        config = checkpoint.read_header(path, "flux")["config"]
-        tensors = checkpoint.load(path, "flux")[0] if read is checkpoint.load_tensors else {
-            name: tensor.float() for name, tensor in tensors.items() if not name.endswith(SCALE_SUFFIX)}
+        tensors, record = recorded(path, "flux", read)
+        config = record["config"]
     else:
+        tensors = read(path)
         if any(k.startswith(PREFIX) for k in tensors):  # beside it lie the VAE and the text encoders of a whole checkpoint
             tensors = {k[len(PREFIX):]: v for k, v in tensors.items() if k.startswith(PREFIX)}
         tensors = unscaled(path, tensors, PREFIX)

@@ -62,6 +62,15 @@ class AdapterTraining:
     def presets(self, progress: float) -> tuple[str, ...]:
         return next(tuple(phase[1:]) for phase in self.growth if progress < phase[0] or phase is self.growth[-1])
 
+    def token_counts(self) -> set[int]:
+        """How many tokens a batch of the run may have."""
+        found = set()
+        for levels in (named_hierarchy(name).levels for phase in self.growth for name in phase[1:]):
+            cuts = [levels, *(levels[:n] for n in range(1, len(levels)) if self.level_dropout),
+                    *(levels[n:] for n in range(1, len(levels)) if self.coarse_dropout)]
+            found |= {Hierarchy(each).token_count for each in cuts}
+        return found
+
     def draw(self, step: Step) -> Hierarchy:
         """The hierarchy of a step, one for the whole batch."""
         presets = self.presets(step.progress)

@@ -19,7 +19,7 @@ def plan_of(index: Index, run: RunConfig, data: DataConfig) -> Plan:
 
 def captions_of(index: Index) -> list[str]:
     """The first captions of a set, for the statistics of the text space."""
-    return [caption for caption in index.table.column("caption").slice(0, 512).to_pylist() if caption]
+    return [caption for caption in index.table.column("caption").slice(0, 256).to_pylist() if caption]
 
 
 def feed_of(plan: Plan, run: RunConfig, data: DataConfig, world: World, read: Callable) -> Feed:
