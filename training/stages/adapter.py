@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ...kernels.adapter import Adapter
 from ...kernels.precision import autocast, frozen_dtype
 from ...kernels.vision.towers import VisionTower
-from ..data.decode import decode
+from ..data.decode import decode, send
 from ..data.feed import Feed, Reader
 from ..data.index import Index
 from ..data.read_cache import Part
@@ -97,7 +97,7 @@ class AdapterStage:
 
     def report(self) -> str:
         cached = ", ".join(self.reader.caches) or "nothing"
-        return f"{len(self.held)} pictures held out, from the cache: {cached}\n{self.plan.report()}"
+        return f"{self.validation.report('pictures')}, from the cache: {cached}\n{self.plan.report()}"
 
     def describe(self, step: Step) -> list[str]:
         return self.feed.describe(step)
@@ -111,7 +111,7 @@ class AdapterStage:
 
     def loss(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         samples = self.feed.samples(step)
-        sample = {name: torch.stack([s[name] for s in samples]).to(self.device, non_blocking=True) for name in samples[0]}
+        sample = {name: send([s[name] for s in samples], self.device) for name in samples[0]}
         images = sample.get("image")
         mean, deviation = (sample["mean"].float(), sample["std"].float()) if "mean" in sample else self.vae.moments(images)
         known = {}
@@ -123,11 +123,6 @@ class AdapterStage:
         latents = mean + deviation * step.randn(*mean.shape[1:])
         return self.objective.loss(Batch(latents, images, features=known), step)
 
-    def held_batches(self, count: int):
-        """(rows, images [B, 3, H, W]) of the first `count` held-out pictures, bucket by bucket."""
-        for rows, images in self.validation.batches(count, self.config.run.micro or 4):
-            yield rows, torch.stack(images).to(self.device)
-
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
         with autocast(self.device, self.config.run.precision):
             return self.objective.embed(Batch(images, images), named_hierarchy(self.config.validation.preset))
@@ -135,35 +130,37 @@ class AdapterStage:
     def validate(self) -> dict[str, float]:
         """The flow loss at each of the fixed times, with the same noise for a picture at every validation, and their mean."""
         settings, hierarchy = self.config.validation, named_hierarchy(self.config.validation.preset)
-        sums, seen = dict.fromkeys(settings.times, 0.0), 0
-        for rows, images in self.held_batches(len(self.held)):
-            seen += len(rows)
+        own: dict[int, list[float]] = {}
+        for share in self.validation.batches(len(self.held), self.config.run.micro or 4):
+            images = send(share.samples, self.device)
             tokens, pooled = self.embed(images)
             latents = self.vae.moments(images)[0]
-            noise = torch.stack([torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(row)) for row in rows])
+            noise = torch.stack([torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(row)) for row in share.rows])
             with autocast(self.device, self.config.run.precision):
-                for time in sums:
-                    t = torch.full((len(rows),), time, device=self.device)
-                    flow = self.objective.flow(latents, noise.to(self.device), t, tokens, pooled, hierarchy)
-                    sums[time] += float(flow.detach().sum())
-        figures = {f"flow_{time:g}": total / seen for time, total in sums.items()}
-        return {"flow": sum(figures.values()) / len(figures), **figures}
+                flows = [self.objective.flow(latents, noise.to(self.device), torch.full((len(images),), time, device=self.device),
+                                             tokens, pooled, hierarchy) for time in settings.times]
+            if share.counts:
+                own |= zip(share.rows, torch.stack(flows, 1).double().tolist())
+        means = np.mean(list(self.validation.together(own).values()), 0).tolist()
+        return {"flow": sum(means) / len(means), **{f"flow_{time:g}": mean for time, mean in zip(settings.times, means)}}
 
     def pictures(self) -> dict[str, np.ndarray]:
         """One grid: the held-out pictures above what Flux paints from their embeddings."""
-        settings = self.config.validation
+        settings, world = self.config.validation, self.validation.world
         hierarchy = named_hierarchy(settings.preset)
-        columns: dict[int, np.ndarray] = {}
-        for rows, images in self.held_batches(settings.pictures):
+        own: dict[int, np.ndarray] = {}
+        for share in self.validation.batches(settings.pictures, min(self.config.run.micro or 4, -(-settings.pictures // world.size))):
+            images = send(share.samples, self.device)
             height, width = images.shape[-2:]
             grid = (height // (2 * self.vae.downsample), width // (2 * self.vae.downsample))
             tokens, pooled = self.embed(images)
             with autocast(self.device, self.config.run.precision):
                 painted = paint(self.objective.flux, self.vae, tokens, pooled, self.objective.regions(hierarchy, grid, self.device),
-                              height, width, rows, settings.steps, settings.guidance)
-            pairs = torch.cat([images, painted], 2).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-            columns.update(zip(rows, pairs))
-        return {"reconstructions": grid_of([columns[row] for row in sorted(columns)])} if columns else {}
+                                height, width, share.rows, settings.steps, settings.guidance)
+            if share.counts:
+                own |= zip(share.rows, torch.cat([images, painted], 2).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+        columns = list(self.validation.together(own).values())
+        return {"reconstructions": grid_of(columns)} if columns else {}
 
     def export(self, step: int) -> None:
         write_adapter(self.config, self.identity, self.adapter.state_dict(), list(self.trainables["tuned"]), step)

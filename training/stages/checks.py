@@ -3,14 +3,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import fsspec
 import torch
 from diffusers import FluxTransformer2DModel
 
 from ...kernels.vision.towers import TowerConfig
 from ..data.batches import Plan
 from ..data.feed import split
-from ..data.files import listed
+from ..data.files import listed, locate
 from ..data.index import NAME, Index
 from ..engine import World
 from ..engine.lock import check_folder
@@ -65,7 +64,7 @@ def check(config: Config, world: World, absent: bool = False) -> Outlines:
 
 def prepared(url: str) -> bool:
     """Whether `sda prepare` has filled a folder."""
-    return bool(url) and NAME in listed(*fsspec.url_to_fs(url))
+    return bool(url) and NAME in listed(*locate(url))
 
 
 def pictures_of(config: Config) -> tuple[Index, Index, Plan]:
