@@ -231,13 +231,18 @@ def load_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
 
 def load_parts(path: str | os.PathLike) -> dict[str, Tensor]:
     """`load_tensors` of a file or, where it is one of several (`...-00001-of-00003.safetensors`), of all of them."""
+    return {key: tensor for file in whole_parts(path) for key, tensor in load_tensors(file).items()}
+
+
+def whole_parts(path: str | os.PathLike) -> list[Path]:
+    """`parts`, with a ValueError where one of several is not there."""
     files = parts(path)
     lacking = [file.name for file in files if not file.is_file()]
     if lacking and len(files) > 1:
         raise ValueError(
             f"{Path(path).name} is one of {len(files)} parts and {lacking[0]} is not beside it: put all of them there."
         )
-    return {key: tensor for file in files for key, tensor in load_tensors(file).items()}
+    return files
 
 
 def parts(path: str | os.PathLike) -> list[Path]:

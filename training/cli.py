@@ -5,6 +5,7 @@ A command's settings come from its TOML file (--config) and from flags, which wi
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ COMMANDS = {
     "prepare": ("data.prepare", "pictures to shards and an index"),
     "prepare-edits": ("data.prepare_edits", "(source, target, instruction) sets to shards and an index"),
     "cache": ("data.fill_cache", "latents and tower features of prepared pictures"),
+    "statistics": ("stages.statistics", "what a text encoder writes, as a small file that stands in for it"),
     "train adapter": ("stages.adapter", "the adapter through a frozen FLUX.1"),
     "train editor": ("stages.editor", "the edit decoder"),
     "plan": ("plan.plan", "memory, FLOPs, speed and cost of a training, before it starts"),
@@ -45,7 +47,7 @@ def run_module(module_name: str, arguments: list[str], prog: str, file: Path | N
     """Whether the module's run went to its end. file: the TOML file used where --config names none."""
     import tyro
 
-    from .config import from_toml
+    from .config import checked, from_toml
 
     if "--config" in arguments:
         at = arguments.index("--config")
@@ -54,7 +56,7 @@ def run_module(module_name: str, arguments: list[str], prog: str, file: Path | N
         file, arguments = Path(arguments[at + 1]), arguments[:at] + arguments[at + 2:]
     module = importlib.import_module(f".{module_name}", __package__)
     default = {"default": from_toml(module.Config, file)} if file else {}
-    return module.run(tyro.cli(module.Config, args=arguments, prog=prog, **default)) is not False
+    return module.run(checked(tyro.cli(module.Config, args=arguments, prog=prog, **default))) is not False
 
 
 def plan_of(argv: list[str]) -> list[tuple]:
@@ -70,20 +72,33 @@ def plan_of(argv: list[str]) -> list[tuple]:
     return []
 
 
+def stopped() -> int:
+    """The exit status of what was asked to stop; torchrun would start anew whatever does not return 0."""
+    return 0 if "TORCHELASTIC_RUN_ID" in os.environ else 130
+
+
+# Libraries that, at their import, say what of other libraries they looked for in vain; no command uses it.
+LOUD = ("diffusers.quantizers.torchao.torchao_quantizer", "bitsandbytes.backends.cpu.ops")
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     calls = plan_of(argv)
     if not calls:
         print(usage())
         return 0 if argv in (["--help"], ["-h"]) else 2
+    for name in LOUD:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         for call in calls:
             if not run_module(*call):
-                # torchrun would start anew whatever does not return 0, also what was asked to stop.
-                return 0 if "TORCHELASTIC_RUN_ID" in os.environ else 130
+                return stopped()
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"sda: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("sda: stopped; the same command goes on where it was.", file=sys.stderr)
+        return stopped()
     return 0
 
 

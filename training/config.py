@@ -1,4 +1,8 @@
-"""Configuration: frozen dataclasses, filled from a TOML file, overridden by dotted flags on the command line."""
+"""Configuration: frozen dataclasses, filled from a TOML file, overridden by dotted flags on the command line.
+
+Values are strict: a number in quotes is no number, true is no whole number, and a number is finite. pydantic checks them, as it
+does the records of files (kernels/schema.py); what is wrong is one sentence with the file, the key and what was expected.
+"""
 from __future__ import annotations
 
 import dataclasses
@@ -6,18 +10,30 @@ import difflib
 import json
 import typing
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 import tyro
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ..kernels.precision import resolve
+from ..kernels.schema import CLOSED, short
 
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
+
+Count = Annotated[int, Ge(1)]
+Whole = Annotated[int, Ge(0)]
+Share = Annotated[float, Ge(0), Le(1)]
+Decay = Annotated[float, Ge(0), Lt(1)]
+NotNegative = Annotated[float, Ge(0)]
+Positive = Annotated[float, Gt(0)]
+_STRICT = CLOSED | ConfigDict(strict=True)
 
 T = TypeVar("T")
 
@@ -34,39 +50,39 @@ class RunConfig:
 
     out: Annotated[Path, tyro.conf.arg(aliases=("--out",))]
     """Run folder: config.toml, metrics.jsonl, TensorBoard events, validation/, checkpoints/."""
-    max_steps: Annotated[int, tyro.conf.arg(aliases=("--max-steps",))] = free()
+    max_steps: Annotated[Count, tyro.conf.arg(aliases=("--max-steps",))] = free()
     """The run ends after this many steps; more of them extend the plateau of the learning rate, and the last of its phases."""
-    plan_steps: int = 0
+    plan_steps: Whole = 0
     """The steps of which growth, unlocking and resolutions name shares. 0: the max_steps that the run began with."""
-    batch: int = 32
+    batch: Count = 32
     """Samples of a step, over all processes."""
-    micro: int = free(0)
+    micro: Whole = free(0)
     """Samples that a process takes at once; their gradients add up to the step's. 0: all of its share."""
     seed: int = 0
-    lr: float = 1e-3
+    lr: Positive = 1e-3
     """Peak learning rate: reached after `warmup` steps, kept, and brought to zero over the last `decay` of the run."""
-    warmup: int = 200
-    decay: float = 0.2
-    weight_decay: float = 0.01
-    beta2: float = 0.99
-    clip: float = 1.0
+    warmup: Whole = 200
+    decay: Share = 0.2
+    weight_decay: NotNegative = 0.01
+    beta2: Decay = 0.99
+    clip: Positive = 1.0
     """Largest norm of the gradient."""
-    ema: float = 0.999
+    ema: Decay = 0.999
     """Decay of the averaged weights, the ones that are validated and exported."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """bf16 is by autocast; auto takes it where the device computes it fast, and fp32 elsewhere: a GPU before Ampere would need
     fp16, whose gradients vanish without a loss scaler. A resumed run keeps what it began with."""
     device: str = free("auto")
-    threads: int = free(0)
+    threads: Whole = free(0)
     """CPU threads; 0 leaves PyTorch's choice."""
     compile: bool = free(False)
-    log_every: int = free(50)
+    log_every: Count = free(50)
     """Steps between lines on the console and points in TensorBoard; metrics.jsonl has every step."""
-    validate_every: int = free(1000)
-    save_every: int = free(1000)
-    keep: int = free(2)
+    validate_every: Count = free(1000)
+    save_every: Count = free(1000)
+    keep: Count = free(2)
     """How many checkpoints to keep, the newest ones."""
-    keep_every: int = free(0)
+    keep_every: Whole = free(0)
     """Besides, every checkpoint of a step that is a multiple of this stays for good; 0: none."""
     on_nonfinite: Literal["stop", "skip"] = free("stop")
     """What to do where the loss or the gradient is not finite: stop and name the samples, or leave the step out."""
@@ -79,51 +95,83 @@ class RunConfig:
     def planned(self) -> int:
         return self.plan_steps or self.max_steps
 
-    def __post_init__(self) -> None:
-        for key in ("max_steps", "batch", "log_every", "validate_every", "save_every", "keep"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"run.{key} is {getattr(self, key)}; it must be at least 1.")
-        if self.plan_steps < 0:
-            raise ValueError(f"run.plan_steps is {self.plan_steps}; it must be at least 1, or 0 for all of the run.")
-
 
 def from_toml(kind: type[T], path: Path, **overrides: Any) -> T:
-    """Build the dataclass `kind` from a TOML file. Unknown or missing keys raise ValueError and name the nearest key."""
+    """Build the dataclass `kind` from a TOML file. ValueError names the file, the key and what was expected."""
     with open(path, "rb") as file:
-        return build(kind, {**tomllib.load(file), **overrides}, str(path))
+        try:
+            data = tomllib.load(file)
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is no TOML file ({str(error).rstrip('.')}); correct it.") from None
+    return build(kind, {**data, **overrides}, str(path))
 
 
 def build(kind: type[T], data: dict, where: str) -> T:
-    hints = typing.get_type_hints(kind)
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    for key in data:
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, 1)
-            hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(fields)}."
-            raise ValueError(f"{where}: unknown key '{key}'; {hint}")
-    values = {}
-    for name, known in fields.items():
-        if name not in data:
-            if known.default is dataclasses.MISSING and known.default_factory is dataclasses.MISSING:
-                raise ValueError(f"{where}: the key '{name}' is missing; add it.")
-            continue
-        values[name] = convert(data[name], hints[name], where, name)
-    return kind(**values)
+    """The dataclass `kind` of a JSON-like table. where: begins the sentence of the ValueError."""
+    try:
+        # As JSON, because strict pydantic takes lists for tuples, strings for paths and tables for dataclasses only there.
+        return _adapter(kind).validate_json(json.dumps([data], default=str))[0]
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+    raise ValueError(sentence(kind, found, where))
 
 
-def convert(value: Any, hint: Any, where: str, name: str) -> Any:
-    """A value from TOML as the field's type has it."""
-    inner = typing.get_args(hint)
-    if typing.get_origin(hint) is tuple:
-        return tuple(Path(v) if Path in inner else tuple(v) if isinstance(v, list) else v for v in value)
-    if typing.get_origin(hint) is Literal and value not in inner:
-        raise ValueError(f"{where}: '{name}' cannot be {value!r}; use one of {', '.join(map(repr, inner))}.")
-    for kind in (hint, *inner):  # the type itself, or what may also be None
-        if dataclasses.is_dataclass(kind):
-            return build(kind, value, f"{where} [{name}]")
-        if kind is Path:
-            return Path(value)
-    return value
+def checked(config: T, where: str = "the command line") -> T:
+    """A configuration that flags have changed, with every bound checked again. ValueError as `build`."""
+    return build(type(config), to_dict(config), where)
+
+
+@cache
+def _adapter(kind: type) -> TypeAdapter:
+    # A dataclass takes its rules from what it stands in; on its own it would need them in every class.
+    return TypeAdapter(tuple[kind], config=_STRICT)
+
+
+def sentence(kind: type, errors: list[dict], where: str) -> str:
+    """What is wrong with a table, from pydantic's errors: the place, the key, the value, what was expected."""
+    first = next((e for e in errors if e["type"] in _UNKNOWN), errors[0])  # what is misspelt may be what is missing
+    path, table = [str(part) for part in first["loc"][1:]], kind
+    depth = 0  # of the tables around the key
+    for part in path:
+        inner = _table(table, part)
+        if inner is None or depth + 1 == len(path):
+            break
+        table, depth = inner, depth + 1
+    place = f"{where} [{'.'.join(path[:depth])}]" if depth else where
+    key = "".join([*path[depth:depth + 1], *(f"[{part}]" for part in path[depth + 1:] if part.isdigit())])
+    if first["type"] == "value_error":  # a sentence of ours already
+        return f"{f'{where} [{chr(46).join(path)}]' if path else where}: {first['ctx']['error']}"
+    if first["type"] in _UNKNOWN:
+        known = [f.name for f in dataclasses.fields(table)]
+        near = difflib.get_close_matches(key, known, 1)
+        hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}."
+        return f"{place}: unknown key '{key}'; {hint}"
+    if first["type"] == "missing":
+        return f"{place}: the key '{key}' is missing; add it."
+    # What may be one of several kinds has an error for each.
+    wanted = [_wanted(e) for e in errors if [str(part) for part in e["loc"][1:]][:depth + 1] == path[:depth + 1]]
+    quoted = isinstance(first["input"], str) and any(w.startswith(("a number", "a whole", "true")) for w in wanted)
+    value = json.dumps(first["input"]) if isinstance(first["input"], (str, bool)) else short(first["input"])
+    return (f"{place}: '{key}' is {value}; it must be {' or '.join(dict.fromkeys(wanted))}"
+            f"{', without quotes' if quoted else ''}.")
+
+
+def _table(kind: type, key: str) -> type | None:
+    """The dataclass that a field is, or may be."""
+    hint = typing.get_type_hints(kind).get(key)
+    return next((k for k in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(k)), None)
+
+
+_UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
+_WANTED = {"bool_type": "true or false", "int_type": "a whole number", "int_from_float": "a whole number", "float_type": "a number",
+           "finite_number": "a finite number", "string_type": "a text", "path_type": "a path", "tuple_type": "a list",
+           "dataclass_type": "a table", "none_required": "left out"}
+
+
+def _wanted(error: dict) -> str:
+    """What one of pydantic's errors asks for, without its head."""
+    words = error["msg"].removeprefix("Input should be ").replace("greater than or equal to", "at least")
+    return _WANTED.get(error["type"], words.replace("less than or equal to", "at most"))
 
 
 def settled(config: Any, device: torch.device, began: dict) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -43,3 +45,20 @@ def test_a_folder_that_cannot_be_is_one_sentence(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert cli.main(["miniature", "scenes", "--out", str(tmp_path / "file"), "--bundled", str(tmp_path / "s.png")]) == 1
     assert capsys.readouterr().err.startswith("sda: ")
+
+
+def test_ctrl_c_before_a_run_has_begun_is_one_sentence(monkeypatch, capsys):
+    def loading(config: preview.Config) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "importlib", SimpleNamespace(import_module=lambda *names: SimpleNamespace(Config=preview.Config, run=loading)))
+    assert cli.main(["miniature", "scenes"]) == 130
+    assert capsys.readouterr().err == "sda: stopped; the same command goes on where it was.\n"
+
+
+def test_no_library_heads_a_command_with_words_of_its_own(tmp_path):
+    """`sda plan` imports all that a training does."""
+    pytest.importorskip("torchao", reason="torchao is not installed: pip install -e '.[training]'")
+    found = subprocess.run([sys.executable, "-P", "-m", "semantic_diffusion_adapter.training.cli", "plan", "--help"], cwd=tmp_path,
+                           capture_output=True, text=True, timeout=120) if sys.version_info >= (3, 11) else pytest.skip("no -P")
+    assert found.returncode == 0 and "torchao` Tensor" not in found.stderr + found.stdout and found.stderr == ""

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
 import importlib
+import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 pytest.importorskip("diffusers", reason="diffusers is not installed: pip install -e '.[training]'")
 
@@ -62,20 +67,71 @@ def test_paths_in_lists_and_tables_in_tables_come_back_as_they_were(tmp_path):
     assert found == config and found.files[1].name == "b"
 
 
-def test_a_word_that_is_no_choice_is_named_with_those_that_are():
-    with pytest.raises(ValueError, match=r"c.toml \[run\]: 'on_nonfinite' cannot be 'ignore'; use one of 'stop', 'skip'"):
-        build(Config, {"run": RUN | {"on_nonfinite": "ignore"}, "file": "x"}, "c.toml")
+@dataclass(frozen=True)
+class Odd:
+    run: RunConfig
+    mu: float | Literal["resolution"] = 0.5
+    times: tuple[float, ...] = (0.5,)
 
 
-@pytest.mark.parametrize("key", ["max_steps", "batch", "validate_every", "keep"])
-def test_a_number_of_steps_or_samples_is_at_least_one(key):
-    with pytest.raises(ValueError, match=f"run.{key} is 0; it must be at least 1"):
-        build(Config, {"run": RUN | {key: 0}, "file": "x"}, "c.toml")
+WRONG = [  # (key of [run], its value, what is wrong with it)
+    ("lr", "1e-4", '"1e-4"; it must be a number, without quotes'), ("lr", math.nan, "nan; it must be a finite number"),
+    ("lr", True, "true; it must be a number"), ("clip", math.inf, "inf; it must be a finite number"),
+    ("lr", 0.0, "0.0; it must be greater than 0"), ("batch", 16.5, "16.5; it must be a whole number"),
+    ("batch", 16.0, "16.0; it must be a whole number"), ("batch", True, "true; it must be a whole number"),
+    ("max_steps", "20", '"20"; it must be a whole number, without quotes'),
+    ("compile", "false", '"false"; it must be true or false, without quotes'), ("compile", 0, "0; it must be true or false"),
+    ("dry_run", "yes", '"yes"; it must be true or false, without quotes'), ("out", 3, "3; it must be a text"),
+    ("on_nonfinite", "ignore", "\"ignore\"; it must be 'stop' or 'skip'"), ("plan_steps", -1, "-1; it must be at least 0"),
+    ("ema", 1.0, "1.0; it must be less than 1"), ("seed", [1], "a list; it must be a whole number"),
+    *((key, 0, "0; it must be at least 1") for key in ("max_steps", "batch", "validate_every", "keep"))]
 
 
-def test_the_steps_of_a_plan_are_not_negative():
-    with pytest.raises(ValueError, match="run.plan_steps is -1; it must be at least 1, or 0 for all of the run"):
-        build(Config, {"run": RUN | {"plan_steps": -1}, "file": "x"}, "c.toml")
+@pytest.mark.parametrize(("key", "value", "words"), WRONG)
+def test_a_wrong_value_is_one_sentence_with_the_file_the_key_and_what_was_expected(key, value, words):
+    with pytest.raises(ValueError) as error:
+        build(Odd, {"run": RUN | {key: value}}, "c.toml")
+    assert str(error.value) == f"c.toml [run]: '{key}' is {words}."
+
+
+@pytest.mark.parametrize(("data", "words"), [
+    ({"run": 5}, "c.toml: 'run' is 5; it must be a table."), ({"mu": "x"}, "'mu' is \"x\"; it must be a number or 'resolution'"),
+    ({"times": [0.5, "x"]}, "c.toml: 'times[1]' is \"x\"; it must be a number, without quotes."),
+    ({"times": 0.5}, "c.toml: 'times' is 0.5; it must be a list.")])
+def test_tables_lists_and_what_may_be_either_are_named(data, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        build(Odd, {"run": RUN} | data, "c.toml")
+
+
+@given(st.floats() | st.integers(-10, 10**6) | st.text(max_size=8) | st.booleans() | st.none())
+def test_what_is_built_has_the_types_that_it_says(value):
+    """Whatever stands in a file: a number that may be finite and above 0, or a sentence."""
+    try:
+        made = build(Odd, {"run": RUN | {"lr": value}}, "c.toml").run.lr
+    except ValueError as error:
+        assert "c.toml [run]: 'lr' is" in str(error)
+        assert isinstance(value, (bool, str, type(None))) or not 0 < value < math.inf
+    else:
+        assert isinstance(made, float) and made == value and math.isfinite(made) and not isinstance(value, (bool, str))
+
+
+def test_what_a_flag_says_is_held_to_the_same_bounds(tmp_path, capsys):
+    file = tmp_path / "vae.toml"
+    file.write_text('export = "x"\n[run]\nout = "y"\nmax_steps = 1\n', encoding="utf-8")
+    for flags, words in ((["--run.lr", "nan"], "'lr' is nan; it must be a finite number"),
+                         (["--run.clip", "inf"], "'clip' is inf; it must be a finite number"),
+                         (["--run.batch", "0"], "'batch' is 0; it must be at least 1")):
+        assert cli.main(["miniature", "vae", "--config", str(file), *flags]) == 1
+        assert capsys.readouterr().err == f"sda: the command line [run]: {words}.\n"
+    with pytest.raises(SystemExit):
+        cli.main(["miniature", "vae", "--config", str(file), "--run.batch", "16.5"])
+    assert "--run.batch" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_toml_is_one_sentence(tmp_path):
+    (tmp_path / "c.toml").write_text("lr = = 3", encoding="utf-8")
+    with pytest.raises(ValueError, match="c.toml is no TOML file .*line 1"):
+        from_toml(Config, tmp_path / "c.toml")
 
 
 @pytest.mark.parametrize("flags", [["--max-steps", "7", "--out", "x", "--resume", "never", "--dry-run"],

@@ -70,6 +70,11 @@ class Plan:
         rows = epoch.rows[bucket][place * self.batch:(place + 1) * self.batch]
         return resolution, tuple(self.groups[resolution])[bucket], rows.tolist()
 
+    def resolution(self, stage: str, step: int) -> int:
+        """Of a step, in pixels; costs little, however far away the step is."""
+        cycle, turn = divmod(step, PERIOD)
+        return int(self._turns(stage, cycle)[turn])
+
     def spare(self, stage: str, step: int, position: int, attempt: int = 0) -> int:
         """A row of the same bucket to take where the one at this position of the batch cannot be read; another one for
         each attempt, and none of the batch itself where the bucket has others."""

@@ -32,7 +32,7 @@ def split(index: Index, held_out: int, resolution: int) -> tuple[Index, Index]:
 
 
 class Reader:
-    """Samples of a set as {"image": [3, H, W]}, and what a cache has of them: "mean" and "std" of the latents, and for a tower
+    """Samples of a set as {"image": [3, H, W] uint8}, and what a cache has of them: "mean" and "std" of the latents, and for a tower
     "<id>/features" or "<id>/hidden". The picture itself is read only where some encoder still asks for it.
 
     parts: every encoder of the training as the cache would name it, the VAE first. `caches` has those that were found.

@@ -15,7 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
 from ...kernels.precision import frozen_dtype
-from .decode import decode
+from .decode import decode, send
 from .files import absolute, digest, listed, locate, read_table, sweep, whole_file, write_table
 from .index import EDITS, NAME, Index
 from .pipeline import Workers, stoppable, stream, workers
@@ -99,14 +99,14 @@ class Fill:
         """task: {"rows", "members", "bucket", "shard"}"""
         samples, bucket = list(zip(task["rows"], task["members"])), tuple(task["bucket"])
 
-        def images(number: int) -> Tensor | None:
+        def images(number: int) -> list[Tensor]:
             chosen = samples[number * self.batch:(number + 1) * self.batch]
-            return torch.stack([decode(self.index, row, bucket, member) for row, member in chosen]) if chosen else None
+            return [decode(self.index, row, bucket, member) for row, member in chosen]
 
         made: dict[str, list[Tensor]] = {}
         with Prefetch(images, ahead=2) as ahead, torch.inference_mode():
             for _ in range(0, len(samples), self.batch):
-                for name, value in self.encode(next(ahead).to(self.device)).items():
+                for name, value in self.encode(send(next(ahead), self.device)).items():
                     made.setdefault(name, []).append(value.half().cpu())
         tensors = {name: torch.cat(values).contiguous() for name, values in made.items()}
         for name, tensor in tensors.items():

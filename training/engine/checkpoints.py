@@ -1,60 +1,20 @@
-"""Checkpoints that are whole or absent: staged beside, sealed by complete.json with every file's hash, renamed once.
-
-A folder is taken only if each of its files is, to the bit, the one that complete.json names; otherwise the one before it is.
-"""
+"""Checkpoints that are whole or absent: staged beside, sealed by complete.json with every file's hash, renamed once."""
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..config import RunConfig, settled, to_dict
-from ..files import file_hash
 from .learner import Learner
-
-
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's folder, None if it is whole."""
-    try:
-        files = json.loads((folder / "complete.json").read_text(encoding="utf-8"))["files"]
-        for name, truth in files.items():
-            if (folder / name).stat().st_size != truth["bytes"]:
-                return f"{name} has {(folder / name).stat().st_size} of {truth['bytes']} bytes"
-            if file_hash(folder / name) != truth["sha256"]:
-                return f"{name} is not what was written"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except ValueError:
-        return "complete.json cannot be read"
-    except KeyError:
-        return "it was written by another version"
-    return None
-
-
-def newest_whole(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole; None where there is no checkpoint at all.
-
-    Says which ones are passed over; raises ValueError where none is left, since starting anew would bury them.
-    """
-    found = sorted(folder.glob("step_*"), reverse=True)
-    for each in found:
-        problem = damage(each)
-        if problem is None:
-            return each
-        print(f"{each} is passed over: {problem}", flush=True)
-    if found:
-        raise ValueError(f"No checkpoint in {folder} is whole; move the folder away, or give another --run.out.")
-    return None
+from .sealed import found, newest_whole, plain, read_record, sync, write_record, write_tensors
 
 
 def flat(data: Any, prefix: str = "") -> dict[str, Any]:
@@ -76,9 +36,9 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasse
 
 def began_with(run: RunConfig) -> dict:
     """The configuration that the checkpoints of a run tell of; {} for a new one."""
-    for record in sorted((run.out / "checkpoints").glob("step_*/complete.json")):
-        with contextlib.suppress(ValueError, KeyError):  # torn: another one will do
-            return json.loads(record.read_text(encoding="utf-8"))["config"]
+    for _, folder in reversed(found(run.out / "checkpoints")):
+        with contextlib.suppress(ValueError, FileNotFoundError):  # torn: another one will do
+            return read_record(folder)["config"]
     return {}
 
 
@@ -95,11 +55,6 @@ def is_free(value: Any, field: dataclasses.Field) -> bool:
     """Whether a resumed run may change the field (config.free)."""
     paths = value if isinstance(value, tuple) and value else (value,)
     return field.metadata.get("free", False) or all(isinstance(v, Path) for v in paths)
-
-
-def plain(data: Any) -> Any:
-    """As it comes back from JSON."""
-    return json.loads(json.dumps(data, default=str))
 
 
 def differences(old: dict, new: dict) -> dict[str, str]:
@@ -119,23 +74,27 @@ class Checkpoints:
 
         Raises ValueError where the checkpoint is of another stage, base, data plan or configuration, and shows the difference.
         """
-        if self.config.run.resume == "never" and any(self.folder.glob("step_*")):
+        if self.config.run.resume == "never" and found(self.folder):
             raise ValueError(f"{self.config.run.out} already holds checkpoints; give another --run.out or let --run.resume be auto.")
-        found, problem = None, None
+        newest, problem = None, None
         if self.world.main:
             try:
-                found = newest_whole(self.folder)
+                newest = newest_whole(self.folder)
             except ValueError as error:
                 problem = str(error)
-        found, problem = self.world.said_by_main((found, problem))
+        newest, problem = self.world.said_by_main((newest, problem))
         if problem:
             raise ValueError(problem)
-        if found is None:
+        if newest is None:
             return 0
-        record = json.loads((found / "complete.json").read_text(encoding="utf-8"))
+        record = read_record(newest)
         self.compare(record)
-        self.load(found, record)
+        self.load(newest, record)
         return record["step"]
+
+    def comfort(self) -> str:
+        """What can be said of the checkpoints where a run ends early."""
+        return f"The last checkpoint in {self.folder} is good" if found(self.folder) else "There is no checkpoint yet"
 
     def compare(self, record: dict) -> None:
         stage = self.learner.stage
@@ -180,10 +139,10 @@ class Checkpoints:
             try:
                 self.write(staged, step)
                 self.remove_old(step)
-            except (OSError, SafetensorError) as error:
+            except OSError as error:
                 shutil.rmtree(staged, ignore_errors=True)
-                problem = (f"Step {step} could not be saved ({getattr(error, 'strerror', None) or error}); make room in "
-                           f"{self.folder} and give the same command: the checkpoints in it are whole.")
+                problem = (f"Step {step} could not be saved ({error.strerror or error}); make room in {self.folder} and give the same "
+                           f"command. {self.comfort()}.")
         problem = self.world.said_by_main(problem)
         if problem:
             raise OSError(problem)
@@ -195,18 +154,11 @@ class Checkpoints:
         staged.mkdir(parents=True)
         slots = {f"{i}.{k}": v if isinstance(v, Tensor) else torch.tensor(v)
                  for i, s in learner.optimizer.state_dict()["state"].items() for k, v in s.items()}
-        files = {}
-        for name, tensors in (("trainables", learner.stage.trainables.state_dict()), ("average", learner.average.values),
-                              ("optimizer", slots)):
-            path = staged / f"{name}.safetensors"
-            # Copies, because safetensors refuses tied weights (T5's word table has two names); a GPU has no room for them.
-            save_file({k: v.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for k, v in tensors.items()}, path)
-            sync(path)
-            files[path.name] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
-        record = {"step": step, "stage": learner.stage.name, "average_count": learner.average.count, "files": files,
-                  "processes": self.world.size, "identity": learner.stage.identity, "config": to_dict(self.config)}
-        (staged / "complete.json").write_text(json.dumps(record, indent=1, default=str), encoding="utf-8")
-        sync(staged / "complete.json")
+        files = {f"{name}.safetensors": write_tensors(staged / f"{name}.safetensors", tensors.items()) for name, tensors in (
+            ("trainables", learner.stage.trainables.state_dict()), ("average", learner.average.values), ("optimizer", slots))}
+        write_record(staged, {
+            "step": step, "stage": learner.stage.name, "average_count": learner.average.count, "files": files,
+            "processes": self.world.size, "identity": learner.stage.identity, "config": to_dict(self.config)})
         sync(staged)
         target = self.folder / f"step_{step:08d}"
         shutil.rmtree(target, ignore_errors=True)  # only one that was passed over as damaged can be here
@@ -215,18 +167,9 @@ class Checkpoints:
 
     def remove_old(self, step: int) -> None:
         run = self.config.run
-        steps = sorted(n for n in (int(p.name[5:]) for p in self.folder.glob("step_*")) if n <= step)  # beyond: passed over
+        steps = [n for n, _ in found(self.folder) if n <= step]  # beyond: passed over
         for old in steps[:-run.keep]:
             if not (run.keep_every and old % run.keep_every == 0):
                 # Under another name first: a kill in between must not leave half of one under a checkpoint's name.
                 gone = (self.folder / f"step_{old:08d}").rename(self.folder / f".removing_{old:08d}")
                 shutil.rmtree(gone)
-
-
-def sync(path: Path) -> None:
-    """Have the disk hold a file, or the names in a folder, before what follows."""
-    if os.name == "nt" and path.is_dir():  # Windows opens no folders, and orders their names itself
-        return
-    handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)

@@ -15,11 +15,14 @@ def check_compiler() -> None:
         raise ValueError("torch.compile needs a C++ compiler and none is on the PATH; install one (g++), or give --run.no-compile.")
 
 
+GRAPHS = 512  # of a class of blocks; beyond it PyTorch goes on without compiling
+
+
 def compile_blocks(*stacks: nn.ModuleList) -> None:
     """Compile networks block by block: one small graph for each length of the sequence, whatever surrounds it."""
-    # All blocks of a class share their code, and a run has a graph for each bucket with each preset; beyond the limits PyTorch
-    # goes on without compiling. These are the names that every release knows.
-    torch._dynamo.config.cache_size_limit, torch._dynamo.config.accumulated_cache_size_limit = 512, 4096
+    # All blocks of a class share their code, and a run has a graph for each bucket with each number of tokens. These are the names
+    # that every release knows.
+    torch._dynamo.config.cache_size_limit, torch._dynamo.config.accumulated_cache_size_limit = GRAPHS, 8 * GRAPHS
     for stack in stacks:
         for block in stack:
             block.compile(dynamic=False)

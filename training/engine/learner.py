@@ -1,6 +1,7 @@
 """What turns gradients into weights: the schedule, the optimizer, the average, and the module that the processes share."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -96,12 +97,16 @@ class Learner:
         return [Step(number, run.planned, run.seed, self.stage.name, self.world.device, positions, run.batch)
                 for positions in self.micro]
 
-    def gradients(self, steps: list[Step]) -> tuple[dict[str, float], float]:
+    def gradients(self, steps: list[Step], stop: Callable[[], bool] = lambda: False) -> tuple[dict[str, float], float] | None:
         """Forward and backward of the micro-batches: (this process's mean loss and its parts, the norm of the gradient of all
-        processes before it was clipped)."""
+        processes before it was clipped). None where `stop`, which is asked before each of them and answers all processes alike,
+        says so: the weights are then those of the step before."""
         run, device = self.run, self.world.device
         sums: dict[str, Tensor] = {}
         for n, step in enumerate(steps):
+            if stop():
+                self.clear()
+                return None
             alone = self.world.size == 1 or n == len(steps) - 1
             with nullcontext() if alone else self.objective.no_sync():
                 with autocast(device, run.precision):

@@ -1,6 +1,7 @@
 """One run at a time in a run folder: two that write the same checkpoints would lose both."""
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +9,15 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from .world import World
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a run folder that can be none, before anything is loaded. ValueError."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise ValueError(f"run.out: {there} is a file; give a folder with --run.out.")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"run.out: nobody may write to {there} here; give another folder with --run.out.")
 
 
 @contextmanager

@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +18,8 @@ from .checkpoints import Checkpoints, settle
 from .compiling import check_compiler
 from .dry import dry_run
 from .learner import Learner
-from .lock import alone
+from .lock import alone, check_folder
+from .pace import Pace
 from .run_folder import RunFolder
 from .stage import Stage, Step
 from .world import World
@@ -25,10 +28,17 @@ SKIPS = 5  # steps in a row whose loss or gradient may be not finite before a ru
 
 
 class Signals:
-    """Notes SIGTERM, Ctrl-C and a terminal that closes while it is open, so that a step can end and be saved."""
+    """Notes SIGTERM, Ctrl-C and a terminal that closes while it is open, so that the work can end and be saved. A second Ctrl-C
+    stops at once, by KeyboardInterrupt; a second SIGTERM does not, since SLURM and torchrun both send one.
+
+    told: said at the first signal, "" for nothing.
+    """
+
+    def __init__(self, told: str = ""):
+        self.told = told
 
     def __enter__(self) -> Signals:
-        self.seen = False
+        self.seen, self.interrupted = False, False
         numbers = [signal.SIGTERM, signal.SIGINT]
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
             numbers.append(signal.SIGHUP)
@@ -36,7 +46,12 @@ class Signals:
         return self
 
     def note(self, number, frame) -> None:
-        self.seen = True
+        if number == signal.SIGINT and self.interrupted:
+            raise KeyboardInterrupt
+        if not self.seen and self.told:
+            with suppress(OSError):  # print() may not be entered twice, and a terminal may be gone
+                os.write(2, f"{self.told}\n".encode())
+        self.seen, self.interrupted = True, self.interrupted or number == signal.SIGINT
 
     def __exit__(self, *error) -> None:
         for number, handler in self.previous.items():
@@ -69,16 +84,27 @@ def blame(stage: Stage, steps: list[Step], run: RunConfig, world: World) -> str:
 def train(stage: Stage, config: Any, world: World) -> bool:
     """Run the stage from its last checkpoint (or from the start) to `config.run.max_steps`, then export.
 
-    Ctrl-C, SIGTERM and SIGHUP, to whichever process, let the step end in all, save and return False; a finished run returns True.
+    Ctrl-C, SIGTERM and SIGHUP, to whichever process, let the micro-batch end in all, save and return False; a finished run
+    returns True. A step whose micro-batches did not all come to their end is done again by the resumed run.
     """
     run = config.run
     check(stage, run, world)
     learner = Learner(stage, run, world)
     checkpoints = Checkpoints(learner, config)
-    start = checkpoints.start()
-    folder = RunFolder(config, stage.name, start, world.main, world.device)
+    start = saved = checkpoints.start()
+    pace = Pace(run.max_steps, run.validate_every, run.save_every, getattr(stage, "effort", lambda number: 1.0))
+    folder = RunFolder(config, stage.name, start, world.main, world.device, pace)
+
+    def save(step: int) -> None:
+        nonlocal saved
+        if step > saved:
+            folder.secure()
+            checkpoints.save(step)
+            folder.saved()
+            saved = step
 
     def validate(step: int) -> None:
+        save(step)  # a signal's grace ends before a validation may
         clock = time.perf_counter()
         learner.average.swap()
         stage.trainables.eval()
@@ -88,46 +114,53 @@ def train(stage: Stage, config: Any, world: World) -> bool:
         stage.trainables.train()
         learner.average.swap()
         folder.validation(step, figures, pictures, time.perf_counter() - clock)
-        folder.restart_clock()
+
+    def check_disk() -> None:
+        if problem := world.said_by_main(folder.problem):
+            raise OSError(f"{problem}. {checkpoints.comfort()}.")
 
     if world.main and start:
         print(f"resumed {stage.name} at step {start}", flush=True)
     elif world.main and hasattr(stage, "report"):
         print(stage.report(), flush=True)
     validated = world.said_by_main(folder.validated)
-    skipped, ended = 0, True
-    with Signals() as signals:
+    skipped, stopped = 0, False
+    with Signals("stopping: what is learnt is saved; Ctrl-C again stops at once" if world.main else "") as signals:
         stage.trainables.train()
         for number in range(start, run.max_steps):
             if number % run.validate_every == 0 and number != validated:
                 validate(number)
             learner.set_rates(number)
-            steps = learner.steps(number)
-            parts, norm = learner.gradients(steps)
-            # One exchange a step: the mean loss, whether anything is not finite, whether a signal came to any process.
-            *means, stop = world.mean([*parts.values(), float(signals.seen)])
-            parts = dict(zip(parts, means))
-            if math.isfinite(parts["loss"]) and math.isfinite(norm):
-                learner.step()
-                skipped = 0
-            else:
-                skipped += 1
-                words = f"The loss or the gradient of step {number} is not finite; samples: {blame(stage, steps, run, world)}."
-                if run.on_nonfinite == "stop" or skipped > SKIPS:
-                    raise FloatingPointError(f"{words} The last checkpoint in {checkpoints.folder} is good; --run.on-nonfinite skip "
-                                             f"passes over up to {SKIPS} such steps in a row.")
+            steps, done = learner.steps(number), number
+            found = learner.gradients(steps, lambda: world.any(signals.seen))
+            stopped = found is None
+            if not stopped:
+                parts, norm = found
+                # One exchange a step: the mean loss, whether anything is not finite, a signal to any process, a disk that refuses.
+                *means, stopped, refused = world.mean([*parts.values(), float(signals.seen), float(bool(folder.problem))])
+                parts = dict(zip(parts, means))
+                if refused:
+                    check_disk()
+                if math.isfinite(parts["loss"]) and math.isfinite(norm):
+                    learner.step()
+                    skipped = 0
+                else:
+                    skipped += 1
+                    words = f"The loss or the gradient of step {number} is not finite; samples: {blame(stage, steps, run, world)}."
+                    if run.on_nonfinite == "stop" or skipped > SKIPS:
+                        raise FloatingPointError(f"{words} {checkpoints.comfort()}; --run.on-nonfinite skip passes over up to {SKIPS} "
+                                                 "such steps in a row.")
+                    if world.main:
+                        print(f"{words} The step is skipped.", flush=True)
+                learner.clear()
+                done = number + 1
+                folder.step(done, parts, norm, learner.rates(), skipped)
+            if done % run.save_every == 0 or done == run.max_steps or stopped:
+                save(done)
+            if stopped:
                 if world.main:
-                    print(f"{words} The step is skipped.", flush=True)
-            learner.clear()
-            folder.step(number + 1, parts, norm, learner.rates(), skipped)
-            if (number + 1) % run.save_every == 0 or number + 1 == run.max_steps or stop:
-                folder.secure()
-                checkpoints.save(number + 1)
-                folder.restart_clock()
-            if stop:
-                if world.main:
-                    print(f"stopped by a signal; step {number + 1} is saved in {checkpoints.folder}", flush=True)
-                ended = False
+                    print(f"stopped by a signal; step {done} is saved in {checkpoints.folder}" if saved else
+                          "stopped by a signal before the first step had ended", flush=True)
                 break
         else:
             last = max(start, run.max_steps)
@@ -137,7 +170,8 @@ def train(stage: Stage, config: Any, world: World) -> bool:
             if world.main:
                 stage.export(last)
     folder.close()
-    return ended
+    check_disk()
+    return not stopped
 
 
 def chosen(precision: str, device: torch.device) -> str:
@@ -156,6 +190,8 @@ def launch(stage: Callable[[Any, torch.device], Stage], config: Any) -> bool:
         torch.set_num_threads(run.threads)
     world = World.start(run.device)
     world.share(run.batch, run.micro)
+    if not run.dry_run:
+        check_folder(run.out)
     torch.manual_seed(run.seed)
     config = world.said_by_main(settle(config, world.device))
     if world.main:

@@ -4,19 +4,21 @@ from __future__ import annotations
 import json
 import math
 import os
-import statistics
 import sys
 import time
-from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from ...kernels.replace import replacing
 from ..config import write_toml
+from .pace import Pace
 
 try:
     import resource
@@ -33,24 +35,39 @@ def peak_memory(device: torch.device) -> float:
 
 
 def cut_after(path: Path, step: int) -> int:
-    """Cut metrics.jsonl after its last line of a step up to `step`, so that a resumed run neither repeats nor contradicts
-    itself; a line torn by a kill goes too. Returns the step of the newest validation that is left, -1 if there is none."""
+    """Take the lines of later steps than `step` out of metrics.jsonl, so that a resumed run neither repeats nor contradicts itself.
+    A line torn by a kill goes too; one that is damaged goes to metrics.damaged.jsonl, and is said. Returns the step of the newest
+    validation that is left, -1 if there is none."""
     if not path.exists():
         return -1
-    validated, end = -1, 0
-    with open(path, "rb+") as file:
-        for line in file:
-            try:
-                values = json.loads(line)
-            except ValueError:
-                break
-            if values["step"] > step or not line.endswith(b"\n"):
-                break
-            end += len(line)
+    validated, kept, damaged = -1, [], []
+    lines = path.read_bytes().splitlines(keepends=True)
+    for line in lines:
+        values = _values(line)
+        if values is None and line.endswith(b"\n"):
+            damaged.append(line)
+        elif values is not None and values["step"] <= step and line.endswith(b"\n"):
+            kept.append(line)
             if any(key.startswith("validation/") for key in values):
                 validated = values["step"]
-        file.truncate(end)
+    if damaged:
+        aside = path.with_name("metrics.damaged.jsonl")
+        with open(aside, "ab") as file:
+            file.writelines(damaged)
+        print(f"{len(damaged)} lines of {path} cannot be read; they lie in {aside.name} now.", flush=True)
+    if len(kept) < len(lines):
+        with replacing(path) as temporary:
+            temporary.write_bytes(b"".join(kept))
     return validated
+
+
+def _values(line: bytes) -> dict | None:
+    """What a line of metrics.jsonl says; None where it is none."""
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) and isinstance(values.get("step"), int) else None
 
 
 def duration(seconds: float) -> str:
@@ -61,13 +78,16 @@ def duration(seconds: float) -> str:
 
 
 class RunFolder:
-    """What a run writes beside its checkpoints; nothing at all in every process but the first."""
+    """What a run writes beside its checkpoints; nothing at all in every process but the first.
 
-    def __init__(self, config: Any, name: str, start: int, main: bool, device: torch.device):
-        self.run, self.name, self.main, self.device = config.run, name, main, device
-        self.seconds: deque[float] = deque(maxlen=64)  # of the latest steps
+    A disk that refuses is told in `problem`, for the loop to end all processes alike: one that raised alone would leave the
+    others waiting.
+    """
+
+    def __init__(self, config: Any, name: str, start: int, main: bool, device: torch.device, pace: Pace):
+        self.run, self.name, self.main, self.device, self.pace = config.run, name, main, device, pace
         self.clock = time.perf_counter()
-        self.validated = -1
+        self.validated, self.problem = -1, ""
         if not main:
             return
         from torch.utils.tensorboard import SummaryWriter  # half a second that the other processes need not spend
@@ -79,18 +99,32 @@ class RunFolder:
         self.lines = open(out / "metrics.jsonl", "a", encoding="utf-8")
         self.board = SummaryWriter(str(out), purge_step=start + 1 if start else None)
 
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.problem = self.problem or (
+                f"{error.filename or self.run.out / 'metrics.jsonl'} could not be written ({error.strerror or error}); make room in "
+                f"{self.run.out} and give the same command")
+
     def restart_clock(self) -> None:
         """Leave what happened since the last step (a save, a validation) out of the speed."""
         self.clock = time.perf_counter()
+
+    def saved(self) -> None:
+        """A checkpoint was written since the last step."""
+        self.pace.other("save", time.perf_counter() - self.clock)
+        self.restart_clock()
 
     def step(self, done: int, parts: Mapping[str, float], norm: float, rates: Mapping[str, float], skipped: int) -> None:
         """A line about the step that ended: metrics.jsonl always, the console and TensorBoard at every `log_every`-th."""
         now = time.perf_counter()
         took, self.clock = now - self.clock, now
-        self.seconds.append(took)
         if not self.main:
             return
         run = self.run
+        self.pace.step(done - 1, took)
         values = {**parts, **{f"lr/{name}": rate for name, rate in rates.items()}, "gradient_norm": norm,
                   "samples_per_second": run.batch / took, "memory_gib": round(peak_memory(self.device), 3)}
         if skipped:
@@ -98,42 +132,52 @@ class RunFolder:
         self.write(done, values)
         if done % run.log_every and done != run.max_steps:
             return
-        for key, value in values.items():
-            self.board.add_scalar(key, value, done)
+        self.draw(done, values)
         shown = "  ".join(f"{k} {v:.4f}" for k, v in parts.items())
-        usual = statistics.median(self.seconds)  # the first one compiles
-        left = duration((run.max_steps - done) * usual)
         print(f"{self.name} {done}/{run.max_steps} {100 * done // run.max_steps}%  {shown}  "
-              f"{run.batch / usual:.1f} samples/s  {values['memory_gib']:.1f} GiB  {left} left", flush=True)
+              f"{run.batch / self.pace.usual(done - 1):.1f} samples/s  {values['memory_gib']:.1f} GiB  "
+              f"{duration(self.pace.left(done))} left", flush=True)
 
     def validation(self, step: int, figures: Mapping[str, float], pictures: Mapping[str, np.ndarray], seconds: float) -> None:
         """Figures and pictures [H, W, 3] uint8 of a validation; once for each step."""
+        self.restart_clock()
+        self.pace.other("validation", seconds)
         if not self.main or self.validated == step:
             return
         self.validated = step
         values = {f"validation/{k}": v for k, v in figures.items()}
         self.write(step, values)
-        for key, value in values.items():
-            self.board.add_scalar(key, value, step)
-        for name, picture in pictures.items():
-            folder = self.run.out / "validation"
-            folder.mkdir(exist_ok=True)
-            Image.fromarray(picture).save(folder / f"{step:08d}_{name}.png")
-            self.board.add_image(f"validation/{name}", picture, step, dataformats="HWC")
+        self.draw(step, values, {f"validation/{name}": picture for name, picture in pictures.items()})
+        with self.writing():
+            for name, picture in pictures.items():
+                folder = self.run.out / "validation"
+                folder.mkdir(exist_ok=True)
+                Image.fromarray(picture).save(folder / f"{step:08d}_{name}.png")
         shown = "  ".join(f"{k} {v:.4f}" for k, v in figures.items())
         print(f"{self.name} {step} validation  {shown}  ({duration(seconds)})", flush=True)
 
+    def draw(self, step: int, values: Mapping[str, float], pictures: Mapping[str, np.ndarray] = MappingProxyType({})) -> None:
+        """Points and pictures in TensorBoard."""
+        with self.writing():
+            for key, value in values.items():
+                self.board.add_scalar(key, value, step)
+            for key, picture in pictures.items():
+                self.board.add_image(key, picture, step, dataformats="HWC")
+
     def write(self, step: int, values: Mapping[str, float]) -> None:
         numbers = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON knows no NaN
-        self.lines.write(json.dumps({"step": step, "samples": step * self.run.batch, **numbers}) + "\n")
-        self.lines.flush()
+        with self.writing():
+            self.lines.write(json.dumps({"step": step, "samples": step * self.run.batch, **numbers}) + "\n")
+            self.lines.flush()
 
     def secure(self) -> None:
         """Have the disk hold the lines so far: a checkpoint must not be newer than them."""
         if self.main:
-            os.fsync(self.lines.fileno())
+            with self.writing():
+                os.fsync(self.lines.fileno())
 
     def close(self) -> None:
         if self.main:
-            self.board.close()
-            self.lines.close()
+            for file in (self.board, self.lines):
+                with self.writing():
+                    file.close()

@@ -80,7 +80,8 @@ class Stage(Protocol):
     """What is trained. `trainables` holds every parameter that may learn; frozen parts live outside it.
 
     A stage may also have: `pictures()` -> {name: uint8 array [H, W, 3]} for validation/ and TensorBoard; `describe(step)`
-    -> names of the micro-batch's samples; `report()` -> str, told before the first step; `frozen` -> {name: module} for
+    -> names of the micro-batch's samples; `effort(number)` -> what a step costs in comparison with others (the square of its
+    resolution), for the time that is left; `report()` -> str, told before the first step; `frozen` -> {name: module} for
     --dry-run; `whole_batch` = True where the loss compares the samples of a batch with one another, so that it can be
     neither split nor shared.
     """

@@ -109,6 +109,10 @@ class World:
         dist.all_reduce(total)
         return (total / self.size).tolist()
 
+    def any(self, word: bool) -> bool:
+        """Whether any process says so."""
+        return self.mean([float(word)])[0] > 0
+
     def said_by_main(self, word):
         """What the first process says, told to all; the others' argument is ignored."""
         if self.size == 1:

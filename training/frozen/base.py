@@ -16,10 +16,11 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
-from ...kernels import checkpoint
+from ...kernels import checkpoint, schema
 from ...kernels.precision import resolve
-from ..files import file_hash, folder_tensors
-from .flux import build_flux, from_bfl
+from ..files import file_hash, folder_tensors, recorded
+from .flux import build_flux, from_bfl, to_bfl
+from .fp8 import unscaled
 
 Precision = Literal["auto", "bf16", "fp32", "int8", "nf4"]
 LIBRARY = {"int8": "torchao", "nf4": "bitsandbytes"}
@@ -60,42 +61,54 @@ def count(state: dict[str, Tensor], stack: str) -> int:
     return len({k.split(".")[1] for k in state if k.startswith(f"{stack}.")})
 
 
-def unscaled(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of an fp8 file with a scale for each tensor (`<layer>.scale_weight`) as what they stand for, in bf16."""
-    out = {k: v for k, v in state.items() if not k.endswith((".scale_weight", ".scale_input", "scaled_fp8"))}
-    for name, scale in state.items():
-        if name.endswith(".scale_weight"):
-            weight = f"{name[:-13]}.weight"
-            out[weight] = (out[weight].float() * scale.float()).bfloat16()
-    return out
+def skeleton(path: Path, read: Callable[[Path], dict[str, Tensor]] = checkpoint.load_tensors
+             ) -> tuple[FluxTransformer2DModel, dict[str, Tensor]]:
+    """(Flux without weights, on the meta device; its tensors as they are stored, by diffusers' names).
 
-
-def skeleton(path: Path) -> tuple[FluxTransformer2DModel, dict[str, Tensor]]:
-    """(Flux without weights, on the meta device; its tensors as they are stored, by diffusers' names)."""
+    read: `load_tensors`, or `outline` where only what the file says of itself is asked for. Raises ValueError in one sentence for
+    everything that is no whole FLUX.1, a tensor that nothing here knows included.
+    """
     path = Path(path)
     if path.suffix == ".gguf":
         raise ValueError(f"{path} is a GGUF file, which diffusers cannot train through; "
                          "give the safetensors file, with --base.precision nf4.")
-    if path.is_dir():
-        return from_folder(path)
+    flux, state = from_folder(path, read) if path.is_dir() else from_file(path, read)
+    wanted = flux.state_dict()
+    wrong = [f"lacks {k}" for k in wanted if k not in state] + [f"has an unknown {k}" for k in state if k not in wanted]
+    wrong += [f"has {k} of shape {list(v.shape)} instead of {list(wanted[k].shape)}" for k, v in state.items()
+              if k in wanted and v.shape != wanted[k].shape]
+    wrong += [f"has {k} in {v.dtype}, which is no float" for k, v in state.items() if not v.dtype.is_floating_point]
+    if wrong:
+        more = f", and {len(wrong) - 1} more" if wrong[1:] else ""
+        raise ValueError(f"{path} is no whole FLUX.1: it {wrong[0]}{more}; download it again.")
+    return flux, state
+
+
+def from_file(path: Path, read: Callable[[Path], dict[str, Tensor]]) -> tuple[FluxTransformer2DModel, dict[str, Tensor]]:
     if checkpoint.has_record(path):
-        tensors, record = checkpoint.load(path, "flux")
+        tensors, record = recorded(path, "flux", read)
         config = record["config"]
     else:
-        tensors = checkpoint.load_tensors(path)
-        tensors = unscaled({k.removeprefix(PREFIX): v for k, v in tensors.items()})
+        tensors = read(path)
+        if any(k.startswith(PREFIX) for k in tensors):  # beside it lie the VAE and the text encoders of a whole checkpoint
+            tensors = {k[len(PREFIX):]: v for k, v in tensors.items() if k.startswith(PREFIX)}
+        tensors = unscaled(path, tensors, PREFIX)
         config = config_of(path, tensors)
     with torch.device("meta"):
         flux = build_flux(config)
     if "sampling_shift_mu" in config:
         flux.register_to_config(sampling_shift_mu=config["sampling_shift_mu"])
+    unknown = sorted(tensors.keys() - to_bfl(flux.state_dict()).keys())
+    if unknown:
+        raise ValueError(f"{path} has {schema.short(unknown[0])}{f' and {len(unknown) - 1} more' if unknown[1:] else ''}, which FLUX.1 "
+                         "has not: it is of another model or quantised in a way that is not read here; give the bf16, fp16 or fp8 file.")
     try:
         return flux, from_bfl(tensors, config["hidden_size"])
     except KeyError as error:
         raise ValueError(f"{path} lacks {error}: it is cut or of another model; download it again.") from None
 
 
-def from_folder(path: Path) -> tuple[FluxTransformer2DModel, dict[str, Tensor]]:
+def from_folder(path: Path, read: Callable[[Path], dict[str, Tensor]]) -> tuple[FluxTransformer2DModel, dict[str, Tensor]]:
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     if not (folder / "config.json").is_file():
         raise ValueError(f"{path} has no transformer/config.json: give the diffusers folder of FLUX.1-dev, or its single file.")
@@ -107,14 +120,14 @@ def from_folder(path: Path) -> tuple[FluxTransformer2DModel, dict[str, Tensor]]:
         raise ValueError(f"{path} is quantised already; give the bf16 weights, they are quantised by --base.precision.")
     with torch.device("meta"):
         flux = FluxTransformer2DModel.from_config(config)
-    return flux, folder_tensors(folder)
+    return flux, folder_tensors(folder, read)
 
 
 def load_flux(path: Path, precision: Precision = "auto", device: torch.device | str = "cpu") -> FluxTransformer2DModel:
     """A frozen Flux in eval mode. Raises ValueError in one sentence for everything that is no FLUX.1.
 
-    path: a single file in BFL's layout (fp32, bf16, fp16 or fp8; bare, in a ComfyUI checkpoint, or one of ours), or a
-        diffusers folder (`transformer/` or its parent).
+    path: a single file in BFL's layout (fp32, bf16, fp16, or fp8 with or without scales; bare, in a ComfyUI checkpoint, or one of
+        ours), or a diffusers folder (`transformer/` or its parent).
     precision: of the weights; auto: bf16 where the device computes it fast, fp32 elsewhere. int8 (torchao, one scale per row)
         and nf4 (bitsandbytes; QLoRA, arXiv 2305.14314) are for the linear layers of the blocks; the norms, the embedders and
         the last projection stay in what `auto` says, which is also what the quantised layers compute in.
@@ -122,13 +135,6 @@ def load_flux(path: Path, precision: Precision = "auto", device: torch.device | 
     """
     check_precision(precision)
     flux, state = skeleton(path)
-    wanted = flux.state_dict()
-    wrong = [f"lacks {k}" for k in wanted if k not in state] + [f"has an unknown {k}" for k in state if k not in wanted]
-    wrong += [f"has {k} of shape {list(v.shape)} instead of {list(wanted[k].shape)}" for k, v in state.items()
-              if k in wanted and v.shape != wanted[k].shape]
-    if wrong:
-        more = f", and {len(wrong) - 1} more" if wrong[1:] else ""
-        raise ValueError(f"{path} is no whole FLUX.1: it {wrong[0]}{more}; download it again.")
     return filled(flux, precision, device, lambda name, leaf, dtype: state.pop(f"{name}.{leaf}").to(device, dtype))
 
 

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from ...kernels.adapter import AdapterConfig
 from ...kernels.precision import frozen_dtype
 from ...kernels.vision.known import KNOWN_TOWERS
 from ...kernels.vision.towers import TowerConfig, VisionTower, load_tower
-from ..files import folder_tensors
+from ..files import folder_tensors, outline, recorded
 from .base import base_sha256
 
 FLUX_VAE = {"scaling_factor": 0.3611, "shift_factor": 0.1159}  # black-forest-labs/flux, util.py
@@ -52,34 +52,41 @@ def load_vae(path: Path, device: torch.device) -> Latents:
 
     In the dtype of `frozen_dtype`. Raises ValueError where the file is no VAE.
     """
-    path = Path(path)
+    vae, tensors = vae_of(Path(path), checkpoint.load_tensors)
+    dtype = frozen_dtype(device)
+    vae.load_state_dict({k: v.to(device, dtype) for k, v in tensors.items()}, assign=True)
+    return Latents(vae.to(memory_format=torch.channels_last).eval().requires_grad_(False))
+
+
+def vae_of(path: Path, read: Callable[[Path], dict[str, Tensor]]) -> tuple[AutoencoderKL, dict[str, Tensor]]:
+    """(the VAE of a file without weights, on the meta device; its tensors by diffusers' names), which fit one another. read: as in
+    `base.skeleton`."""
     if path.is_dir():
         folder = path / "vae" if (path / "vae").is_dir() else path
         if not (folder / "config.json").is_file():
             raise ValueError(f"{path} has no vae/config.json; give the diffusers folder of FLUX.1-dev, or ae.safetensors.")
-        config, tensors = json.loads((folder / "config.json").read_text(encoding="utf-8")), folder_tensors(folder)
+        config, tensors = json.loads((folder / "config.json").read_text(encoding="utf-8")), folder_tensors(folder, read)
         if config.get("_class_name") != "AutoencoderKL":
             raise ValueError(f"{path} holds a {config.get('_class_name')}, not Flux's AutoencoderKL; give the VAE of FLUX.1-dev.")
     elif checkpoint.has_record(path):
-        tensors, record = checkpoint.load(path, "vae")
+        tensors, record = recorded(path, "vae", read)
         config = {"scaling_factor": 1.0, "shift_factor": 0.0, **record["config"]}
     else:
-        config, tensors = from_single_file(path)
-    dtype = frozen_dtype(device)
+        config, tensors = from_single_file(path, read)
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(config)
     try:
-        vae.load_state_dict({k: v.to(device, dtype) for k, v in tensors.items()}, assign=True)
+        vae.load_state_dict({k: v.to("meta") for k, v in tensors.items()}, assign=True)
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit the VAE it says it is ({str(error).splitlines()[1].strip()}); download it again.") from None
-    return Latents(vae.to(memory_format=torch.channels_last).eval().requires_grad_(False))
+    return vae, tensors
 
 
-def from_single_file(path: Path) -> tuple[dict, dict[str, Tensor]]:
+def from_single_file(path: Path, read: Callable[[Path], dict[str, Tensor]]) -> tuple[dict, dict[str, Tensor]]:
     """(config, diffusers' state dict) of a VAE in BFL's layout; the widths are read from its tensors."""
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
-    tensors = checkpoint.load_tensors(path)
+    tensors = read(path)
     levels = len({k.split(".")[2] for k in tensors if k.startswith("encoder.down.")})
     if not levels or "decoder.conv_in.weight" not in tensors:
         raise ValueError(f"{path} is no VAE in the layout of ae.safetensors; give ae.safetensors of FLUX.1-dev.")
@@ -128,6 +135,16 @@ def load_one(path: Path, name: str) -> VisionTower:
     if path.is_dir():
         return load_tower(config, folder_tensors(path))
     return load_tower(config, checkpoint.load_tensors(path) if name else checkpoint.load(path, "vision_tower")[0])
+
+
+def check_tower(path: Path, name: str) -> TowerConfig:
+    """Which encoder a file is. ValueError where it is not the one that it is said to be; its weights are not read."""
+    config = tower_config(path, name)
+    if path.is_dir():
+        load_tower(config, folder_tensors(path, outline))
+    else:
+        load_tower(config, outline(path) if name else recorded(path, "vision_tower", outline)[0])
+    return config
 
 
 def check_towers(towers: Sequence[tuple[Path, str]], adapter: Path, record: dict) -> None:

@@ -6,11 +6,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...kernels import checkpoint
+from ...kernels import checkpoint, header
 from ...kernels.precision import frozen_dtype
-from .text import t5_from_folder
+from .text import load_t5, load_tokenizer, t5_width
 
-# For sets without captions: things, people, places, light and style, as prompts name them.
+ENOUGH = 64  # texts; fewer captions are read beside PROMPTS
+# For sets without captions, or with few: things, people, places, light and style, as prompts name them.
 PROMPTS = (
     "a photo of a red fox in the snow at dusk", "portrait of an old fisherman, deep wrinkles, soft window light",
     "a busy street market in Marrakesh, seen from above", "two children build a sandcastle on a grey beach",
@@ -25,30 +26,42 @@ PROMPTS = (
 )
 
 
-def text_statistics(path: Path, captions: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(mean [D], deviation [D]) float32 of the text encoder's outputs.
+def is_statistics(path: Path) -> bool:
+    """Whether a path is a file that holds statistics, of `sda statistics` or an exported adapter's; a text encoder otherwise."""
+    return path.is_file() and {"text_mean", "text_std"} <= header.read(path).tensors.keys()
 
-    path: a safetensors file that holds them as `text_mean` and `text_std`, or a diffusers folder with text_encoder_2 and
-        tokenizer_2, whose encoder reads the captions (or PROMPTS where there are fewer than 64); padding does not count.
+
+def check_statistics(path: Path, width: int) -> None:
+    """Refuse what `text_statistics` cannot take for a base that reads texts of `width` channels. Nothing is loaded but a tokenizer.
+    ValueError."""
+    if is_statistics(path):
+        found = header.read(path).tensors["text_mean"].shape[-1]
+    else:
+        found = t5_width(path)
+        load_tokenizer(path, 2**31)
+    if found != width:
+        raise ValueError(f"{path} has texts of {found} channels and the base reads {width}; give the statistics, or the text encoder, "
+                         "of this base.")
+
+
+def text_statistics(path: Path, captions: list[str]) -> tuple[Tensor, Tensor]:
+    """(mean [D], deviation [D]) float32 of the text encoder's outputs, on the CPU.
+
+    path: a safetensors file that holds them as `text_mean` and `text_std`; or FLUX.1's T5 (`text.load_t5`), which reads the captions,
+        and PROMPTS beside them where there are fewer than ENOUGH; padding does not count. It is read on the CPU: it would take 9.5 GB
+        of a card that has yet to hold the base.
     """
-    path = Path(path)
-    if path.is_file():
+    if is_statistics(path):
         tensors = checkpoint.load(path, "adapter")[0] if checkpoint.has_record(path) else checkpoint.load_tensors(path)
-        if "text_mean" not in tensors or "text_std" not in tensors:
-            raise ValueError(f"{path} holds no text_mean and text_std; "
-                             "give an exported adapter, or a diffusers folder with text_encoder_2.")
         return tensors["text_mean"].float(), tensors["text_std"].float()
-    if not (path / "text_encoder_2").is_dir() or not (path / "tokenizer_2").is_dir():
-        raise ValueError(f"{path} has no text_encoder_2 and tokenizer_2; give the diffusers folder of FLUX.1-dev, or an exported adapter.")
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer_2", local_files_only=True)
-    encoder = t5_from_folder(path / "text_encoder_2", frozen_dtype(device)).to(device).eval()
-    words = captions if len(captions) >= 64 else list(PROMPTS)
-    found = []
+    encoder = load_t5(path, frozen_dtype(torch.device("cpu"))).eval()
+    tokenizer = load_tokenizer(path, encoder.config.vocab_size)
+    total, squares, count = 0.0, 0.0, 0
     with torch.no_grad():
-        for text in words:
-            ids = tokenizer(text, truncation=True, max_length=512, return_tensors="pt").input_ids.to(device)
-            found.append(encoder(input_ids=ids).last_hidden_state[0].float().cpu())
-    outputs = torch.cat(found)
-    return outputs.mean(0), outputs.std(0)
+        for text in captions if len(captions) >= ENOUGH else [*captions, *PROMPTS]:
+            ids = tokenizer(text, truncation=True, max_length=512, return_tensors="pt").input_ids
+            outputs = encoder(input_ids=ids).last_hidden_state[0].double()
+            total, squares, count = total + outputs.sum(0), squares + outputs.square().sum(0), count + len(outputs)
+    mean = total / count
+    deviation = ((squares / count - mean.square()) * count / (count - 1)).clamp_min(0).sqrt()
+    return mean.float(), deviation.float()

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from ..data.decode import decode, decode_edit, fit
 from ..data.index import EDITS, NAME, CorruptSample, Index, bucket_of
 from ..data.pictures import BadPicture, open_picture
 from ..data.sources import PICTURE, ending_of, files_of
-from .encoders import to_pixels
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +41,11 @@ class Skipped:
 
 def too_small(height: int, width: int, resolution: int) -> str:
     return f"{width} x {height} px is smaller than the resolution of {resolution} px"
+
+
+def rows_first(picture: Tensor) -> np.ndarray:
+    """[3, H, W] uint8 -> [H, W, 3]."""
+    return picture.permute(1, 2, 0).numpy()
 
 
 class Pictures:
@@ -82,7 +87,7 @@ class Pictures:
         bucket = bucket_of(image.height, image.width, self.resolution)
         if not any(bucket):
             return Skipped(name, too_small(image.height, image.width, self.resolution))
-        return Sample(hashlib.sha256(data).hexdigest()[:16], name, to_pixels(fit(image, bucket)))
+        return Sample(hashlib.sha256(data).hexdigest()[:16], name, rows_first(fit(image, bucket)))
 
     def _row(self, row: int) -> Sample | Skipped:
         it, bucket = self.index[row], tuple(self.buckets[row].tolist())
@@ -94,7 +99,7 @@ class Pictures:
             return Skipped(it["origin"], f"unreadable: {error}")
 
     def _sample(self, row: int, it: dict, bucket: tuple[int, int]) -> Sample | Skipped:
-        return Sample(it["sha256"].hex()[:16], it["origin"], to_pixels(decode(self.index, row, bucket)))
+        return Sample(it["sha256"].hex()[:16], it["origin"], rows_first(decode(self.index, row, bucket)))
 
 
 class Edits(Pictures):
@@ -112,4 +117,4 @@ class Edits(Pictures):
         content = it["sha256"] + it["target_sha256"] + instruction.encode()
         captions = (it["source_caption"] or "", it["target_caption"] or "")
         key = hashlib.sha256(content).hexdigest()[:16]
-        return Sample(key, it["origin"], to_pixels(source), to_pixels(target), instruction, captions)
+        return Sample(key, it["origin"], rows_first(source), rows_first(target), instruction, captions)

@@ -75,7 +75,7 @@ class AdapterStage:
         self.trainables = nn.ModuleDict({"adapter": adapter, "tuned": self.tuned})
         self.frozen = {"flux": flux, "vae": self.vae, **self.towers}
         self.identity = {"flux": file_hash(config.flux), "text": file_hash(config.text), "vae": file_hash(config.vae),
-                         "towers": [file_hash(p) for p in config.towers]}
+                         "towers": {name: file_hash(path) for name, path in zip(self.towers, config.towers)}}
 
     @property
     def adapter(self) -> Adapter:

@@ -106,7 +106,7 @@ class EditorStage:
         self.decoder.set_token_statistics(tokens.mean((0, 1)), tokens.std((0, 1)))
         self.frozen = {"text": self.text, "adapter": self.adapter, **self.towers}
         self.identity = {"text": file_hash(config.text), "adapter": file_hash(config.adapter),
-                         "towers": [file_hash(p) for p in config.towers]}
+                         "towers": {name: file_hash(path) for name, path in zip(self.towers, config.towers)}}
         if config.run.compile:
             compile_blocks(self.adapter.layers, self.decoder.blocks)
 

@@ -20,7 +20,7 @@ from ...kernels.hierarchy import PRESETS, Hierarchy, Level
 from ...kernels.visibility import region_bias
 from ...kernels.vision.towers import VisionTower
 from ..engine.stage import Step
-from ..frozen.flux import mu_of, velocity
+from ..frozen.flux import mu_of, told_time, velocity
 from ..frozen.region_attention import RegionAttention
 from .times import sample_times
 
@@ -61,6 +61,15 @@ class AdapterTraining:
 
     def presets(self, progress: float) -> tuple[str, ...]:
         return next(tuple(phase[1:]) for phase in self.growth if progress < phase[0] or phase is self.growth[-1])
+
+    def token_counts(self) -> set[int]:
+        """How many tokens a batch of the run may have."""
+        found = set()
+        for levels in (named_hierarchy(name).levels for phase in self.growth for name in phase[1:]):
+            cuts = [levels, *(levels[:n] for n in range(1, len(levels)) if self.level_dropout),
+                    *(levels[n:] for n in range(1, len(levels)) if self.coarse_dropout)]
+            found |= {Hierarchy(each).token_count for each in cuts}
+        return found
 
     def draw(self, step: Step) -> Hierarchy:
         """The hierarchy of a step, one for the whole batch."""
@@ -138,7 +147,7 @@ class AdapterObjective:
 
     def flow(self, latents: Tensor, noise: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor, hierarchy: Hierarchy) -> Tensor:
         """[B] mean squared error of the velocity that Flux predicts at times t under the embedding."""
-        x = latents + t[:, None, None, None] * (noise - latents)
+        x = latents + told_time(self.flux, t)[:, None, None, None] * (noise - latents)
         guidance = torch.full_like(t, self.settings.guidance) if self.flux.config.guidance_embeds else None
         self.attention.regions = self.regions(hierarchy, (x.shape[-2] // 2, x.shape[-1] // 2), x.device)
         found = velocity(self.flux, x, t, tokens, pooled, guidance).float()

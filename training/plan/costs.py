@@ -19,6 +19,8 @@ FLUX1_DEV = dict(hidden_size=3072, num_heads=24, depth=19, depth_single_blocks=3
                  vec_in_dim=768, in_channels=16, patch_size=2, guidance_embed=True)
 FLUX1_VAE = dict(latent_channels=16, block_out_channels=[128, 256, 512, 512], layers_per_block=2)
 VAE_PARAMETERS = 83_819_683
+T5_PARAMETERS = 4_762_310_656  # the encoder of T5 v1.1 XXL
+LEARNING = 16  # bytes of a checkpoint for each number that learns: itself, its average and Adam's two moments, in float32
 # Bytes of a weight. int8: one bf16 scale a row; nf4: half a byte, one byte a block of 64 for its scale and 1/64 of that again.
 BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "nf4": 0.5 + 1 / 64 + 4 / 256 / 64}
 # Bytes that a block of each kind keeps for its backward, for each token and channel, in bf16 (measured by saved-tensor hooks).

@@ -9,12 +9,15 @@ import torch
 
 from ...kernels.vision.known import KNOWN_TOWERS
 from ...kernels.vision.towers import TowerConfig
-from ..frozen.base import skeleton
-from ..frozen.encoders import tower_config
+from ..data.index import buckets
+from ..engine import World
+from ..engine.compiling import GRAPHS
 from ..frozen.flux import build_flux
+from ..frozen.text_statistics import is_statistics
 from ..objectives.reconstruct import named_hierarchy
 from ..stages import settings
 from ..stages.adapter_export import build_adapter
+from ..stages.checks import check, pictures_of, prepared
 from . import costs
 
 
@@ -70,30 +73,29 @@ class Estimate:
         if config.base.precision == "auto":  # every card of the list computes it fast
             config = replace(config, base=replace(config.base, precision="bf16"))
         self.config, self.card = config, CARDS[config.gpu]
-        self.assumed: list[str] = []
+        self.local = min(config.gpus, config.per_machine)
+        known = check(config, World(0, config.gpus, 0, self.local, torch.device("cpu")), absent=True)
+        files = (*((path, "vision.files") for path in config.vision.files), (config.base.vae, "base.vae"), (config.base.text, "base.text"))
+        self.assumed = [f"{key} {path}" for path, key in ((config.base.flux, "base.flux"), *files) if not path.exists()]
+        self.plan = None
+        if prepared(config.data.index):
+            self.plan = pictures_of(config)[2]
+        else:
+            self.assumed.append(f"data.index {config.data.index}")
         with torch.device("meta"):
-            self.flux = skeleton(config.base.flux)[0] if config.base.flux.exists() else self.assume("the base", build_flux(costs.FLUX1_DEV))
-        self.towers = [self.tower(path, name) for path, name in config.vision.named()]
+            self.flux = known.flux or build_flux(costs.FLUX1_DEV)
+        self.towers = [known.towers.get(place) or self.tower(path, name) for place, (path, name) in enumerate(config.vision.named())]
         self.seeing = sum(map(costs.tower_parameters, self.towers))
         with torch.device("meta"):
             self.adapter = build_adapter(config, self.flux.config, self.towers)
         self.tuned = sum(12 * t.width ** 2 * config.objective.unlock_blocks for t in self.towers if t.kind == "dinov2")
-        self.local = min(config.gpus, config.per_machine)
-        if config.run.batch % config.gpus:
-            raise ValueError(f"run.batch {config.run.batch} cannot be shared by {config.gpus} GPUs; give a multiple of {config.gpus}.")
         self.micro = config.run.micro or config.run.batch // config.gpus
         self.phases = list(self.all_phases())
 
-    def assume(self, what: str, made):
-        self.assumed.append(what)
-        return made
-
     def tower(self, path: Path, name: str) -> TowerConfig:
-        if name in KNOWN_TOWERS:
-            return KNOWN_TOWERS[name]
-        if not path.exists():
+        if name not in KNOWN_TOWERS:
             raise ValueError(f"There is no {path}, and vision.ids names no published encoder for it; give the file's place or its id.")
-        return tower_config(path, name)
+        return KNOWN_TOWERS[name]
 
     def all_phases(self):
         start = 0.0
@@ -116,7 +118,7 @@ class Estimate:
         if config.base.sharded:
             block = weights / (flux.num_layers + flux.num_single_layers)
             weights = weights / self.local + 3 * block  # its share, and the blocks that are gathered
-        learning = costs.parameters(self.adapter) + self.tuned
+        learning = self.learning
         return {
             "frozen base": weights,
             "vision towers and VAE": 2.0 * (self.seeing + costs.VAE_PARAMETERS),
@@ -139,7 +141,7 @@ class Estimate:
         seconds = samples * (flops.base / reached + (flops.encoders + flops.adapter) / rest)
         link = NETWORK if config.gpus > self.local else self.card.link
         if config.gpus > 1:
-            seconds += 2 * 4 * (costs.parameters(self.adapter) + self.tuned) / (link * 1e9)
+            seconds += 2 * 4 * self.learning / (link * 1e9)
         if config.base.sharded:
             passes = (3 if config.base.checkpointing else 2) * samples / self.micro
             seconds += passes * costs.base_bytes(self.flux, config.base.precision) / (self.card.link * 1e9)
@@ -152,9 +154,36 @@ class Estimate:
         return SHARE[precision] * (EAGER if precision in ("bf16", "fp32") and not self.config.run.compile else 1)
 
     @property
+    def learning(self) -> int:
+        return costs.parameters(self.adapter) + self.tuned
+
+    @property
+    def starting(self) -> float:
+        """GB of one card at the fullest moment before the first step: all weights, and one layer that has yet to be quantised. The
+        text encoder is read on the CPU."""
+        parts, largest = self.phases[0].bytes, max(p.numel() for p in self.flux.parameters())
+        whole = 0.0 if self.config.base.sharded else costs.base_bytes(self.flux, self.config.base.precision) + 4.0 * largest
+        return (whole + parts["vision towers and VAE"] + 4.0 * self.learning) / 1e9 + RESERVE
+
+    @property
+    def host(self) -> dict[str, float]:
+        """GB of a machine's own memory that the start takes, by part; the parts come one after the other. float32 where its CPU
+        computes no bfloat16 fast takes twice as much."""
+        text = 0.0 if is_statistics(self.config.base.text) else 2.0 * costs.T5_PARAMETERS
+        base = self.local * costs.base_bytes(self.flux, "bf16") if self.config.base.sharded else 0.0
+        return {"text encoder, once, by the first process": text / 1e9, "base, before it is cut over the cards": base / 1e9}
+
+    @property
+    def graphs(self) -> tuple[int, int]:
+        """(buckets, numbers of tokens) of the run: a compiled block has a graph for each pair."""
+        shapes = ({b for groups in self.plan.groups.values() for b, rows in groups.items() if len(rows) >= self.config.run.batch}
+                  if self.plan else {b for pixels in self.config.data.pixels() for b in buckets(pixels)})
+        return len(shapes), len(self.config.objective.token_counts())
+
+    @property
     def most(self) -> float:
-        """GB of the fullest phase."""
-        return max(sum(phase.bytes.values()) for phase in self.phases) / 1e9
+        """GB of a card at the fullest moment, of the start or of a phase."""
+        return max(self.starting, *(sum(phase.bytes.values()) / 1e9 for phase in self.phases))
 
     @property
     def hours(self) -> float:
@@ -179,7 +208,7 @@ class Estimate:
         config, card = self.config, self.card
         lines = []
         if self.assumed:
-            lines.append(f"not here yet, so taken to be FLUX.1-dev's: {', '.join(self.assumed)}")
+            lines.append(f"not here yet, so taken to be FLUX.1-dev's and unchecked: {', '.join(self.assumed)}")
         lines.append(f"parameters: base {costs.parameters(self.flux):,} frozen ({config.base.precision}); towers "
                      f"{self.seeing:,.0f}, of them {self.tuned:,} learn late; "
                      f"adapter {costs.parameters(self.adapter):,}")
@@ -193,7 +222,19 @@ class Estimate:
         fullest = max(self.phases, key=lambda p: sum(p.bytes.values()))
         lines += ["", f"memory of one card at {fullest.resolution} px, micro-batches of {self.micro}:"]
         lines += [f"  {name:28}{value / 1e9:>8.2f} GB" for name, value in fullest.bytes.items()]
-        lines.append(f"  {'together':28}{self.most:>8.2f} GB of {card.memory:g} on a {config.gpu}")
+        lines.append(f"  {'together':28}{sum(fullest.bytes.values()) / 1e9:>8.2f} GB of {card.memory:g} on a {config.gpu}")
+        lines.append(f"  {'before the first step':28}{self.starting:>8.2f} GB")
+        lines += [f"memory of a machine at the start, {name}: {value:.1f} GB" for name, value in self.host.items() if value]
+        saved, slowest = costs.LEARNING * self.learning / 1e9, max(p.seconds for p in self.phases)
+        micro = slowest * self.micro * config.gpus / config.run.batch
+        lines.append(f"a checkpoint has {saved:.1f} GB and the slowest micro-batch takes {micro:.1f} s: after a SIGTERM "
+                     f"{micro + saved:.0f} s are enough on a disk that writes 1 GB/s")
+        if config.run.compile:
+            shapes, counts = self.graphs
+            lines.append(f"compiled as they first come: {shapes} buckets x {counts} numbers of tokens = {shapes * counts} graphs of each "
+                         f"kind of Flux's blocks, {counts} of the adapter's")
+            if shapes * counts > GRAPHS:
+                lines.append(f"  beyond {GRAPHS} graphs PyTorch goes on without compiling: take fewer resolutions or presets")
         price = config.price or card.price
         hours = self.hours
         lines += ["", f"{config.run.max_steps:,} steps of {config.run.batch} on {config.gpus} x {config.gpu}: about {hours:,.1f} hours, "
@@ -207,8 +248,8 @@ class Estimate:
 
 
 def run(config: Config) -> None:
-    """Print the plan; ValueError where it does not fit the card, after the table that shows why."""
-    settings.check_settings(config)
+    """Print the plan; ValueError for whatever `sda train adapter` refuses, and, after the table that shows why, where the training does
+    not fit the card."""
     estimate = Estimate(config)
     print(estimate.report())
     if estimate.most > CARDS[config.gpu].memory:

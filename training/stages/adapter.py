@@ -6,12 +6,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ...kernels.adapter import Adapter
 from ...kernels.precision import autocast, frozen_dtype
-from ..data.decode import decode
-from ..data.feed import Feed, Reader, split
+from ...kernels.vision.towers import VisionTower
+from ..data.decode import decode, send
+from ..data.feed import Feed, Reader
 from ..data.index import Index
 from ..data.read_cache import Part
 from ..engine import Step, World, compile_blocks, launch, shard_base
+from ..engine.sealed import found
 from ..frozen.base import base_sha256, load_flux
 from ..frozen.encoders import load_towers, load_vae
 from ..frozen.paint import paint
@@ -19,8 +22,9 @@ from ..frozen.region_attention import attend_by_region
 from ..frozen.text_statistics import text_statistics
 from ..objectives.reconstruct import AdapterObjective, Batch, named_hierarchy
 from .adapter_export import build_adapter, write_adapter
-from .held_out import Held, feed_of, plan_of
-from .settings import Config, check
+from .checks import check, pictures_of
+from .held_out import Held, captions_of, feed_of
+from .settings import Config
 
 __all__ = ["AdapterStage", "Config", "run"]
 
@@ -31,26 +35,30 @@ class AdapterStage:
     def __init__(self, config: Config, device: torch.device):
         self.config, self.device = config, device
         world = World.start(config.run.device)
-        check(config, world)
-        base, train = config.base, self.pictures_of()
+        outlines = check(config, world)
+        train, self.held, self.plan = pictures_of(config)
+        base, flux = config.base, outlines.flux.config
+        self.vae = load_vae(base.vae, device)
+        towers = load_towers(config.vision.files, config.vision.ids, device, frozen_dtype(device, config.run.precision))
+        adapter = build_adapter(config, flux, [t.config for t in towers.values()]).to(device)
+        self.place(adapter, world)
         # Hashing a base takes a minute, so one process does it for all.
         self.identity = world.said_by_main({
             "base": base_sha256(base.flux), "vae": base_sha256(base.vae, "vae"),
-            "towers": [base_sha256(path) for path in config.vision.files]} if world.main else None)
-        self.networks(world)
-        flux, names = self.objective.flux.config, list(self.objective.towers)
-        self.identity |= {"towers": dict(zip(names, self.identity["towers"])), "data": self.plan.hash, "held_out": self.held.hash,
-                          "guidance_embeds": bool(flux.guidance_embeds), "pooled_width": flux.pooled_projection_dim,
-                          "adapter": self.adapter.config.to_json()}
+            "towers": {name: base_sha256(path) for name, path in zip(towers, config.vision.files)}} if world.main else None)
+        self.identity |= {"data": self.plan.hash, "held_out": self.held.hash, "guidance_embeds": bool(flux.guidance_embeds),
+                          "pooled_width": flux.pooled_projection_dim, "adapter": adapter.config.to_json()}
+        self.through_flux(adapter, towers, world)
         self.feed = self.make_feed(train, world)
         self.validation = Held(self.held, config.validation.resolution, config.data.on_corrupt, world, decode)
 
-    def pictures_of(self) -> Index:
-        """The pictures to train on; sets `held`, those that are not, and the plan of the batches."""
+    def place(self, adapter: Adapter, world: World) -> None:
+        """Put the adapter's outputs where the text encoder's are; a run that goes on has that in its checkpoint."""
         config = self.config
-        train, self.held = split(Index.read(config.data.index), config.data.held_out, config.validation.resolution)
-        self.plan = plan_of(train, config.run, config.data)
-        return train
+        if config.run.resume == "auto" and not config.run.dry_run and found(config.run.out / "checkpoints"):
+            return
+        made = text_statistics(config.base.text, captions_of(self.plan.index)) if world.main else None
+        adapter.set_text_statistics(*(each.to(self.device) for each in world.said_by_main(made)))
 
     def make_feed(self, train: Index, world: World) -> Feed:
         config, data = self.config, self.config.data
@@ -63,22 +71,13 @@ class AdapterStage:
         """How many of a tower's last blocks learn, so that no cache can hold what they make."""
         return self.config.objective.unlock_blocks if self.objective.towers[name].config.kind == "dinov2" else 0
 
-    def networks(self, world: World) -> None:
-        config, base, device = self.config, self.config.base, self.device
-        flux = load_flux(base.flux, base.precision, "cpu" if base.sharded else device)
+    def through_flux(self, adapter: Adapter, towers: dict[str, VisionTower], world: World) -> None:
+        """Load the base, the largest part, after all else has proved to fit."""
+        config, base = self.config, self.config.base
+        flux = load_flux(base.flux, base.precision, "cpu" if base.sharded else self.device)
         attention = attend_by_region(flux)
         if base.checkpointing:
             flux.enable_gradient_checkpointing()
-        self.vae = load_vae(base.vae, device)
-        if 4 * self.vae.channels != flux.config.in_channels:
-            raise ValueError(f"{base.vae} has {self.vae.channels} channels and {base.flux} paints latents of "
-                             f"{flux.config.in_channels // 4}; give the VAE that belongs to the base.")
-        towers = load_towers(config.vision.files, config.vision.ids, device, frozen_dtype(device, config.run.precision))
-        if not any(t.config.kind == "dinov2" for t in towers.values()):
-            raise ValueError("There is no DINOv2 among the vision towers; add one to vision.files.")
-        adapter = build_adapter(config, flux.config, [t.config for t in towers.values()]).to(device)
-        captions = [c for c in self.plan.index.table.column("caption").slice(0, 512).to_pylist() if c]
-        adapter.set_text_statistics(*(s.to(device) for s in text_statistics(base.text, captions, device)))
         self.objective = AdapterObjective(flux, attention, adapter, towers, config.objective)
         # DINOv2's last blocks are trainables from the start, so that checkpoints never change shape; they learn late, and
         # in float32, for their steps are small.
@@ -98,10 +97,13 @@ class AdapterStage:
 
     def report(self) -> str:
         cached = ", ".join(self.reader.caches) or "nothing"
-        return f"{len(self.held)} pictures held out, from the cache: {cached}\n{self.plan.report()}"
+        return f"{self.validation.report('pictures')}, from the cache: {cached}\n{self.plan.report()}"
 
     def describe(self, step: Step) -> list[str]:
         return self.feed.describe(step)
+
+    def effort(self, number: int) -> float:
+        return float(self.plan.resolution(self.feed.phase(number), number)) ** 2
 
     def scales(self, step: int) -> dict[str, float]:
         settings = self.config.objective
@@ -109,7 +111,7 @@ class AdapterStage:
 
     def loss(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         samples = self.feed.samples(step)
-        sample = {name: torch.stack([s[name] for s in samples]).to(self.device, non_blocking=True) for name in samples[0]}
+        sample = {name: send([s[name] for s in samples], self.device) for name in samples[0]}
         images = sample.get("image")
         mean, deviation = (sample["mean"].float(), sample["std"].float()) if "mean" in sample else self.vae.moments(images)
         known = {}
@@ -121,11 +123,6 @@ class AdapterStage:
         latents = mean + deviation * step.randn(*mean.shape[1:])
         return self.objective.loss(Batch(latents, images, features=known), step)
 
-    def held_batches(self, count: int):
-        """(rows, images [B, 3, H, W]) of the first `count` held-out pictures, bucket by bucket."""
-        for rows, images in self.validation.batches(count, self.config.run.micro or 4):
-            yield rows, torch.stack(images).to(self.device)
-
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
         with autocast(self.device, self.config.run.precision):
             return self.objective.embed(Batch(images, images), named_hierarchy(self.config.validation.preset))
@@ -133,35 +130,37 @@ class AdapterStage:
     def validate(self) -> dict[str, float]:
         """The flow loss at each of the fixed times, with the same noise for a picture at every validation, and their mean."""
         settings, hierarchy = self.config.validation, named_hierarchy(self.config.validation.preset)
-        sums, seen = dict.fromkeys(settings.times, 0.0), 0
-        for rows, images in self.held_batches(len(self.held)):
-            seen += len(rows)
+        own: dict[int, list[float]] = {}
+        for share in self.validation.batches(len(self.held), self.config.run.micro or 4):
+            images = send(share.samples, self.device)
             tokens, pooled = self.embed(images)
             latents = self.vae.moments(images)[0]
-            noise = torch.stack([torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(row)) for row in rows])
+            noise = torch.stack([torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(row)) for row in share.rows])
             with autocast(self.device, self.config.run.precision):
-                for time in sums:
-                    t = torch.full((len(rows),), time, device=self.device)
-                    flow = self.objective.flow(latents, noise.to(self.device), t, tokens, pooled, hierarchy)
-                    sums[time] += float(flow.detach().sum())
-        figures = {f"flow_{time:g}": total / seen for time, total in sums.items()}
-        return {"flow": sum(figures.values()) / len(figures), **figures}
+                flows = [self.objective.flow(latents, noise.to(self.device), torch.full((len(images),), time, device=self.device),
+                                             tokens, pooled, hierarchy) for time in settings.times]
+            if share.counts:
+                own |= zip(share.rows, torch.stack(flows, 1).double().tolist())
+        means = np.mean(list(self.validation.together(own).values()), 0).tolist()
+        return {"flow": sum(means) / len(means), **{f"flow_{time:g}": mean for time, mean in zip(settings.times, means)}}
 
     def pictures(self) -> dict[str, np.ndarray]:
         """One grid: the held-out pictures above what Flux paints from their embeddings."""
-        settings = self.config.validation
+        settings, world = self.config.validation, self.validation.world
         hierarchy = named_hierarchy(settings.preset)
-        columns: dict[int, np.ndarray] = {}
-        for rows, images in self.held_batches(settings.pictures):
+        own: dict[int, np.ndarray] = {}
+        for share in self.validation.batches(settings.pictures, min(self.config.run.micro or 4, -(-settings.pictures // world.size))):
+            images = send(share.samples, self.device)
             height, width = images.shape[-2:]
             grid = (height // (2 * self.vae.downsample), width // (2 * self.vae.downsample))
             tokens, pooled = self.embed(images)
             with autocast(self.device, self.config.run.precision):
-                found = paint(self.objective.flux, self.vae, tokens, pooled, self.objective.regions(hierarchy, grid, self.device),
-                              height, width, rows, settings.steps, settings.guidance)
-            pairs = torch.cat([images, found], 2).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-            columns.update(zip(rows, pairs))
-        return {"reconstructions": grid_of([columns[row] for row in sorted(columns)])} if columns else {}
+                painted = paint(self.objective.flux, self.vae, tokens, pooled, self.objective.regions(hierarchy, grid, self.device),
+                                height, width, share.rows, settings.steps, settings.guidance)
+            if share.counts:
+                own |= zip(share.rows, torch.cat([images, painted], 2).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+        columns = list(self.validation.together(own).values())
+        return {"reconstructions": grid_of(columns)} if columns else {}
 
     def export(self, step: int) -> None:
         write_adapter(self.config, self.identity, self.adapter.state_dict(), list(self.trainables["tuned"]), step)

@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..data.decode import decode_edit
+from ..data.decode import decode_edit, send
 from ..data.index import Index, buckets
 from ..data.read_cache import Cache, Part
 from ..frozen.base import base_sha256
@@ -12,7 +12,7 @@ from ..frozen.encoders import tower_config
 from .settings import VisionConfig
 
 Side = tuple[Tensor, dict[str, Tensor]]
-"""One picture [3, H, W] in [0, 1] (empty where nobody looks at it) and its cached features, tower id -> [N, C]."""
+"""One picture [3, H, W] uint8 (empty where nobody looks at it) and its cached features, tower id -> [N, C]."""
 
 
 class EditReader:
@@ -39,7 +39,7 @@ class EditReader:
         return {tower: cache.read(row, self.resolution[bucket], member)["features"].float() for tower, cache in self.caches.items()}
 
 
-def stacked(sides: list[Side]) -> Side:
-    """Pictures [B, 3, H, W] and features [B, N, C] of samples of one bucket."""
+def sent(sides: list[Side], device: torch.device) -> Side:
+    """Pictures [B, 3, H, W] in [0, 1] and features [B, N, C] of samples of one bucket, on the device."""
     images, features = zip(*sides)
-    return torch.stack(images), {tower: torch.stack([each[tower] for each in features]) for tower in features[0]}
+    return send(images, device), {tower: send([each[tower] for each in features], device) for tower in features[0]}

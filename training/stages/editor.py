@@ -20,7 +20,7 @@ from ..objectives.edit import editor_loss
 from ..objectives.edit_flow import EditFlow
 from ..objectives.lora import Learned
 from ..objectives.reconstruct import load_adapter, named_hierarchy, regions_for
-from .edit_reader import EditReader, Side, stacked
+from .edit_reader import EditReader, Side, sent
 from .editor_export import write_editor
 from .editor_settings import Config, check, new_decoder
 from .held_out import Held, feed_of, plan_of
@@ -100,7 +100,7 @@ class EditorStage:
                 "decoder": self.decoder.config.to_json()}
 
     def report(self) -> str:
-        return f"{len(self.held)} edits held out\n{self.plan.report()}"
+        return f"{self.validation.report('edits')}\n{self.plan.report()}"
 
     def describe(self, step: Step) -> list[str]:
         return self.feed.describe(step)
@@ -112,7 +112,7 @@ class EditorStage:
         while sum(map(len, tokens)) < MEASURED * hierarchy.token_count:
             count = min(32, self.config.run.batch)
             step = Step(number, self.config.run.max_steps, 0, self.name, self.device, range(count), count)
-            sources = stacked([source for source, _, _ in self.feed.samples(step)])
+            sources = sent([source for source, _, _ in self.feed.samples(step)], self.device)
             tokens.append(self.embed([sources], hierarchy)[0].flatten(0, 1))
             number += 1
         self.feed.close()
@@ -123,10 +123,10 @@ class EditorStage:
         """(tokens [B, T, D] float32, pooled [B, P] or None) of all pictures of the sides, one side after the other."""
         with torch.no_grad(), autocast(self.device, self.config.run.precision):
             if self.towers:
-                images = torch.cat([images for images, _ in sides]).to(self.device)
+                images = torch.cat([images for images, _ in sides])
                 features = {name: tower(images) for name, tower in self.towers.items()}
             else:
-                features = {name: torch.cat([known[name] for _, known in sides]).to(self.device) for name in sides[0][1]}
+                features = {name: torch.cat([known[name] for _, known in sides]) for name in sides[0][1]}
             return self.adapter(features, hierarchy)
 
     def losses(self, source: Side, target: Side, texts: list[str], preset: str, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
@@ -135,8 +135,7 @@ class EditorStage:
         flow = None
         if self.flow is not None:
             own = None if pooled is None else pooled[:count]  # an edit keeps the pooled vector of its source
-            pictures = source[0].to(self.device), target[0].to(self.device)
-            flow = lambda written: self.flow.loss(written, own, hierarchy, *pictures, step)  # noqa: E731
+            flow = lambda written: self.flow.loss(written, own, hierarchy, source[0], target[0], step)  # noqa: E731
         return editor_loss(self.decoder, *tokens.chunk(2), hierarchy.boxes(), hierarchy.level_ids(), self.text(texts),
                            self.config.objective, step, flow, self.config.flow.weight)
 
@@ -145,42 +144,53 @@ class EditorStage:
                    for sample, draws in zip(self.feed.samples(step), step.rand(2).tolist())]
         presets = self.config.presets
         preset = presets[int(torch.randint(len(presets), (), generator=step.shared()))]
+        return self.losses(*self.batch(samples), preset, step)
+
+    def batch(self, samples: list) -> tuple[Side, Side, list[str]]:
+        """(sources, targets, instructions) of samples of one bucket, on the device."""
         source, target, texts = zip(*samples)
-        return self.losses(stacked(source), stacked(target), list(texts), preset, step)
+        return sent(source, self.device), sent(target, self.device), list(texts)
+
+    def effort(self, number: int) -> float:
+        return float(self.plan.resolution(self.feed.phase(number), number)) ** 2
 
     def scales(self, step: int) -> dict[str, float]:
         return {}
 
-    def held_batches(self, count: int):
-        """(sources, targets, instructions) of the first `count` held-out edits, bucket by bucket."""
-        for _, edits in self.validation.batches(count, self.config.run.micro or 16):
-            source, target, texts = zip(*edits)
-            yield stacked(source), stacked(target), list(texts)
-
     def validate(self) -> dict[str, float]:
         """The parts of the loss over the held-out edits, with the same noise and times at every validation."""
-        sums: dict[str, float] = {}
-        seen = 0
+        own: dict[int, tuple[int, dict[str, float]]] = {}
         self.decoder.eval()
         with autocast(self.device, self.config.run.precision):
-            for number, (source, target, texts) in enumerate(self.held_batches(len(self.held))):
-                count = len(texts)
-                seen += count
-                step = Step(number, 1, 0, "validation", self.device, range(count), count)
-                _, parts = self.losses(source, target, texts, self.config.validation.preset, step)
-                sums = {name: sums.get(name, 0.0) + count * float(value.detach()) for name, value in parts.items()}
+            for share in self.validation.batches(len(self.held), self.config.run.micro or 16):
+                count = len(share.rows)
+                step = Step(share.number, 1, 0, "validation", self.device, range(count), count)
+                _, parts = self.losses(*self.batch(share.samples), self.config.validation.preset, step)
+                if share.counts:
+                    own[share.number] = count, {name: float(value.detach()) for name, value in parts.items()}
         self.decoder.train()
-        return {name: value / seen for name, value in sums.items()}
+        found = list(self.validation.together(own).values())
+        seen = sum(count for count, _ in found)
+        return {name: sum(count * parts[name] for count, parts in found) / seen for name in found[0][1]}
 
     @torch.no_grad()
     def pictures(self) -> dict[str, np.ndarray]:
         """Held-out edits of one shape, one a row: source, what the written embedding paints, what the true one paints, target."""
-        settings = self.config.validation
-        batch = next(self.held_batches(settings.pictures), None) if self.flow is not None else None
-        if batch is None:
+        if self.flow is None:
             return {}
-        source, target, texts = batch
-        hierarchy, (height, width) = named_hierarchy(settings.preset), source[0].shape[-2:]
+        settings, world = self.config.validation, self.validation.world
+        own: dict[int, np.ndarray] = {}
+        for share in self.validation.batches(settings.pictures, min(self.config.run.micro or 16, -(-settings.pictures // world.size))):
+            rows = self.painted(*self.batch(share.samples), share.rows)
+            if share.counts:
+                own |= zip(share.rows, rows.mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+        rows = list(self.validation.together(own).values())
+        return {"edits": np.concatenate([row for row in rows if row.shape == rows[0].shape])} if rows else {}
+
+    def painted(self, source: Side, target: Side, texts: list[str], seeds: list[int]) -> Tensor:
+        """[B, 3, H, 4 W] in [0, 1]: a row of `pictures` each."""
+        settings, hierarchy = self.config.validation, named_hierarchy(self.config.validation.preset)
+        height, width = source[0].shape[-2:]
         tokens, pooled = self.embed([source, target], hierarchy)
         tokens, truth = tokens.chunk(2)
         pooled = None if pooled is None else pooled[:len(texts)]
@@ -188,10 +198,9 @@ class EditorStage:
         regions = regions_for(hierarchy, (height // side, width // side), self.device) if self.flow.masked else None
         with autocast(self.device, self.config.run.precision):
             written = self.decoder.generate(tokens, hierarchy.boxes(), hierarchy.level_ids(), self.text(texts))
-            painted = [paint(self.flow.flux, self.flow.vae, each, pooled, regions, height, width, steps=settings.steps,
-                             guidance=settings.guidance) for each in (written, truth)]
-        rows = torch.cat([source[0].to(self.device), *painted, target[0].to(self.device)], 3).permute(0, 2, 3, 1).flatten(0, 1)
-        return {"edits": rows.mul(255).round().byte().cpu().numpy()}
+            found = [paint(self.flow.flux, self.flow.vae, each, pooled, regions, height, width, seeds, settings.steps, settings.guidance)
+                     for each in (written, truth)]
+        return torch.cat([source[0], *found, target[0]], 3)
 
     def export(self, step: int) -> None:
         write_editor(self.config, self.identity, self.decoder, step)

@@ -1,14 +1,13 @@
 """`sda export`: a run's averaged weights as the files that the nodes load, laid out like ComfyUI's models folder."""
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from ..engine.checkpoints import newest_whole
+from ..engine.sealed import newest_whole, read_record
 from .adapter_export import export_adapter
 from .editor_export import export_editor
 
@@ -28,7 +27,7 @@ def run(config: Config) -> bool:
     folder = newest_whole(config.run / "checkpoints")
     if folder is None:
         raise ValueError(f"There is no checkpoint in {config.run}; give the folder of a run that has saved one.")
-    record = json.loads((folder / "complete.json").read_text(encoding="utf-8"))
+    record = read_record(folder)
     to, identity = config.to or config.run / "export", record["identity"]
     if "decoder" in identity:
         paths = [export_editor(folder, record, to, config.dtype)]

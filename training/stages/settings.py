@@ -1,4 +1,4 @@
-"""Settings of `sda train adapter`, and what is refused before anything is loaded."""
+"""Settings of `sda train adapter`, and what in them contradicts itself."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -19,8 +19,9 @@ class BaseConfig:
     vae: Path
     """Its VAE: ae.safetensors, or a diffusers folder."""
     text: Path
-    """What its text encoder's outputs are like: a diffusers folder with text_encoder_2 and tokenizer_2, which reads some of
-    the captions once; or a safetensors file that holds `text_mean` and `text_std` (any exported adapter of the same base)."""
+    """What its text encoder's outputs are like: the file that `sda statistics` wrote, or any exported adapter of the same base; or the
+    text encoder itself, which reads some of the captions once, on the CPU: a diffusers folder with text_encoder_2 and tokenizer_2, or
+    ComfyUI's t5xxl_fp16.safetensors beside a tokenizer."""
     precision: Precision = "auto"
     """Of the frozen weights. auto: bf16 where the device computes it fast, fp32 elsewhere. nf4 and int8 are for cards that
     bf16 (24 GB) does not fit."""
@@ -108,25 +109,15 @@ class Config:
     """Of the exported file; FLUX.1-dev's own licence has a word to say about it."""
 
 
-def check(config: Config, world: World) -> None:
-    """Refuse in one sentence what cannot be, before anything is loaded. ValueError."""
-    check_settings(config)
-    base = config.base
-    check_base(base, world)
-    world.share(config.run.batch, config.run.micro)
-    check_files((base.flux, "base.flux"), (base.vae, "base.vae"), (base.text, "base.text"),
-                *((path, "vision.files") for path in config.vision.files))
-
-
 def check_settings(config: Config) -> None:
-    """The part of `check` that needs neither files nor libraries nor processes."""
+    """Refuse in one sentence what contradicts itself. Needs neither files nor libraries nor processes. ValueError."""
     base, objective = config.base, config.objective
     if base.sharded:
         check_shardable(base.precision)
     if config.run.compile and base.precision in ("int8", "nf4"):
         raise ValueError(f"torch.compile cannot train through a base in {base.precision} (its compiler refuses the quantised weights); "
                          "give --run.no-compile, or --base.precision bf16.")
-    check_phases(objective.growth, "objective.growth")
+    check_phases(objective.growth, "objective.growth", str)
     check_data(config.data)
     table = named_hierarchy(config.adapter.table)
     for name in {config.validation.preset, *(name for phase in objective.growth for name in phase[1:])}:
@@ -148,12 +139,17 @@ def check_files(*files: tuple[Path | None, str]) -> None:
 
 
 def check_data(data: DataConfig) -> None:
-    check_phases(data.resolutions, "data.resolutions")
+    check_phases(data.resolutions, "data.resolutions", int)
     if data.held_out < 1:
         raise ValueError("data.held_out must be at least 1: a run without held-out samples cannot be judged.")
 
 
-def check_phases(phases: tuple[tuple, ...], key: str) -> None:
-    ends = [phase[0] for phase in phases]
-    if ends != sorted(set(ends)) or not ends or ends[-1] != 1 or any(len(phase) < 2 for phase in phases):
-        raise ValueError(f"{key} is a list of [end, choice, ...] with rising ends up to 1.0, not {[list(p) for p in phases]}.")
+def check_phases(phases: tuple[tuple, ...], key: str, choice: type) -> None:
+    """choice: of what type the choices of a phase are."""
+    ends = [phase[0] for phase in phases if phase and type(phase[0]) in (int, float)]
+    choices = [each for phase in phases for each in phase[1:]]
+    if (len(ends) < len(phases) or ends != sorted(set(ends)) or not ends or ends[0] <= 0 or ends[-1] != 1
+            or any(len(phase) < 2 for phase in phases) or any(type(each) is not choice for each in choices)):
+        kind = "a name" if choice is str else "pixels"
+        raise ValueError(f"{key} is a list of [end, choice, ...] with rising ends up to 1.0 and {kind} for each choice, not "
+                         f"{[list(p) for p in phases]}.")

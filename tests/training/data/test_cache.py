@@ -15,7 +15,7 @@ from semantic_diffusion_adapter.kernels import checkpoint  # noqa: E402
 from semantic_diffusion_adapter.training.data import fill_cache as command  # noqa: E402
 from semantic_diffusion_adapter.training.data import prepare_edits  # noqa: E402
 from semantic_diffusion_adapter.training.data.batches import Plan  # noqa: E402
-from semantic_diffusion_adapter.training.data.decode import decode  # noqa: E402
+from semantic_diffusion_adapter.training.data.decode import decode, send  # noqa: E402
 from semantic_diffusion_adapter.training.data.index import Index  # noqa: E402
 from semantic_diffusion_adapter.training.data.pool import Pool  # noqa: E402
 from semantic_diffusion_adapter.training.data.read_cache import Cache, Part  # noqa: E402
@@ -64,7 +64,7 @@ def test_what_is_read_is_what_the_encoders_give(filled, encoders):
     for step in range(12):
         resolution, bucket, rows = plan.at("any", step)
         for row in rows:
-            image = decode(index, row, bucket)[None]
+            image = send([decode(index, row, bucket)], CPU)
             mean, std = vae.moments(image)
             found = latents.read(row, resolution)
             assert found["mean"].dtype == torch.float16 and found["mean"].shape == (8, bucket[0] // 8, bucket[1] // 8)
@@ -124,7 +124,7 @@ def test_both_pictures_of_an_edit_are_kept_and_each_content_once(fill, encoders,
     assert len(cache.entries) == 3
     for row in range(2):
         for member in ("", "target"):
-            mean, _ = vae.moments(decode(index, row, (64, 64), member)[None])
+            mean, _ = vae.moments(send([decode(index, row, (64, 64), member)], CPU))
             torch.testing.assert_close(cache.read(row, 64, member)["mean"].float(), mean[0], atol=2e-3, rtol=2e-3)
 
 

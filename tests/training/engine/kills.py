@@ -17,7 +17,7 @@ from pathlib import Path
 
 import tiny
 from processes import run, start, wait
-from semantic_diffusion_adapter.training.engine.checkpoints import damage
+from semantic_diffusion_adapter.training.engine.sealed import damage
 
 KILLS = 20
 

@@ -3,9 +3,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 try:
     import resource
@@ -18,6 +20,8 @@ from semantic_diffusion_adapter.kernels import precision  # noqa: E402
 from semantic_diffusion_adapter.training.config import from_toml  # noqa: E402
 from semantic_diffusion_adapter.training.engine import launch  # noqa: E402
 from semantic_diffusion_adapter.training.engine.checkpoints import settle  # noqa: E402
+from semantic_diffusion_adapter.training.engine.sealed import write_record, write_tensors  # noqa: E402
+from semantic_diffusion_adapter.training.files import file_hash  # noqa: E402
 from toys import Config, Toy, go, read, same, settings  # noqa: E402
 
 
@@ -82,6 +86,52 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path, straight, capsys
     said = capsys.readouterr().out
     assert f"{name} is passed over: {words}" in said
     assert [step for step, _ in again.seen] == [3, 4, 5] and same(again.exported, straight.exported)
+
+
+def altered(folder, **fields) -> None:
+    record = json.loads((folder / "complete.json").read_text())
+    (folder / "complete.json").write_text(json.dumps(record | fields))
+
+
+def resealed(folder, **fields) -> None:
+    write_record(folder, json.loads((folder / "complete.json").read_text()) | fields)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda folder: altered(folder, average_count=9), "complete.json is not what was written"),
+    (lambda folder: altered(folder, identity={"base": "xyz"}), "complete.json is not what was written"),
+    (lambda folder: (folder / "complete.json").write_text("[1]"), "it was written by another version"),
+    (lambda folder: resealed(folder, step=3), "complete.json is of step 3"),
+])
+def test_the_record_of_a_checkpoint_is_sealed_and_of_its_step(straight, capsys, change, words):
+    name = damage_last(straight.out, change)
+    assert [step for step, _ in go(Toy(init=9), settings(straight.out)).seen] == [3, 4, 5]
+    assert f"{name} is passed over: {words}" in capsys.readouterr().out
+
+
+def test_what_has_another_name_is_left_alone(tmp_path):
+    """Neither loaded, nor removed, nor a reason to refuse: copies by hand, notes, folders of other tools."""
+    run = settings(tmp_path, save_every=1, keep=1)
+    checkpoints = run.out / "checkpoints"
+    others = {"step_00000004_best", "step_9", "step_latest", "step_", "notes.txt"}
+    checkpoints.mkdir()
+    for name in others - {"notes.txt"}:
+        (checkpoints / name).mkdir()
+    (checkpoints / "notes.txt").write_text("the fourth was the best")
+    assert [step for step, _ in go(Toy(), settings(tmp_path, save_every=1, keep=1, resume="never")).seen] == list(range(6))
+    assert {p.name for p in checkpoints.iterdir()} == others | {"step_00000006"}
+    shutil.copytree(checkpoints / "step_00000006", checkpoints / "step_00000009_copy")
+    assert go(Toy(), run).seen == [] and (checkpoints / "step_00000009_copy").is_dir()
+
+
+def test_a_file_of_tensors_is_what_safetensors_writes_and_its_hash_is_known_at_once(tmp_path):
+    torch.manual_seed(0)
+    tied = torch.randn(3, 5)
+    tensors = {"a": tied, "tied": tied, "half": torch.randn(7).bfloat16(), "last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+               "count": torch.tensor(3.0), "whole": torch.arange(4), "none": torch.zeros(0, 3), "turned": torch.randn(4, 6).T}
+    told = write_tensors(tmp_path / "x.safetensors", tensors.items())
+    assert told == {"bytes": (tmp_path / "x.safetensors").stat().st_size, "sha256": file_hash(tmp_path / "x.safetensors")}
+    assert same(load_file(tmp_path / "x.safetensors"), tensors)
 
 
 def test_where_no_checkpoint_is_whole_nothing_starts_anew(straight):
@@ -155,7 +205,7 @@ def test_a_new_run_computes_in_what_is_fast(tmp_path, monkeypatch, capsys, fast,
 def test_a_key_that_an_older_checkpoint_does_not_know_was_at_its_default(straight):
     for folder in (straight.out / "checkpoints").iterdir():
         record = json.loads((folder / "complete.json").read_text())
-        del record["config"]["run"]["ema"]
+        del record["config"]["run"]["ema"], record["sha256"]  # nor was the record sealed then
         (folder / "complete.json").write_text(json.dumps(record))
     assert go(Toy(), settings(straight.out)).seen == []
     with pytest.raises(ValueError, match="run.ema: 0.999 -> 0.5"):
@@ -175,6 +225,11 @@ def test_a_full_disk_leaves_the_checkpoints_that_were_there(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1500, hard))
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(OSError, match="Step 2 could not be saved .* There is no checkpoint yet"):
+            go(Toy(at={1: fill}), settings(tmp_path / "new", log_every=100, save_every=2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     try:
         with pytest.raises(OSError, match="Step 6 could not be saved .*; make room in .*checkpoints"):
             go(Toy(at={5: fill}), settings(tmp_path, log_every=100))

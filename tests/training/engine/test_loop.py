@@ -12,7 +12,7 @@ from torch import nn
 
 pytest.importorskip("tensorboard", reason="tensorboard is not installed: pip install -e '.[training]'")
 
-from semantic_diffusion_adapter.training.engine import Step, World, check_sharding, launch, learning_rate  # noqa: E402
+from semantic_diffusion_adapter.training.engine import Step, World, check_sharding, launch, learning_rate, train  # noqa: E402
 from semantic_diffusion_adapter.training.engine.dry import dry_run  # noqa: E402
 from semantic_diffusion_adapter.training.engine.lock import alone  # noqa: E402
 from toys import Config, Toy, go, read, same, settings  # noqa: E402
@@ -34,6 +34,53 @@ def test_a_signal_saves_and_the_resumed_run_is_the_same_bit_for_bit(tmp_path, st
     assert first.seen + second.seen == straight.seen
     assert same(second.trainables.state_dict(), straight.trainables.state_dict())
     assert same(second.exported, straight.exported)
+
+
+def test_a_signal_between_micro_batches_ends_the_step_and_the_one_before_is_saved(tmp_path):
+    """A step may take longer than the grace that a cluster gives; no more than a micro-batch is waited for."""
+    run = dict(batch=6, micro=2, save_every=100)
+    whole = go(Toy(), settings(tmp_path / "whole", **run))
+    first = Toy(at=stop_at(3))
+    go(first, settings(tmp_path / "cut", **run))
+    assert [step for step, _ in first.seen] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3]
+    assert [p.name for p in (tmp_path / "cut" / "checkpoints").iterdir()] == ["step_00000003"]
+    assert [line["step"] for line in read(tmp_path / "cut")] == [0, 1, 2, 3]
+    second = go(Toy(init=9), settings(tmp_path / "cut", **run))
+    assert second.seen == whole.seen[9:] and same(second.exported, whole.exported)
+
+
+def test_a_signal_in_a_validation_has_nothing_to_lose(tmp_path):
+    """Its checkpoint comes first, since a validation may take longer than the grace."""
+    def killed():
+        assert (tmp_path / "checkpoints" / "step_00000004" / "complete.json").is_file()
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {"weight": 0.0}
+
+    stage = Toy()
+    stage.validate = lambda: killed() if len(stage.seen) == 4 else {"weight": 1.0}
+    assert not train(stage, Config(settings(tmp_path, validate_every=4)), World.start("cpu"))
+    assert [step for step, _ in stage.seen] == [0, 1, 2, 3] and read(tmp_path)[-1]["step"] == 4
+
+
+def test_a_signal_before_the_first_step_saves_nothing(tmp_path, capsys):
+    stage = Toy()
+    stage.validate = lambda: os.kill(os.getpid(), signal.SIGTERM) or {}
+    assert not train(stage, Config(settings(tmp_path)), World.start("cpu"))
+    assert stage.seen == [] and not (tmp_path / "checkpoints").exists()
+    assert "stopped by a signal before the first step had ended" in capsys.readouterr().out
+
+
+def test_a_second_ctrl_c_stops_at_once_and_a_second_sigterm_does_not(tmp_path):
+    """SLURM sends a SIGTERM to every process of a job, and torchrun another one to those that it started."""
+    def twice(number: int) -> dict:
+        return {1: lambda: [os.kill(os.getpid(), number) for _ in range(2)]}
+
+    stage, handler = Toy(at=twice(signal.SIGINT)), signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        go(stage, settings(tmp_path / "int"))
+    assert [step for step, _ in stage.seen] == [0] and signal.getsignal(signal.SIGINT) == handler
+    go(Toy(at=twice(signal.SIGTERM)), settings(tmp_path / "term"))
+    assert [p.name for p in (tmp_path / "term" / "checkpoints").iterdir()] == ["step_00000002"]
 
 
 def test_export_and_validation_see_the_averaged_weights(straight):
@@ -67,6 +114,10 @@ def test_a_loss_that_is_not_finite_names_the_sample(tmp_path):
     stage.bad = {4: 2}
     with pytest.raises(FloatingPointError, match=r"step 4 is not finite; samples: picture_4_2.jpg\. The last checkpoint in .*checkpoints"):
         go(stage, settings(tmp_path, batch=4, micro=2))
+    stage = Poisoned()
+    stage.bad = {1: 0}
+    with pytest.raises(FloatingPointError, match=r"picture_1_0.jpg\. There is no checkpoint yet;"):
+        go(stage, settings(tmp_path / "early", batch=4, micro=2))
 
 
 def test_steps_that_are_not_finite_can_be_left_out_but_not_for_ever(tmp_path, capsys):
@@ -97,6 +148,38 @@ def test_after_a_crash_the_figures_neither_repeat_nor_contradict_themselves(tmp_
     lines = read(run.out)
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 3, 4, 5, 6, 6]
     assert [line["loss"] for line in lines if "loss" in line] == [line["loss"] for line in read(straight.out) if "loss" in line]
+
+
+def test_a_damaged_line_of_the_figures_is_put_aside_and_the_later_ones_stay(tmp_path, straight, capsys):
+    path = straight.out / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    bad = [b'{"step": 2, "loss": 0.\x00\xff\n', b"[3]\n"]
+    path.write_bytes(b"".join([*lines[:2], *bad, *lines[3:]]))
+    go(Toy(), settings(straight.out))
+    assert "2 lines of" in (said := capsys.readouterr().out) and "metrics.damaged.jsonl" in said
+    assert (straight.out / "metrics.damaged.jsonl").read_bytes() == b"".join(bad)
+    assert path.read_bytes() == b"".join([*lines[:2], *lines[3:]])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no limit on the size of files here")
+def test_a_disk_that_is_full_for_the_figures_is_one_sentence(tmp_path):
+    """A limit on the size of files stands in for the end of the disk."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    stage = Toy(at={3: lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (400, hard))})
+    try:
+        with pytest.raises(OSError, match=r"metrics.jsonl could not be written \(.*\); make room in .* There is no checkpoint yet\.$"):
+            go(stage, settings(tmp_path, save_every=100, log_every=100))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("inside", ["", "deeper/run"])
+def test_a_run_folder_that_can_be_none_is_refused_before_anything_is_made(tmp_path, inside):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="run.out: .*file is a file; give a folder with --run.out"):
+        launch(lambda config, device: pytest.fail("the stage was made"), Config(settings(tmp_path / "file" / inside)))
 
 
 def test_a_validation_that_a_kill_prevented_is_made_up_for(tmp_path):

@@ -57,7 +57,7 @@ class Tiny:
 
 def settings(out: Path, **fields) -> Config:
     return Config(RunConfig(**{"out": out, "max_steps": 80, "batch": 4, "micro": 2, "warmup": 5, "device": "cpu", "precision": "fp32",
-                               "save_every": 3, "validate_every": 20, "log_every": 1000, **fields}))
+                               "save_every": 3, "validate_every": 21, "log_every": 1000, **fields}))
 
 
 def main(config: Config, seconds: float = 0.0, at: dict | None = None) -> bool:

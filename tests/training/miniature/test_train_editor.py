@@ -279,7 +279,7 @@ def test_whole_pictures_are_held_out_with_all_their_edits(config):
     rest, kept = stage.plan.index, stage.held
     assert len(kept) == 6 and len(rest) == COUNT - 6, "the fifth picture's other edit as well"
     assert not set(rest.table["sha256"].to_pylist()) & set(kept.table["sha256"].to_pylist())
-    assert sum(len(texts) for _, _, texts in stage.held_batches(6)) == 6
+    assert sum(len(share.rows) for share in stage.validation.batches(6, 16)) == 6
     assert stage.validate() == stage.validate()
 
 
@@ -351,7 +351,7 @@ def test_what_cannot_work_is_refused_in_one_sentence(config, changes, message):
 
 def test_cached_features_take_the_towers_place(config, edits, tmp_path):
     """The loss is that of looking anew but for the rounding to float16; the towers are not even loaded."""
-    from semantic_diffusion_adapter.training.data.decode import decode
+    from semantic_diffusion_adapter.training.data.decode import decode, send
     from semantic_diffusion_adapter.training.data.read_cache import ENTRIES, Part
 
     online = editor.EditorStage(config, CPU)
@@ -366,7 +366,7 @@ def test_cached_features_take_the_towers_place(config, edits, tmp_path):
                 if key not in keys:
                     keys[key] = len(images)
                     images.append(decode(index, row, (128, 128), member))
-        save_file({"features": tower(torch.stack(images)).half()}, folder / "shards" / "0.safetensors")
+        save_file({"features": tower(send(images, CPU)).half()}, folder / "shards" / "0.safetensors")
         size = (folder / "shards" / "0.safetensors").stat().st_size
         rows = {"key": list(keys), "shard": ["0.safetensors"] * len(keys), "place": list(keys.values()), "size": [size] * len(keys)}
         pq.write_table(pa.table([pa.array(rows[f.name], f.type) for f in ENTRIES], schema=ENTRIES), folder / "index.parquet")

@@ -13,6 +13,7 @@ from semantic_diffusion_adapter.kernels.vision.towers import TowerConfig, build_
 from semantic_diffusion_adapter.training.engine import Step  # noqa: E402
 from semantic_diffusion_adapter.training.frozen.flux import build_flux, velocity  # noqa: E402
 from semantic_diffusion_adapter.training.frozen.region_attention import attend_by_region  # noqa: E402
+from semantic_diffusion_adapter.training.objectives import reconstruct  # noqa: E402
 from semantic_diffusion_adapter.training.objectives.reconstruct import (  # noqa: E402
     AdapterObjective,
     AdapterTraining,
@@ -76,6 +77,20 @@ def test_the_route_of_a_gpu_learns_the_same(preset, both_routes):
 
     for short, long in zip(*both_routes(run)):
         torch.testing.assert_close(long, short, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_time_that_the_network_is_told_is_the_one_that_its_picture_was_mixed_for(monkeypatch, dtype):
+    """bf16 rounds a time by up to 1/256 of it."""
+    toy, told, mixed = objective(), [], []
+    toy.flux.to(dtype)
+    toy.flux.time_text_embed.register_forward_pre_hook(lambda module, given: told.append(given[0].double() / 1000))
+    monkeypatch.setattr(reconstruct, "velocity", lambda flux, x, *rest: mixed.append(x[:, 0, 0, 0].double()) or velocity(flux, x, *rest))
+    t = torch.linspace(0.001, 0.999, 40)
+    hierarchy = PRESETS["tree64"]
+    toy.flow(torch.zeros(40, 4, 8, 8), torch.ones(40, 4, 8, 8), t, torch.zeros(40, 64, DIM), torch.zeros(40, 6), hierarchy)
+    torch.testing.assert_close(mixed[0], told[0], rtol=1e-6, atol=0)
+    assert (mixed[0] - t).abs().max() < 1 / 128
 
 
 def test_steps_lower_the_loss():

@@ -18,6 +18,8 @@ from semantic_diffusion_adapter.kernels.vision.known import KNOWN_TOWERS  # noqa
 from semantic_diffusion_adapter.kernels.vision.towers import TowerConfig, VisionTower  # noqa: E402
 from semantic_diffusion_adapter.training import cli  # noqa: E402
 from semantic_diffusion_adapter.training.config import from_toml  # noqa: E402
+from semantic_diffusion_adapter.training.data import index  # noqa: E402
+from semantic_diffusion_adapter.training.engine import Step  # noqa: E402
 from semantic_diffusion_adapter.training.frozen import base, region_attention  # noqa: E402
 from semantic_diffusion_adapter.training.frozen.flux import build_flux, to_bfl, velocity  # noqa: E402
 from semantic_diffusion_adapter.training.frozen.region_attention import attend_by_region  # noqa: E402
@@ -168,5 +170,46 @@ def test_more_cards_are_faster_and_sharding_is_smaller():
     config = from_toml(plan.Config, CONFIGS / "flux1_dev_8x80gb.toml", gpus=8)
     sharded = plan.Estimate(dataclasses.replace(config, base=dataclasses.replace(config.base, sharded=True)))
     assert sharded.most < eight.most - 15 and sharded.hours > eight.hours
-    with pytest.raises(ValueError, match="cannot be shared by 7 GPUs"):
+    with pytest.raises(ValueError, match="cannot be shared by 7 processes"):
         estimate(gpus=7)
+
+
+def test_the_start_is_counted_and_what_is_compiled(capsys):
+    code, told = verdict(capsys, "flux1_dev_80gb")
+    assert code == 0 and "text encoder, once, by the first process: 9.5 GB" in told
+    assert "models/FLUX.1-dev" in told and "so taken to be FLUX.1-dev's and unchecked" in told
+    shapes, counts, graphs = map(int, re.search(r"(\d+) buckets x (\d+) numbers of tokens = (\d+) graphs", told).groups())
+    config = from_toml(plan.Config, CONFIGS / "flux1_dev_80gb.toml")
+    assert shapes == len({b for pixels in config.data.pixels() for b in index.buckets(pixels)}) and graphs == shapes * counts
+    drawn = {config.objective.draw(Step(n, 2000, 0, "adapter", torch.device("cpu"), range(1), 1)).token_count for n in range(2000)}
+    assert drawn == config.objective.token_counts() and len(drawn) == counts
+    assert "compiled" not in verdict(capsys, "flux1_dev_24gb")[1]
+
+
+def test_the_start_weighs_what_the_parts_weigh(capsys, tmp_path):
+    from safetensors.torch import save_file
+    from transformers import T5Config, T5EncoderModel
+
+    with torch.device("meta"):
+        t5 = T5EncoderModel(T5Config(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
+                                     feed_forward_proj="gated-gelu"))
+    assert costs.parameters(t5) == costs.T5_PARAMETERS
+
+    def estimate(**fields) -> plan.Estimate:
+        config = from_toml(plan.Config, CONFIGS / "flux1_dev_8x80gb.toml", gpus=8)
+        return plan.Estimate(dataclasses.replace(config, base=dataclasses.replace(config.base, **fields)))
+
+    save_file({"text_mean": torch.zeros(4096), "text_std": torch.ones(4096)}, tmp_path / "text.safetensors")
+    assert list(estimate().host.values()) == [pytest.approx(9.5, abs=0.1), 0]
+    assert list(estimate(text=tmp_path / "text.safetensors", sharded=True).host.values()) == [0, pytest.approx(8 * 23.8, rel=0.01)]
+    whole = estimate()
+    assert 24 < whole.starting < whole.most, "a card holds more while it trains"
+
+
+def test_what_a_run_may_not_do_is_refused_in_a_plan(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    for flags, words in ((["--run.micro", "3"], "run.batch 64 is not a multiple of run.micro 3"),
+                         (["--base.sharded"], "nothing to shard over"), (["--run.out", str(tmp_path / "file")], "is a file; give a folder"),
+                         (["--base.flux", str(tmp_path / "file")], "not a safetensors file")):
+        assert cli.main(["plan", "--config", str(CONFIGS / "flux1_dev_80gb.toml"), *flags]) == 1
+        assert words in capsys.readouterr().err, flags

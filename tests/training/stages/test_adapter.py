@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("diffusers", reason="diffusers is not installed: pip install -e '.[training]'")
 pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install -e '.[training]'")
@@ -235,6 +235,9 @@ def test_the_cache_gives_the_loss_of_the_encoders(stage, parts, tmp_path):
     (dict(base=dict(vae="nowhere/ae.safetensors")), "base.vae: there is no nowhere/ae.safetensors"),
     (dict(run=dict(batch=4, micro=3)), "run.batch 4"),
     (dict(objective=dict(growth=((0.5, "tree64"),))), "objective.growth is a list of"),
+    (dict(objective=dict(growth=((1.0, 64),))), "and a name for each choice, not [[1.0, 64]]"),
+    (dict(data=dict(resolutions=((1.0, "64"),))), "and pixels for each choice, not [[1.0, '64']]"),
+    (dict(data=dict(resolutions=(("1.0", 64),))), "data.resolutions is a list of"),
     (dict(data=dict(resolutions=((0.5, 64), (0.4, 64), (1.0, 64)))), "data.resolutions is a list of"),
     (dict(adapter=dict(table="tree64")), "is not in the query table"),
     (dict(data=dict(held_out=500)), "none is left beside 500 held out"),
@@ -249,13 +252,69 @@ def test_what_cannot_be_is_refused_before_the_base_is_loaded(toml, capsys, monke
     assert words in error and error.count("\n") == 1
 
 
+def unfit(parts, tmp_path) -> dict[str, tuple[dict, str]]:
+    """What each file of a training may be instead of itself, and the words."""
+    state, record = checkpoint.load(parts / "vae.safetensors", "vae")
+    checkpoint.save(tmp_path / "cut.safetensors", dict(list(state.items())[1:]), "vae", record["config"])
+    save_file({"text_mean": torch.zeros(7), "text_std": torch.ones(7)}, tmp_path / "narrow.safetensors")
+    save_file({"x": torch.zeros(7)}, tmp_path / "none.safetensors")
+    (tmp_path / "torn.safetensors").write_bytes((parts / "dino.safetensors").read_bytes()[:-9])
+    return {"flux": (dict(base=dict(flux=parts / "vae.safetensors")), "kind 'vae' where 'flux' is needed"),
+            "vae": (dict(base=dict(vae=tmp_path / "cut.safetensors")), "does not fit the VAE it says it is"),
+            "text of another base": (dict(base=dict(text=tmp_path / "narrow.safetensors")), "has texts of 7 channels and the base reads 20"),
+            "no text": (dict(base=dict(text=tmp_path / "none.safetensors")), "no plain T5 v1.1 encoder"),
+            "tower": (dict(vision=dict(files=(parts / "clip.safetensors", tmp_path / "torn.safetensors"))), "torn.safetensors is cut short"),
+            "another tower": (dict(vision=dict(files=(parts / "dino.safetensors",), ids=("dinov2-reg-large-378",))), "it lacks"),
+            "twice": (dict(vision=dict(files=(parts / "dino.safetensors",) * 2)), "is listed twice"),
+            "no DINOv2": (dict(vision=dict(files=(parts / "clip.safetensors",))), "There is no DINOv2 among the vision towers")}
+
+
+UNFIT = ("flux", "vae", "text of another base", "no text", "tower", "another tower", "twice", "no DINOv2")
+
+
+@pytest.mark.parametrize("what", UNFIT)
+def test_a_file_that_does_not_do_is_refused_before_the_base_is_read_and_by_the_plan_too(toml, parts, tmp_path, capsys, monkeypatch, what):
+    from semantic_diffusion_adapter.training.stages import adapter
+
+    for name in ("load_flux", "base_sha256", "load_towers"):
+        monkeypatch.setattr(adapter, name, lambda *a: pytest.fail("something large was read"))
+    changes, words = unfit(parts, tmp_path)[what]
+    file, said = toml(**changes), []
+    for command in (["train", "adapter"], ["plan"]):
+        assert cli.main([*command, "--config", str(file)]) == 1
+        said.append(capsys.readouterr().err)
+    assert words in said[0] and said[0].count("\n") == 1 and said[0] == said[1]
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    (dict(run=dict(batch=4, micro=3)), "run.batch 4"), (dict(data=dict(held_out=500)), "none is left beside 500 held out"),
+    (dict(run=dict(batch=16)), "No bucket at 64 px fills a batch of 16"), (dict(data=dict(resolutions=((1.0, 96),))), "no buckets at 96 px"),
+    (dict(base=dict(sharded=True)), "nothing to shard over"), (dict(base=dict(precision="nf4"), run=dict(compile=True)), "torch.compile"),
+    (dict(adapter=dict(table="tree64")), "is not in the query table")])
+def test_what_the_training_refuses_the_plan_refuses_in_the_same_words(toml, capsys, changes, words):
+    file, said = toml(**changes), []
+    for command in (["train", "adapter"], ["plan"]):
+        assert cli.main([*command, "--config", str(file)]) == 1
+        said.append(capsys.readouterr().err)
+    assert words in said[0] and said[0] == said[1]
+
+
+def test_the_text_encoder_is_read_once_on_the_cpu_and_not_by_a_run_that_goes_on(toml, parts, tmp_path, monkeypatch):
+    from semantic_diffusion_adapter.training.stages import adapter
+
+    read = []
+    monkeypatch.setattr(adapter, "text_statistics", lambda path, captions: read.append(captions) or (torch.full((20,), 0.5), torch.ones(20)))
+    assert train(toml(), "--run.max-steps", "2") == 0 and train(tmp_path / "toy.toml") == 0
+    assert len(read) == 1 and set(read[0]) <= {f"picture {i}" for i in range(19)} and len(read[0]) == 15
+    state = load_file(tmp_path / "toy" / "checkpoints" / "step_00000004" / "trainables.safetensors")
+    assert (state["adapter.text_mean"] == 0.5).all()
+
+
 def test_a_run_goes_on_only_over_the_same_base_and_data(toml, parts, tmp_path, capsys):
     assert train(toml(), "--run.max-steps", "2") == 0
     assert train(tmp_path / "toy.toml", "--data.ahead", "2") == 0, "what decides nothing may change"
-    shutil.copy(parts / "flux.safetensors", tmp_path / "other.safetensors")
-    with open(tmp_path / "other.safetensors", "r+b") as file:
-        file.seek(-1, 2)
-        file.write(b"\x01")
+    state, record = checkpoint.load(parts / "flux.safetensors", "flux")
+    checkpoint.save(tmp_path / "other.safetensors", state | {"img_in.bias": state["img_in.bias"] + 1}, "flux", record["config"])
     assert train(tmp_path / "toy.toml", "--base.flux", str(tmp_path / "other.safetensors"), "--run.max-steps", "6") == 1
     assert "base: " in capsys.readouterr().err
 

@@ -1,0 +1,76 @@
+"""What `sda train adapter` refuses before it reads the base, and `sda plan` before anything is bought: one list."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import FluxTransformer2DModel
+
+from ...kernels.vision.towers import TowerConfig
+from ..data.batches import Plan
+from ..data.feed import split
+from ..data.files import listed, locate
+from ..data.index import NAME, Index
+from ..engine import World
+from ..engine.lock import check_folder
+from ..files import outline
+from ..frozen.base import skeleton
+from ..frozen.encoders import check_tower, vae_of
+from ..frozen.text_statistics import check_statistics
+from .adapter_export import build_adapter
+from .held_out import plan_of
+from .settings import Config, check_base, check_files, check_settings
+
+
+@dataclass(frozen=True)
+class Outlines:
+    """What the files of a configuration say of themselves; None, or left out, for those that are not there."""
+
+    flux: FluxTransformer2DModel | None
+    """On the meta device."""
+    towers: dict[int, TowerConfig]
+    """By their place in vision.files."""
+
+
+def check(config: Config, world: World, absent: bool = False) -> Outlines:
+    """Refuse in one sentence what cannot be: settings, processes, libraries, and files that are missing or unfit, of which no more
+    than the headers are read. absent: whether a file may be missing still. ValueError."""
+    base, vision = config.base, config.vision.named()
+    check_settings(config)
+    check_base(base, world)
+    world.share(config.run.batch, config.run.micro)
+    check_folder(config.run.out)
+    if not absent:
+        check_files((base.flux, "base.flux"), (base.vae, "base.vae"), (base.text, "base.text"),
+                    *((path, "vision.files") for path, _ in vision))
+    towers = {place: check_tower(path, name) for place, (path, name) in enumerate(vision) if path.exists()}
+    known = [each.id for each in towers.values()]
+    if len(set(known)) < len(known):
+        raise ValueError("The same vision tower is listed twice; list every tower once.")
+    if len(towers) == len(vision) and not any(each.kind == "dinov2" for each in towers.values()):
+        raise ValueError("There is no DINOv2 among the vision towers; add one to vision.files.")
+    flux = skeleton(base.flux, outline)[0] if base.flux.exists() else None
+    vae = vae_of(base.vae, outline)[0] if base.vae.exists() else None
+    if flux and vae and 4 * vae.config.latent_channels != flux.config.in_channels:
+        raise ValueError(f"{base.vae} has {vae.config.latent_channels} channels and {base.flux} paints latents of "
+                         f"{flux.config.in_channels // 4}; give the VAE that belongs to the base.")
+    if flux and base.text.exists():
+        check_statistics(base.text, flux.config.joint_attention_dim)
+    if flux and len(towers) == len(vision):
+        with torch.device("meta"):
+            build_adapter(config, flux.config, list(towers.values()))
+    return Outlines(flux, towers)
+
+
+def prepared(url: str) -> bool:
+    """Whether `sda prepare` has filled a folder."""
+    return bool(url) and NAME in listed(*locate(url))
+
+
+def pictures_of(config: Config) -> tuple[Index, Index, Plan]:
+    """(pictures to train on, those held out, the plan of the batches). ValueError where they do not do for the configuration."""
+    index = Index.read(config.data.index)
+    if index.kind != "pictures":
+        raise ValueError(f"{config.data.index} holds edits, not pictures; prepare pictures with `sda prepare`.")
+    train, held = split(index, config.data.held_out, config.validation.resolution)
+    return train, held, plan_of(train, config.run, config.data)
