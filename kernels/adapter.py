@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from annotated_types import Len
 from torch import Tensor, nn
 
-from . import checkpoint, schema
+from . import checkpoint, schema, weights
 from .hierarchy import Hierarchy
 from .rope import axis_dims, box_positions, patch_positions, rotary_angles, rotate
 from .vision.fusion import Fusion
@@ -172,7 +172,7 @@ def read_adapter(path: str | os.PathLike) -> tuple[Adapter, dict[str, Any]]:
     levels, width = record.get("hierarchy"), record.get("widths", {}).get("text")
     if levels not in (None, config.to_json()["hierarchy"]) or width not in (None, config.out_dim):
         raise ValueError(f"{path} says two things of its hierarchy or its text width: export the file again.")
-    return checkpoint.build(lambda: Adapter(config), tensors, path), record
+    return weights.build(lambda: Adapter(config), tensors, path), record
 
 
 def token_similarity(tokens: Tensor) -> Tensor:

@@ -51,11 +51,6 @@ def blend(
     )
 
 
-def drop_levels(e: SemanticEmbedding, levels: Collection[int]) -> SemanticEmbedding:
-    """Without the tokens of these levels. ValueError if a level is not there or nothing would be left."""
-    return select(e, ~of_levels(e, levels), f"Dropping levels {sorted(levels)} leaves no token: keep at least one level.")
-
-
 def with_strength(
     e: SemanticEmbedding,
     factor: float,
@@ -133,10 +128,8 @@ def restrict(
     )
 
 
-def select(e: SemanticEmbedding, keep: Tensor, complaint: str) -> SemanticEmbedding:
-    """Only the tokens where `keep`, bool [T], says so. ValueError with this complaint if that is none."""
-    if not keep.any():
-        raise ValueError(complaint)
+def select(e: SemanticEmbedding, keep: Tensor) -> SemanticEmbedding:
+    """Only the tokens where `keep`, bool [T], says so: at least one."""
     masks, masked_by = (None, None) if e.masks is None else tidy_masks(e.masks, e.masked_by[keep])
     return replace(
         e, tokens=e.tokens[:, keep], boxes=e.boxes[keep], levels=e.levels[keep], strengths=e.strengths[keep],
