@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 from annotated_types import Len
+from einops import rearrange
 from torch import Tensor, nn
 
 from . import checkpoint, schema, weights
@@ -73,11 +74,11 @@ class _Attention(nn.Module):
         self.k_scale = nn.Parameter(torch.ones(width // heads))
 
     def forward(self, x: Tensor, memory: Tensor, x_angles: Tensor, memory_angles: Tensor) -> Tensor:
-        q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        k, v = self.kv(memory).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q = rearrange(self.q(x), "b t (h d) -> b h t d", h=self.heads)
+        k, v = rearrange(self.kv(memory), "b n (kv h d) -> kv b h n d", kv=2, h=self.heads)
         q, k = self._place(q, self.q_scale, x_angles), self._place(k, self.k_scale, memory_angles)
         attended = F.scaled_dot_product_attention(q, k, v)
-        return self.out(attended.transpose(1, 2).flatten(2))
+        return self.out(rearrange(attended, "b h t d -> b t (h d)"))
 
     @staticmethod
     def _place(x: Tensor, scale: Tensor, angles: Tensor) -> Tensor:

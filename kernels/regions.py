@@ -12,10 +12,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from .algebra import compose, select
-from .area import precise, resample, settled, shares
+from .area import resample, shares, snap_ends, widest_float
 from .embedding import MASK_SIDE, SemanticEmbedding, fit_mask, from_hierarchy
 from .hierarchy import Hierarchy
 from .visibility import BOX_STEP, visible
@@ -54,7 +55,7 @@ def box_mask(box: Sequence[float]) -> Tensor:
     def cover(low: float, high: float) -> Tensor:
         return (edges[1:].clamp(max=high) - edges[:-1].clamp(min=low)).clamp_min(0) * MASK_SIDE
 
-    return settled(torch.outer(cover(y0, y1), cover(x0, x1))).float()
+    return snap_ends(torch.outer(cover(y0, y1), cover(x0, x1))).float()
 
 
 def feather(mask: Tensor, width: float) -> Tensor:
@@ -65,10 +66,10 @@ def feather(mask: Tensor, width: float) -> Tensor:
     """
     fitted = fit_mask(mask)
     white = (fitted > 0).to(fitted)
-    centres = precise(torch.arange(MASK_SIDE, device=fitted.device) + 0.5) / MASK_SIDE
+    centres = widest_float(torch.arange(MASK_SIDE, device=fitted.device) + 0.5) / MASK_SIDE
     reach = max(width, 1 / MASK_SIDE) / 2
     window = shares((centres - reach).clamp_min(0), (centres + reach).clamp_max(1), MASK_SIDE)
-    return fitted * settled((2 * (window @ precise(white) @ window.mT) - 1).clamp_min(0)).float()
+    return fitted * snap_ends((2 * (window @ widest_float(white) @ window.mT) - 1).clamp_min(0)).float()
 
 
 def confine(e: SemanticEmbedding, mask: Tensor) -> SemanticEmbedding:
@@ -109,7 +110,7 @@ def move_into(e: SemanticEmbedding, box: Sequence[float]) -> SemanticEmbedding:
         edges = (torch.arange(MASK_SIDE + 1, dtype=torch.float64) / MASK_SIDE - low) / (high - low)
         return shares(edges[:-1].clamp(0, 1 - 1 / MASK_SIDE), edges[1:].clamp(1 / MASK_SIDE, 1), MASK_SIDE)
 
-    masks = settled(back(y0, y1) @ e.masks.cpu().double() @ back(x0, x1).mT)
+    masks = snap_ends(back(y0, y1) @ e.masks.cpu().double() @ back(x0, x1).mT)
     return replace(e, boxes=boxes, masks=masks.float().to(e.masks.device))
 
 
@@ -140,8 +141,8 @@ def pool_grid(tokens: Tensor, hierarchy: Hierarchy, source: dict[str, Any] | Non
     side = math.isqrt(tokens.shape[1])
     if side * side != tokens.shape[1]:
         raise ValueError(f"{tokens.shape[1]} tokens are no square grid: use a style model that gives one, such as Redux (27x27).")
-    grid = tokens.movedim(-1, 1).unflatten(-1, (side, side))  # [B, D, g, g]
-    lengths = precise(grid).norm(dim=1, keepdim=True)
+    grid = rearrange(tokens, "b (y x) d -> b d y x", y=side)
+    lengths = widest_float(grid).norm(dim=1, keepdim=True)
     pooled = []
     for level in hierarchy.levels:
         down = max(d for d in range(1, math.isqrt(level.tokens) + 1) if level.tokens % d == 0)
@@ -149,8 +150,9 @@ def pool_grid(tokens: Tensor, hierarchy: Hierarchy, source: dict[str, Any] | Non
         rows, cols = level.rows * down, level.cols * across  # the parts of all cells are one grid
         mean = resample(grid, rows, cols)
         mean = mean / mean.norm(dim=1, keepdim=True).clamp_min(1e-12) * resample(lengths, rows, cols)
-        parts = mean.unflatten(-1, (level.cols, across)).unflatten(-3, (level.rows, down))  # [B, D, R, r, C, c]
-        pooled.append(parts.permute(0, 2, 4, 3, 5, 1).flatten(1, 4))
+        pooled.append(rearrange(
+            mean, "b d (rows down) (cols across) -> b (rows cols down across) d", rows=level.rows, cols=level.cols
+        ))  # fmt: skip
     return from_hierarchy(torch.cat(pooled, dim=1).to(tokens.dtype), hierarchy, None, source)
 
 

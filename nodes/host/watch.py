@@ -36,7 +36,7 @@ class Watch:
         self._waiting = False
         self._sizes: tuple[int, int] | None = None
 
-    def told(self, unfit: tuple[int, int] | None) -> None:
+    def record_attention(self, unfit: tuple[int, int] | None) -> None:
         """An attention has come, and is masked or of sizes (queries, keys) in which our tokens cannot be found."""
         self._waiting = self._waiting and unfit is not None
         self._sizes = unfit
