@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def widest_float(tensor: Tensor) -> Tensor:
-    """In float64, where unit coordinates and sums over a picture are exact far below a pixel.
+    """The tensor in float64, which keeps unit coordinates and sums over a picture exact far below a pixel.
 
-    In float32 on devices other than CPU and CUDA: MPS, Intel Arc and DirectML have no float64.
+    On other devices than CPU and CUDA it is float32: MPS, Intel Arc and DirectML have no float64.
     """
     return tensor.to(torch.float64 if tensor.device.type in ("cpu", "cuda") else torch.float32)
 
@@ -36,5 +36,8 @@ def resample(picture: Tensor, rows: int, cols: int) -> Tensor:
 
 
 def snap_ends(mask: Tensor) -> Tensor:
-    """A mask after arithmetic: rounding must leave no trace of a token where there is none, nor take from a whole one."""
+    """A mask in which values within 1e-6 of 0 or 1 are 0 or 1.
+
+    Rounding must neither show a token where there is none nor weaken one that is seen whole.
+    """
     return torch.where(mask < 1e-6, 0.0, torch.where(mask > 1 - 1e-6, 1.0, mask))

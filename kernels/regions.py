@@ -61,8 +61,8 @@ def box_mask(box: Sequence[float]) -> Tensor:
 def feather(mask: Tensor, width: float) -> Tensor:
     """A MASK of any size as [256, 256] with a soft border of about half of `width` (a share of the image's side).
 
-    The border softens inwards: it rises from 0 at the mask's edge, and what the mask leaves out stays out. The mean of what
-    is white at all over a square of that width is a half on a straight edge, so what is above the half counts, twice.
+    The border softens inwards: it rises from 0 at the mask's edge, and what is outside the mask stays outside. A square of
+    that width, centred on a straight edge, is half white. So a pixel gets twice what its square holds above one half.
     """
     fitted = fit_mask(mask)
     white = (fitted > 0).to(fitted)
@@ -97,7 +97,7 @@ def insert(base: SemanticEmbedding | None, other: SemanticEmbedding, mask: Tenso
 
 
 def move_into(e: SemanticEmbedding, box: Sequence[float]) -> SemanticEmbedding:
-    """`e` with the whole image moved into the box, its masks too; what a mask shows at the image's edge it shows beyond."""
+    """`e` with the whole image, masks included, moved into the box. A mask goes on beyond the box as it is at its edge."""
     x0, y0, x1, y1 = (float(side) for side in box)
     size = torch.tensor([x1 - x0, y1 - y0] * 2, dtype=torch.float64)
     boxes = (torch.tensor([x0, y0] * 2, dtype=torch.float64) + e.boxes.cpu().double() * size).float().to(e.boxes.device)
@@ -117,7 +117,7 @@ def move_into(e: SemanticEmbedding, box: Sequence[float]) -> SemanticEmbedding:
 def region_tokens(
     tokens: Tensor, box: Sequence[float], pooled: Tensor | None = None, source: dict[str, Any] | None = None
 ) -> SemanticEmbedding:
-    """Text tokens [B, N, D] that all own one box. Its area says the level: 0 from half the image on, 1 from an eighth."""
+    """Text tokens [B, N, D] that all own one box. Level 0 if it covers half of the image or more, 1 from an eighth, else 2."""
     x0, y0, x1, y1 = (float(side) for side in box)
     area = (x1 - x0) * (y1 - y0) + BOX_STEP
     level = 0 if area >= 0.5 else 1 if area >= 0.125 else 2
@@ -135,8 +135,8 @@ def region_tokens(
 def pool_grid(tokens: Tensor, hierarchy: Hierarchy, source: dict[str, Any] | None = None) -> SemanticEmbedding:
     """A square grid of tokens [B, g * g, D], row by row, pooled to a hierarchy.
 
-    A cell of n slots is cut into n equal parts (as square as possible, rather wide than high); a slot is the mean of
-    the tokens under its part, by area, at the mean of their lengths. It owns the box of its cell, not of its part.
+    A cell of n slots is cut into n equal parts, as square as possible, wider rather than higher. A slot is the mean of the
+    tokens under its part, weighted by area, and has the mean of their lengths. It owns the box of its cell, not of its part.
     """
     side = math.isqrt(tokens.shape[1])
     if side * side != tokens.shape[1]:

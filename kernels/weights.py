@@ -1,4 +1,4 @@
-"""Weights into networks: every tensor has its place, of its shape, and every place its tensor, or one sentence says which has not."""
+"""Weights into networks: every tensor must have its place and its shape, or one sentence says what does not fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Between two embeddings."""
+"""An embedding between two others."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class EditEmbedding(io.ComfyNode):
 
     @classmethod
     def execute(cls, embedding, clip, edit_decoder, instruction, mode) -> io.NodeOutput:
-        _check_instruction(instruction)  # a linked text is checked by nobody else
+        _check_instruction(instruction)  # a linked text was not checked when the prompt was queued
         return io.NodeOutput(running.edit_embedding(edit_decoder, embedding, clip, instruction, mode))
 
 

@@ -136,7 +136,7 @@ def _check_any(chosen: list) -> None:
 
 
 def _model(name: str) -> str | None:
-    """The id of a known encoder, None if the file shall say. A linked text is checked by nobody else."""
+    """The id of a known encoder, None for "from file". A linked text is checked here only."""
     if name not in (FROM_FILE, *KNOWN_TOWERS):
         raise ValueError(f"There is no encoder model {name!r}: write one of {', '.join((FROM_FILE, *KNOWN_TOWERS))}.")
     return None if name == FROM_FILE else name

@@ -18,7 +18,7 @@ TOWERS = {
                  ("training/miniature", "training/cli.py"), ("tests/kernels",), ("benchmarks",)),  # one of them runs the fuzzer
     "nodes": (("kernels",), ("nodes/host",), ("nodes",)),
 }
-LIBRARIES = {"annotated_types", "einops", "numpy", "open_clip", "pydantic", "safetensors", "torch", "transformers"}  # what kernels may use
+LIBRARIES = {"annotated_types", "einops", "open_clip", "pydantic", "safetensors", "torch", "transformers"}  # what kernels may use
 CORE = {"comfy", "comfy_extras", "folder_paths", "node_helpers"}  # ComfyUI, beside its public comfy_api
 
 

@@ -27,7 +27,7 @@ class Network:
     record: dict[str, Any]
 
     def ready(self) -> tuple[torch.device, torch.dtype]:
-        """Bring the whole network to the compute device; where and in which dtype it wants its inputs."""
+        """Bring the whole network to the compute device. Returns the device and the dtype that it wants its inputs in."""
         # Plain torch layers cannot stream their weights, so it is all or nothing.
         comfy.model_management.load_models_gpu([self.patcher], force_full_load=True)
         return self.patcher.load_device, next(self.module.parameters()).dtype
@@ -43,12 +43,12 @@ def hold(module: nn.Module, path: str, record: dict[str, Any]) -> Network:
 
 
 def to_intermediate(tensor: Tensor) -> Tensor:
-    """A result where core keeps what nodes hand on, in float32."""
+    """The tensor in float32, on the device where core keeps what nodes hand on."""
     return tensor.to(comfy.model_management.intermediate_device(), torch.float32)
 
 
 def _dtype(module: nn.Module, device: torch.device) -> torch.dtype:
-    """float32 for a small network, otherwise what the device computes fast, where core's flags and its list of cards agree."""
+    """float32 for a small network. For others what the device computes fast, if core's flags and its list of cards agree."""
     weights, fast = sum(parameter.numel() for parameter in module.parameters()), fast_dtype(device)
     if weights < SMALL or fast is torch.float32:
         return torch.float32

@@ -69,7 +69,7 @@ def regional_attention(
 
 
 def _among(blocks: Blocks, transformer_options: dict | None) -> bool:
-    """Is this attention in one of the blocks? Core writes where it is while it goes through them."""
+    """Whether this attention is in one of the blocks. Core writes into the options which block it is in."""
     here = transformer_options or {}
     return "block_index" not in here or (here.get("block_type"), here["block_index"]) in blocks
 
