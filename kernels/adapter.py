@@ -14,9 +14,10 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 from annotated_types import Len
+from einops import rearrange
 from torch import Tensor, nn
 
-from . import checkpoint, schema
+from . import checkpoint, schema, weights
 from .hierarchy import Hierarchy
 from .rope import axis_dims, box_positions, patch_positions, rotary_angles, rotate
 from .vision.fusion import Fusion
@@ -73,11 +74,11 @@ class _Attention(nn.Module):
         self.k_scale = nn.Parameter(torch.ones(width // heads))
 
     def forward(self, x: Tensor, memory: Tensor, x_angles: Tensor, memory_angles: Tensor) -> Tensor:
-        q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        k, v = self.kv(memory).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q = rearrange(self.q(x), "b t (h d) -> b h t d", h=self.heads)
+        k, v = rearrange(self.kv(memory), "b n (kv h d) -> kv b h n d", kv=2, h=self.heads)
         q, k = self._place(q, self.q_scale, x_angles), self._place(k, self.k_scale, memory_angles)
         attended = F.scaled_dot_product_attention(q, k, v)
-        return self.out(attended.transpose(1, 2).flatten(2))
+        return self.out(rearrange(attended, "b h t d -> b t (h d)"))
 
     @staticmethod
     def _place(x: Tensor, scale: Tensor, angles: Tensor) -> Tensor:
@@ -172,7 +173,7 @@ def read_adapter(path: str | os.PathLike) -> tuple[Adapter, dict[str, Any]]:
     levels, width = record.get("hierarchy"), record.get("widths", {}).get("text")
     if levels not in (None, config.to_json()["hierarchy"]) or width not in (None, config.out_dim):
         raise ValueError(f"{path} says two things of its hierarchy or its text width: export the file again.")
-    return checkpoint.build(lambda: Adapter(config), tensors, path), record
+    return weights.build(lambda: Adapter(config), tensors, path), record
 
 
 def token_similarity(tokens: Tensor) -> Tensor:

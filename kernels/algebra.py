@@ -51,11 +51,6 @@ def blend(
     )
 
 
-def drop_levels(e: SemanticEmbedding, levels: Collection[int]) -> SemanticEmbedding:
-    """Without the tokens of these levels. ValueError if a level is not there or nothing would be left."""
-    return select(e, ~of_levels(e, levels), f"Dropping levels {sorted(levels)} leaves no token: keep at least one level.")
-
-
 def with_strength(
     e: SemanticEmbedding,
     factor: float,
@@ -111,11 +106,11 @@ def restrict(
     mask: Tensor,
     levels: Collection[int] | None = None,
 ) -> SemanticEmbedding:
-    """Let an edit happen only inside a mask: a token whose box misses the mask keeps the source's, one that reaches into it
-    goes to the edited one by the mask's greatest value there.
+    """Let an edit happen only inside a mask.
 
-    Not by its mean: a token of the whole picture would then speak for the source all but where a small mask lies, against
-    the edit (`benchmarks/kit.md` measures what an edit loses by the mask).
+    A token whose box misses the mask is the source's. A token whose box reaches into the mask moves towards the edited one,
+    by the greatest value of the mask in the box. The mean would not do: under a small mask the tokens of the whole picture
+    would stay the source's and work against the edit (`benchmarks/kit.md` measures what an edit loses by the mask).
 
     mask: [H, W] floating in 0..1 over the whole image, any size. levels: only these may change at all.
     """
@@ -133,10 +128,8 @@ def restrict(
     )
 
 
-def select(e: SemanticEmbedding, keep: Tensor, complaint: str) -> SemanticEmbedding:
-    """Only the tokens where `keep`, bool [T], says so. ValueError with this complaint if that is none."""
-    if not keep.any():
-        raise ValueError(complaint)
+def select(e: SemanticEmbedding, keep: Tensor) -> SemanticEmbedding:
+    """Only the tokens where `keep`, bool [T], says so: at least one."""
     masks, masked_by = (None, None) if e.masks is None else tidy_masks(e.masks, e.masked_by[keep])
     return replace(
         e, tokens=e.tokens[:, keep], boxes=e.boxes[keep], levels=e.levels[keep], strengths=e.strengths[keep],
@@ -180,13 +173,13 @@ def _blend_strengths(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
 
 
 def _reached(e: SemanticEmbedding, mask: Tensor) -> Tensor:
-    """[T] greatest value of the mask [H, W] in each token's box, and where the token's own mask is not black.
+    """[T]: the greatest value of the mask [H, W] in each token's box, where the token's own mask is not black.
 
-    A pixel that a box touches by less than 1e-4 of a pixel, which is rounding, does not count; a box smaller than that has
-    the pixel under its first corner.
+    A pixel does not count if the box covers less than 1e-4 of its side: that is rounding. A smaller box has the pixel
+    under its first corner.
     """
     height, width = mask.shape
-    seen = [mask]  # by nobody in particular, then by the tokens of each mask
+    seen = [mask]  # for tokens without a mask, then for the tokens of each mask
     if e.masks is not None:
         seen += list(mask * F.interpolate((e.masks > 0).to(mask)[None], mask.shape, mode="nearest")[0])
     rows = [0] * e.token_count if e.masked_by is None else (e.masked_by + 1).tolist()
@@ -215,20 +208,22 @@ def _match_batch(pooled: Tensor | None, batch: int) -> Tensor | None:
 
 
 def _sources(*parts: SemanticEmbedding) -> list[dict[str, Any]]:
-    """What the parts say of their source, without what another part says too: an edit of an embedding knows all that this one
-    does, and twice as much at every turn of edit and blend would fill a file's header."""
-    told: list[dict[str, Any]] = []
+    """The sources of the parts, without those that another part's source holds.
+
+    An edited embedding holds its source's. Blending the two again and again would double the record each time.
+    """
+    kept: list[dict[str, Any]] = []
     for part in parts:
-        if not _knows(told, part.source):
-            told = [other for other in told if not _knows(part.source, other)] + [part.source]
-    return told
+        if not _holds(kept, part.source):
+            kept = [other for other in kept if not _holds(part.source, other)] + [part.source]
+    return kept
 
 
-def _knows(told: Any, source: dict[str, Any]) -> bool:
-    """Whether what is told holds all of `source`, at whatever depth."""
-    if isinstance(told, dict):
-        return source.items() <= told.items() or any(_knows(each, source) for each in told.values())
-    return isinstance(told, list) and any(_knows(each, source) for each in told)
+def _holds(record: Any, source: dict[str, Any]) -> bool:
+    """Whether a record holds all of `source`, at any depth."""
+    if isinstance(record, dict):
+        return source.items() <= record.items() or any(_holds(each, source) for each in record.values())
+    return isinstance(record, list) and any(_holds(each, source) for each in record)
 
 
 def _origin(*parts: SemanticEmbedding) -> dict[str, Any]:

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 
-def precise(tensor: Tensor) -> Tensor:
-    """In float64, where unit coordinates and sums over a picture are exact far below a pixel.
+def widest_float(tensor: Tensor) -> Tensor:
+    """The tensor in float64, which keeps unit coordinates and sums over a picture exact far below a pixel.
 
-    In float32 on devices other than CPU and CUDA: MPS, Intel Arc and DirectML have no float64.
+    On other devices than CPU and CUDA it is float32: MPS, Intel Arc and DirectML have no float64.
     """
     return tensor.to(torch.float64 if tensor.device.type in ("cpu", "cuda") else torch.float32)
 
@@ -25,8 +25,8 @@ def shares(low: Tensor, high: Tensor, size: int) -> Tensor:
 
 
 def resample(picture: Tensor, rows: int, cols: int) -> Tensor:
-    """[..., H, W] -> [..., rows, cols]: the mean of the picture over every cell of the other grid, `precise`."""
-    picture = precise(picture)
+    """[..., H, W] -> [..., rows, cols]: the mean of the picture over every cell of the other grid, `widest_float`."""
+    picture = widest_float(picture)
 
     def cells(count: int, size: int) -> Tensor:
         edges = torch.arange(count + 1, device=picture.device, dtype=picture.dtype) / count
@@ -35,6 +35,9 @@ def resample(picture: Tensor, rows: int, cols: int) -> Tensor:
     return cells(rows, picture.shape[-2]) @ picture @ cells(cols, picture.shape[-1]).mT
 
 
-def settled(mask: Tensor) -> Tensor:
-    """A mask after arithmetic: rounding must leave no trace of a token where there is none, nor take from a whole one."""
+def snap_ends(mask: Tensor) -> Tensor:
+    """A mask in which values within 1e-6 of 0 or 1 are 0 or 1.
+
+    Rounding must neither show a token where there is none nor weaken one that is seen whole.
+    """
     return torch.where(mask < 1e-6, 0.0, torch.where(mask > 1 - 1e-6, 1.0, mask))

@@ -1,6 +1,6 @@
 """The files of a base of our own (Flux, its text encoder, its VAE): what their records say, compared with their tensors.
 
-Core builds the networks; what it would build from a record that belies its tensors is refused here, before it does.
+ComfyUI's core builds the networks. A record that contradicts its tensors is refused here, before core reads it.
 """
 
 from __future__ import annotations

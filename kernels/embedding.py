@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .area import resample, settled
+from .area import resample, snap_ends
 from .hierarchy import MAX_LEVELS, Hierarchy
 
 MASK_SIDE = 256  # masks are kept at one size whatever the aspect: two pixels to a patch at 2048x2048
@@ -152,7 +152,7 @@ def fit_mask(mask: Tensor) -> Tensor:
     if mask.isnan().any():
         raise ValueError("The mask has NaN values: make it again, white where the region is and black elsewhere.")
     pixels = mask.reshape(mask.shape[-2:]).float().clamp(0, 1)
-    return settled(resample(pixels, MASK_SIDE, MASK_SIDE)).float()
+    return snap_ends(resample(pixels, MASK_SIDE, MASK_SIDE)).float()
 
 
 def tidy_masks(masks: Tensor, masked_by: Tensor) -> tuple[Tensor | None, Tensor | None]:

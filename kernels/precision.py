@@ -13,7 +13,7 @@ import torch
 def fast_dtype(device: torch.device | str) -> torch.dtype:
     """The narrowest of bfloat16, float16 and float32 that a device computes in no slower than in any wider one.
 
-    float16 stands for the GPUs that have no bfloat16. float32 also stands for every device of which nobody here knows more.
+    It is float16 on GPUs without bfloat16, and float32 on every device that is not known here.
     """
     device = torch.device(device)
     if device.type == "cpu":
@@ -40,8 +40,10 @@ def _cpu_has_bfloat16() -> bool:
 
 
 def _of_cuda(device: torch.device) -> torch.dtype:
-    """By compute capability: bfloat16 from Ampere (8.0), fast float16 in Volta, Turing and the P100 (6.0), CUDA's table of
-    arithmetic throughput."""
+    """By compute capability: bfloat16 from Ampere (8.0) on, fast float16 in Volta, Turing and the P100 (6.0).
+
+    Source: the table of arithmetic throughput in NVIDIA's CUDA C++ Programming Guide.
+    """
     capability = torch.cuda.get_device_capability(device)
     if capability >= (8, 0):
         return torch.bfloat16
@@ -71,7 +73,9 @@ def autocast(device: torch.device, precision: str = "auto") -> torch.autocast:
 
 
 def frozen_dtype(device: torch.device | str, precision: str = "auto") -> torch.dtype:
-    """What frozen encoders are held in beside a computation in that precision: bfloat16 where it is bf16 on a GPU, float32
-    elsewhere. Also on a CPU that has bfloat16, for what they see there is kept in caches and files for other machines."""
+    """The dtype of frozen encoders beside a computation in that precision: bfloat16 for bf16 on a GPU, float32 elsewhere.
+
+    A CPU with bfloat16 takes float32 too: what encoders give there is kept in caches and files that other machines read.
+    """
     half = torch.device(device).type != "cpu" and resolve(precision, device) == "bf16"
     return torch.bfloat16 if half else torch.float32

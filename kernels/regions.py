@@ -1,4 +1,4 @@
-"""Regions of a picture: embeddings confined to a box or a soft mask, put into one another, moved, dialled cell by cell.
+"""Regions of a picture: embeddings confined to a box or a soft mask, put into one another, moved.
 
 Pure functions. A box is (x0, y0, x1, y1) in units of the image; a mask is float32 [256, 256] in 0..1 over the whole image
 (`embedding.fit_mask`).
@@ -7,22 +7,21 @@ Pure functions. A box is (x0, y0, x1, y1) in units of the image; a mask is float
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from .algebra import compose, of_levels, select, with_strength
-from .area import precise, resample, settled, shares
+from .algebra import compose, select
+from .area import resample, shares, snap_ends, widest_float
 from .embedding import MASK_SIDE, SemanticEmbedding, fit_mask, from_hierarchy
 from .hierarchy import Hierarchy
 from .visibility import BOX_STEP, visible
 
 MODES = ("replace", "join")
-STRONGEST = 2.0
 
 
 def region(
@@ -56,21 +55,21 @@ def box_mask(box: Sequence[float]) -> Tensor:
     def cover(low: float, high: float) -> Tensor:
         return (edges[1:].clamp(max=high) - edges[:-1].clamp(min=low)).clamp_min(0) * MASK_SIDE
 
-    return settled(torch.outer(cover(y0, y1), cover(x0, x1))).float()
+    return snap_ends(torch.outer(cover(y0, y1), cover(x0, x1))).float()
 
 
 def feather(mask: Tensor, width: float) -> Tensor:
     """A MASK of any size as [256, 256] with a soft border of about half of `width` (a share of the image's side).
 
-    The border softens inwards: it rises from 0 at the mask's edge, and what the mask leaves out stays out. The mean of what
-    is white at all over a square of that width is a half on a straight edge, so what is above the half counts, twice.
+    The border softens inwards: it rises from 0 at the mask's edge, and what is outside the mask stays outside. A square of
+    that width, centred on a straight edge, is half white. So a pixel gets twice what its square holds above one half.
     """
     fitted = fit_mask(mask)
     white = (fitted > 0).to(fitted)
-    centres = precise(torch.arange(MASK_SIDE, device=fitted.device) + 0.5) / MASK_SIDE
+    centres = widest_float(torch.arange(MASK_SIDE, device=fitted.device) + 0.5) / MASK_SIDE
     reach = max(width, 1 / MASK_SIDE) / 2
     window = shares((centres - reach).clamp_min(0), (centres + reach).clamp_max(1), MASK_SIDE)
-    return fitted * settled((2 * (window @ precise(white) @ window.mT) - 1).clamp_min(0)).float()
+    return fitted * snap_ends((2 * (window @ widest_float(white) @ window.mT) - 1).clamp_min(0)).float()
 
 
 def confine(e: SemanticEmbedding, mask: Tensor) -> SemanticEmbedding:
@@ -98,7 +97,7 @@ def insert(base: SemanticEmbedding | None, other: SemanticEmbedding, mask: Tenso
 
 
 def move_into(e: SemanticEmbedding, box: Sequence[float]) -> SemanticEmbedding:
-    """`e` with the whole image moved into the box, its masks too; what a mask shows at the image's edge it shows beyond."""
+    """`e` with the whole image, masks included, moved into the box. A mask goes on beyond the box as it is at its edge."""
     x0, y0, x1, y1 = (float(side) for side in box)
     size = torch.tensor([x1 - x0, y1 - y0] * 2, dtype=torch.float64)
     boxes = (torch.tensor([x0, y0] * 2, dtype=torch.float64) + e.boxes.cpu().double() * size).float().to(e.boxes.device)
@@ -111,14 +110,14 @@ def move_into(e: SemanticEmbedding, box: Sequence[float]) -> SemanticEmbedding:
         edges = (torch.arange(MASK_SIDE + 1, dtype=torch.float64) / MASK_SIDE - low) / (high - low)
         return shares(edges[:-1].clamp(0, 1 - 1 / MASK_SIDE), edges[1:].clamp(1 / MASK_SIDE, 1), MASK_SIDE)
 
-    masks = settled(back(y0, y1) @ e.masks.cpu().double() @ back(x0, x1).mT)
+    masks = snap_ends(back(y0, y1) @ e.masks.cpu().double() @ back(x0, x1).mT)
     return replace(e, boxes=boxes, masks=masks.float().to(e.masks.device))
 
 
 def region_tokens(
     tokens: Tensor, box: Sequence[float], pooled: Tensor | None = None, source: dict[str, Any] | None = None
 ) -> SemanticEmbedding:
-    """Text tokens [B, N, D] that all own one box. Its area says the level: 0 from half the image on, 1 from an eighth."""
+    """Text tokens [B, N, D] that all own one box. Level 0 if it covers half of the image or more, 1 from an eighth, else 2."""
     x0, y0, x1, y1 = (float(side) for side in box)
     area = (x1 - x0) * (y1 - y0) + BOX_STEP
     level = 0 if area >= 0.5 else 1 if area >= 0.125 else 2
@@ -136,14 +135,14 @@ def region_tokens(
 def pool_grid(tokens: Tensor, hierarchy: Hierarchy, source: dict[str, Any] | None = None) -> SemanticEmbedding:
     """A square grid of tokens [B, g * g, D], row by row, pooled to a hierarchy.
 
-    A cell of n slots is cut into n equal parts (as square as possible, rather wide than high); a slot is the mean of
-    the tokens under its part, by area, at the mean of their lengths. It owns the box of its cell, not of its part.
+    A cell of n slots is cut into n equal parts, as square as possible, wider rather than higher. A slot is the mean of the
+    tokens under its part, weighted by area, and has the mean of their lengths. It owns the box of its cell, not of its part.
     """
     side = math.isqrt(tokens.shape[1])
     if side * side != tokens.shape[1]:
         raise ValueError(f"{tokens.shape[1]} tokens are no square grid: use a style model that gives one, such as Redux (27x27).")
-    grid = tokens.movedim(-1, 1).unflatten(-1, (side, side))  # [B, D, g, g]
-    lengths = precise(grid).norm(dim=1, keepdim=True)
+    grid = rearrange(tokens, "b (y x) d -> b d y x", y=side)
+    lengths = widest_float(grid).norm(dim=1, keepdim=True)
     pooled = []
     for level in hierarchy.levels:
         down = max(d for d in range(1, math.isqrt(level.tokens) + 1) if level.tokens % d == 0)
@@ -151,74 +150,10 @@ def pool_grid(tokens: Tensor, hierarchy: Hierarchy, source: dict[str, Any] | Non
         rows, cols = level.rows * down, level.cols * across  # the parts of all cells are one grid
         mean = resample(grid, rows, cols)
         mean = mean / mean.norm(dim=1, keepdim=True).clamp_min(1e-12) * resample(lengths, rows, cols)
-        parts = mean.unflatten(-1, (level.cols, across)).unflatten(-3, (level.rows, down))  # [B, D, R, r, C, c]
-        pooled.append(parts.permute(0, 2, 4, 3, 5, 1).flatten(1, 4))
+        pooled.append(rearrange(
+            mean, "b d (rows down) (cols across) -> b (rows cols down across) d", rows=level.rows, cols=level.cols
+        ))  # fmt: skip
     return from_hierarchy(torch.cat(pooled, dim=1).to(tokens.dtype), hierarchy, None, source)
-
-
-class CellStrength(NamedTuple):
-    """One entry of the text form. level None: all tokens; cell (row, column) None: the whole level."""
-
-    level: int | None
-    cell: tuple[int, int] | None
-    factor: float
-
-
-_ENTRY = re.compile(r"(?:\*|(\d+)(?:\s*:\s*(\d+)\s*,\s*(\d+))?)\s*=\s*(\d+\.?\d*|\.\d+)")
-
-
-def parse_cells(text: str) -> list[CellStrength]:
-    """`1:0,1=0.5; 2:3,3=0; 2=0.7; *=0.5`: level:row,column=factor, level=factor, everything=factor; factors 0 (off) to 2."""
-    found = []
-    for entry in filter(None, (part.strip() for part in text.split(";"))):
-        match = _ENTRY.fullmatch(entry)
-        if match is None or float(match[4]) > STRONGEST:
-            raise ValueError(
-                f"The cell strength {entry!r} is not understood: write level:row,column=factor with a factor from 0 to 2, "
-                "such as `1:0,1=0.5`, with semicolons between."
-            )
-        level, row, col, factor = match.groups()
-        cell = None if row is None else (int(row), int(col))
-        found.append(CellStrength(None if level is None else int(level), cell, float(factor)))
-    return found
-
-
-def strength_cells(e: SemanticEmbedding, text: str) -> SemanticEmbedding:
-    """`e` with the factors of the text form (`parse_cells`) on its strengths; a token that several name gets all of them."""
-    for level, cell, factor in parse_cells(text):
-        boxes = None if cell is None else _cell(e, level, *cell)
-        e = with_strength(e, factor, None if level is None else {level}, boxes)
-    return e
-
-
-def cells(e: SemanticEmbedding) -> list[tuple[int, int, int, float, float, float, float]]:
-    """Every cell that the text form can name: (level, row, column, x0, y0, x1, y1), coarse to fine, row by row."""
-    found = []
-    for level in e.levels.unique().tolist():
-        boxes, rows, cols = _spans(e, level)
-        places = {
-            (rows.index([y0, y1]), cols.index([x0, x1]), x0, y0, x1, y1) for x0, y0, x1, y1 in boxes.unique(dim=0).tolist()
-        }
-        found += [(level, *place) for place in sorted(places)]
-    return found
-
-
-def _spans(e: SemanticEmbedding, level: int) -> tuple[Tensor, list, list]:
-    """(boxes [N, 4] of a level, its rows, its columns): the distinct spans of the boxes, from the top left on."""
-    boxes = e.boxes[of_levels(e, {level})]
-    return boxes, boxes[:, [1, 3]].unique(dim=0).tolist(), boxes[:, [0, 2]].unique(dim=0).tolist()
-
-
-def _cell(e: SemanticEmbedding, level: int, row: int, col: int) -> Tensor:
-    """[1, 4], the box of a cell."""
-    boxes, rows, cols = _spans(e, level)
-    if row < len(rows) and col < len(cols):
-        box = boxes.new_tensor([cols[col][0], rows[row][0], cols[col][1], rows[row][1]])
-        if (boxes == box).all(-1).any():
-            return box[None]
-    raise ValueError(
-        f"Level {level} of the embedding has no cell {row},{col}: it has {len(rows)} rows and {len(cols)} columns, counted from 0."
-    )
 
 
 def _confined(e: SemanticEmbedding, mask: Tensor) -> SemanticEmbedding | None:
@@ -246,4 +181,4 @@ def _confined(e: SemanticEmbedding, mask: Tensor) -> SemanticEmbedding | None:
         table.append(product)
     if not keep.any():
         return None
-    return select(replace(e, masks=torch.stack(table), masked_by=after), keep, "") if cut.any() else e
+    return select(replace(e, masks=torch.stack(table), masked_by=after), keep) if cut.any() else e

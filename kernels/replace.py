@@ -20,10 +20,11 @@ _OLD = 24 * 3600  # seconds: nobody writes one file for a day
 
 @contextlib.contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """A path to write a file to that becomes `target`, in one rename, when the block ends without an error.
+    """A path to write to. When the block ends without an error, one rename makes the file there `target`.
 
-    It lies in a hidden folder beside the target, which goes in any case: at once, or at the next save into that folder where
-    the process was killed. The file gets the permissions that a plain `open` would give. OSError where it cannot be written.
+    The path lies in a hidden folder beside the target. That folder is removed when the block ends; where the process was
+    killed, the next save beside it removes it (`sweep`). The file gets the permissions that a plain `open` would give.
+    OSError where it cannot be written.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     sweep(target.parent)

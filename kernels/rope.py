@@ -8,6 +8,7 @@ below the finest tokens. Only differences of positions matter to attention.
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 # Positions reach about 32, not the thousands of text: 100 keeps the slowest pair at a small fraction of a turn over
@@ -43,7 +44,7 @@ def patch_positions(grid: tuple[int, int], level: int, device: torch.device | No
         torch.arange(cols, device=device, dtype=torch.float32) + 0.5,
         indexing="ij",
     )
-    return torch.stack([x, y, torch.full_like(x, float(level))], dim=-1).reshape(-1, 3)
+    return rearrange(torch.stack([x, y, torch.full_like(x, float(level))], dim=-1), "rows cols d -> (rows cols) d")
 
 
 def rotary_angles(positions: Tensor, dims: tuple[int, ...], theta: float = THETA) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a stranger's file says, parsed: JSON without traps, typed and bounded by pydantic, every refusal one sentence.
+"""The JSON in files of unknown origin: parsed, typed and bounded by pydantic, every refusal one sentence.
 
 Scalars are strict (1.0 and true are no whole numbers), numbers are finite, unknown fields are refused by name. The bounds lie
 far above every network that exists and far below what takes minutes to build; what a file's tensors say is compared later.

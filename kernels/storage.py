@@ -50,8 +50,11 @@ def unpack(stored: dict[str, Tensor], name: str) -> Tensor:
 
 
 def check_storage(table: dict[str, tuple[str, tuple[int, ...]]], mixed: bool, path: str | os.PathLike) -> None:
-    """ValueError unless the dtypes are those that a checkpoint stores: int8 with its scales, and floats; of one dtype unless
-    `mixed`, for where nothing else speaks for them a retyped tensor would be read as other numbers."""
+    """ValueError unless the dtypes are those that a checkpoint stores: int8 with its scales, and floats.
+
+    mixed: floats of several dtypes are allowed. Without a digest they are not: nothing would tell a retyped tensor, which
+        reads as other numbers.
+    """
     floats: dict[str, str] = {}
     for name, (dtype, shape) in table.items():
         scale = table.get(name + SCALE_SUFFIX)

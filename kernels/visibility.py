@@ -10,9 +10,10 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
-from .area import resample, settled
+from .area import resample, snap_ends
 
 # Boxes travel through ComfyUI as integers in 1/65536. A cell border such as 1/3 may be half a step off after that, and
 # must not make a patch on the other side of the border see the cell; a real overlap is never that thin.
@@ -48,7 +49,8 @@ def visible(boxes: Tensor, grid: tuple[int, int]) -> Tensor:
     edge_y = torch.arange(rows + 1, dtype=boxes.dtype, device=boxes.device) / rows
     in_x = _overlap(edge_x[:-1], edge_x[1:], x0, x1)  # [..., cols, T]
     in_y = _overlap(edge_y[:-1], edge_y[1:], y0, y1)  # [..., rows, T]
-    return (in_y.unsqueeze(-2) & in_x.unsqueeze(-3)).flatten(-3, -2).to(device)
+    seen = in_y.unsqueeze(-2) & in_x.unsqueeze(-3)
+    return rearrange(seen, "... rows cols t -> ... (rows cols) t").to(device)
 
 
 def region_bias(
@@ -111,7 +113,7 @@ def _mask_bias(
     count, tokens = masks.shape[-3], masked_by.shape[-1]
     if masks.dim() != masked_by.dim() + 2 or not ((masked_by >= -1) & (masked_by < count)).all():
         raise ValueError(f"The layout names masks that are not among the {count} given: masks and layout belong together.")
-    means = settled(resample(masks, *grid)).flatten(-2)  # [..., M, P]
+    means = rearrange(snap_ends(resample(masks, *grid)), "... m rows cols -> ... m (rows cols)")
     means = torch.cat([means, torch.ones_like(means[..., :1, :])], dim=-2)  # the last row is of tokens without a mask
     row = masked_by.remainder(count + 1)
     seen = torch.take_along_dim(means, row.unsqueeze(-1), dim=-2)  # [..., T, P]

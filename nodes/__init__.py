@@ -6,8 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .blend import BlendEmbeddings
 from .decode import EmbeddingToConditioning, MaskedAttention
-from .dials import EmbeddingStrength, KeepOutsideMask
-from .edit import EditEmbedding
+from .edit import EditEmbedding, KeepOutsideMask
 from .encode import BuildEmbedding, EncodeImage
 from .files import LoadEmbedding, SaveEmbedding
 from .guide import EditGuider
@@ -16,6 +15,7 @@ from .load import LoadAdapter, LoadEditDecoder, LoadVisionEncoders
 from .miniature import LoadMiniature
 from .region import ComposeEmbeddings, PlaceEmbedding, RegionalPrompt
 from .see import PreviewEmbedding, VisiblePatches
+from .strength import EmbeddingStrength
 from .style import FromStyleModel
 
 

@@ -1,14 +1,13 @@
-"""Between two embeddings."""
+"""An embedding between two others."""
 
 from __future__ import annotations
 
 from comfy_api.latest import io
 
 from ..kernels import algebra
+from ..kernels.cells import ALL, parse_levels
 from . import queue, types
 from .host.versions import schema
-
-ALL = "all"
 
 
 class BlendEmbeddings(io.ComfyNode):
@@ -50,13 +49,3 @@ class BlendEmbeddings(io.ComfyNode):
     @classmethod
     def execute(cls, embedding_a, embedding_b, amount, mode, levels) -> io.NodeOutput:
         return io.NodeOutput(algebra.blend(embedding_a, embedding_b, amount, mode, parse_levels(levels)))
-
-
-def parse_levels(text: str) -> set[int] | None:
-    """None for "all", else the numbers. ValueError for anything else."""
-    if text.strip().lower() in (ALL, ""):
-        return None
-    try:
-        return {int(part) for part in text.split(",")}
-    except ValueError:
-        raise ValueError(f"The levels {text!r} are not numbers: write `all`, or numbers with commas such as `1,2`.") from None

@@ -8,8 +8,8 @@ import torch
 from comfy_api.latest import ui
 from torch import Tensor
 
+from ..kernels.cells import cells
 from ..kernels.embedding import SemanticEmbedding
-from ..kernels.regions import cells
 
 
 def shown(embedding: SemanticEmbedding) -> dict[str, list]:

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..kernels.hierarchy import PRESETS
 from . import types
-from .host import networks
+from .host import running
 from .host.versions import schema
 
 FULL = "full"
@@ -32,7 +32,7 @@ class EncodeImage(io.ComfyNode):
 
     @classmethod
     def execute(cls, vision, image) -> io.NodeOutput:
-        return io.NodeOutput(networks.encode_image(vision, image))
+        return io.NodeOutput(running.encode_image(vision, image))
 
 
 class BuildEmbedding(io.ComfyNode):
@@ -59,4 +59,4 @@ class BuildEmbedding(io.ComfyNode):
 
     @classmethod
     def execute(cls, adapter, features, preset) -> io.NodeOutput:
-        return io.NodeOutput(networks.build_embedding(adapter, features, None if preset == FULL else preset))
+        return io.NodeOutput(running.build_embedding(adapter, features, None if preset == FULL else preset))

@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ..kernels import checkpoint
 from ..kernels.vision.known import KNOWN_TOWERS
 from . import queue, types
-from .host import folders, networks
+from .host import folders, loading
 from .host.versions import schema
 
 FROM_FILE = "from file"
@@ -61,7 +61,7 @@ class LoadVisionEncoders(io.ComfyNode):
         slots = [(widgets[f"encoder_{slot}"], widgets[f"model_{slot}"]) for slot in (1, 2, 3)]
         chosen = [(folders.find("clip_vision", name), _model(model)) for name, model in slots if name != NONE]
         _check_any(chosen)
-        return io.NodeOutput(tuple(networks.load_vision_tower(path, model) for path, model in chosen))
+        return io.NodeOutput(tuple(loading.load_vision_tower(path, model) for path, model in chosen))
 
 
 class LoadAdapter(io.ComfyNode):
@@ -92,7 +92,7 @@ class LoadAdapter(io.ComfyNode):
 
     @classmethod
     def execute(cls, adapter) -> io.NodeOutput:
-        return io.NodeOutput(networks.load_adapter(folders.find("semantic_adapters", adapter)))
+        return io.NodeOutput(loading.load_adapter(folders.find("semantic_adapters", adapter)))
 
 
 class LoadEditDecoder(io.ComfyNode):
@@ -122,7 +122,7 @@ class LoadEditDecoder(io.ComfyNode):
 
     @classmethod
     def execute(cls, edit_decoder) -> io.NodeOutput:
-        return io.NodeOutput(networks.load_edit_decoder(folders.find("edit_decoders", edit_decoder)))
+        return io.NodeOutput(loading.load_edit_decoder(folders.find("edit_decoders", edit_decoder)))
 
 
 def _check(folder: str, kind: str) -> Callable[[str], object]:
@@ -136,7 +136,7 @@ def _check_any(chosen: list) -> None:
 
 
 def _model(name: str) -> str | None:
-    """The id of a known encoder, None if the file shall say. A linked text is checked by nobody else."""
+    """The id of a known encoder, None for "from file". A linked text is checked here only."""
     if name not in (FROM_FILE, *KNOWN_TOWERS):
         raise ValueError(f"There is no encoder model {name!r}: write one of {', '.join((FROM_FILE, *KNOWN_TOWERS))}.")
     return None if name == FROM_FILE else name

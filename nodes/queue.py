@@ -1,4 +1,4 @@
-"""What can be told when a prompt is queued, before anything runs."""
+"""Checks of a node's widgets when a prompt is queued, before anything runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Regions are one language: text, another image or a placed image, each in boxes or a soft mask of an embedding."""
+"""Regions: text, another image or a placed image, each in boxes or in a soft mask of an embedding."""
 
 from __future__ import annotations
 
@@ -86,7 +86,8 @@ class RegionalPrompt(io.ComfyNode):
         box, region = _region(x, y, width, height, mask, bboxes, image)
         tokens, pooled = prompt.words(clip, text)
         source = {"prompt": text, "pooled_width": pooled.shape[-1]}
-        return _result(embedding, regions.region_tokens(tokens, box, pooled, source), box, region, mode, drawn=(mask, bboxes) == (None, None))
+        worded = regions.region_tokens(tokens, box, pooled, source)
+        return _result(embedding, worded, box, region, mode, drawn=(mask, bboxes) == (None, None))
 
 
 class PlaceEmbedding(io.ComfyNode):

@@ -1,4 +1,4 @@
-"""Day one, with public weights: a style model's tokens (FLUX.1 Redux) as a semantic embedding."""
+"""A style model's tokens (FLUX.1 Redux) as a semantic embedding. Needs public weights only."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
@@ -17,7 +18,7 @@ TOWERS = {
                  ("training/miniature", "training/cli.py"), ("tests/kernels",), ("benchmarks",)),  # one of them runs the fuzzer
     "nodes": (("kernels",), ("nodes/host",), ("nodes",)),
 }
-LIBRARIES = {"annotated_types", "einops", "numpy", "open_clip", "pydantic", "safetensors", "torch", "transformers"}  # what kernels may use
+LIBRARIES = {"annotated_types", "einops", "open_clip", "pydantic", "safetensors", "torch", "transformers"}  # what kernels may use
 CORE = {"comfy", "comfy_extras", "folder_paths", "node_helpers"}  # ComfyUI, beside its public comfy_api
 
 
@@ -59,6 +60,28 @@ def test_a_room_imports_only_rooms_below_it(tower):
             assert other == own or floor[other] < floor[own], f"{file.relative_to(ROOT)} imports {target}: {other} is not below {own}"
             seen.append((own, other))
     assert len(set(seen)) > len(floor), "the imports were not found"
+
+
+def arrows(tower: str) -> dict[str, set[str]]:
+    """What each room of a tower imports, less what follows from its other imports."""
+    rooms = [room for floor in TOWERS[tower] for room in floor]
+    below = {room: {room_of(target, rooms) for file in files(room) if room_of(file.relative_to(ROOT).as_posix(), rooms) == room
+                    for target in imports(file) if target.endswith(".py")} - {room} for room in rooms}
+    beneath: dict[str, set[str]] = {}
+    for room in TopologicalSorter(below).static_order():
+        beneath[room] = set().union(below[room], *(beneath[other] for other in below[room]))
+    return {room: {other for other in below[room] if not any(other in beneath[third] for third in below[room])} for room in rooms}
+
+
+def test_the_picture_of_the_rooms_agrees_with_the_imports():
+    page = (ROOT / "training" / "README.md").read_text(encoding="utf-8")
+    drawn = re.search(r"^```mermaid\nflowchart TD\n(.*?)^```", page, re.M | re.S)[1]
+    names = dict(re.findall(r'(\w+)\["([^"]+)"\]', drawn))
+    lines = [re.sub(r"\[.*?\]", "", line).split("-->") for line in drawn.splitlines()]
+    found = {names[start.strip()]: {names[end.strip()] for end in ends.split("&")} for start, ends in lines}
+    outside = {"benchmarks", "tests/kernels"}  # they measure and test the rooms
+    derived = {room: below for tower in TOWERS for room, below in arrows(tower).items() if room not in outside and below}
+    assert found == derived
 
 
 def test_no_file_imports_itself_in_a_circle():

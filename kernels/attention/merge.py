@@ -69,8 +69,8 @@ class _Merge(torch.autograd.Function):
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, part: Tensor, shift: Tensor, chosen: Kernels) -> Tensor:
         out, rest, region = _forward(q, k, v, part, shift, chosen)
         lse = torch.logaddexp(_lse(rest, q), _lse(region, q) + shift)
-        # The raw log-sum-exps only for their shape and padding. They are saved like the rest, for what is kept on ctx
-        # itself lives on after gradient checkpointing.
+        # The raw log-sum-exps are kept for their shape and padding only. They are saved like the rest: what is kept on
+        # ctx itself would outlive gradient checkpointing.
         ctx.save_for_backward(q, k, v, part, shift, out, lse, rest[1], region[1])
         ctx.chosen, ctx.rest, ctx.region = chosen, rest[2:], region[2:]
         return out

@@ -22,7 +22,7 @@ _verdicts: dict[tuple, bool] = {}
 
 
 def agrees(chosen: merge.Kernels, q: Tensor, gradients: bool) -> bool:
-    """May *merge* be taken with these kernels on tensors such as q? Says no once in the log.
+    """Whether *merge* may be taken with these kernels on tensors such as q. The first no is logged.
 
     gradients: the backward is compared as well.
     """

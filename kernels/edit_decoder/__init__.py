@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from .. import checkpoint, schema
+from .. import checkpoint, schema, weights
 from .base import MODES, EditDecoder, EditDecoderConfig
 from .llm import LLMEditDecoder, LLMEditDecoderConfig
 from .t5 import T5EditDecoder, T5EditDecoderConfig
@@ -48,4 +48,4 @@ def read_edit_decoder(path: str | os.PathLike) -> tuple[EditDecoder, dict[str, A
     config = read_config(record["config"])
     if record.get("hierarchy") not in (None, config.to_json()["hierarchy"]):
         raise ValueError(f"{path} says two things of its hierarchy: export the file again.")
-    return checkpoint.build(lambda: build_edit_decoder(config), tensors, path), record
+    return weights.build(lambda: build_edit_decoder(config), tensors, path), record

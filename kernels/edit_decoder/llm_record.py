@@ -1,7 +1,7 @@
 """What a record may say of the LLM in an edit decoder: the families that are built, and the fields that describe their networks.
 
-transformers' configurations take much more: kernels and code by an address, models inside models. A file comes from anybody, so
-what is not listed here is refused by name, when it is read and already when it would be written.
+transformers' configurations take much more: kernels and code by an address, models inside models. A file may come from
+anybody. So what is not listed here is refused by name, both when a file is read and when it would be written.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ _ASIDE = {
 def read_llm(record: dict[str, Any]) -> dict[str, Any]:
     """The fields of a record that the LLM is built from. ValueError names what is no field of such a network or out of bounds.
 
-    What every configuration of transformers says alike says nothing, and is left out: older records hold it.
+    Fields that are the same in every configuration of transformers are left out; older records hold them.
     """
     if not isinstance(record.get("model_type"), str) or record["model_type"] not in FAMILIES:
         raise ValueError(

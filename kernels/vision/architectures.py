@@ -1,7 +1,7 @@
 """What the record of a vision tower may say of its network: fields that describe an architecture, and nothing else.
 
 The libraries that build the networks take much more: names of models on the network, folders, kernels to download, code to
-run. A file in the graph comes from anybody, so whatever is not listed here is refused by name.
+run. A file may come from anybody, so whatever is not listed here is refused by name.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The Flux patch: region tokens are seen only where their boxes are, without touching any of core's forwards.
 
-Two keyed wrappers on a clone of the model. The DIFFUSION_MODEL wrapper takes the layout out of the conditioning, and
-while it runs, and only in a copy of `transformer_options`, an attention override is in place; an override of another
-pack that was there before is called by ours. Without a layout, or where every token is seen as trained, core runs as it
-is. The APPLY_MODEL wrapper around it watches that every block which runs came to the override (`watch`).
+Two keyed wrappers stand on a clone of the model. The DIFFUSION_MODEL wrapper takes the layout out of the conditioning.
+While it runs, an attention override is in place, in a copy of `transformer_options` only; it calls the override of
+another pack that was there before. Without a layout, or where every token is seen as trained, core runs as it is.
+The APPLY_MODEL wrapper around it checks that every block that runs came to the override (`watch`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The guider of an edit: as far from the source towards the edited embedding, or beyond it, as the artist says."""
+"""The guider of an edit. It goes from the source towards the edited embedding, or beyond it, as far as the artist says."""
 
 from __future__ import annotations
 

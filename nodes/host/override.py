@@ -24,7 +24,7 @@ def regional_attention(
     """An `optimized_attention_override` that masks the joint attention and calls `previous` for the attention itself.
 
     blocks: only in these; None for all, also where core does not say which block it is.
-    watch: is told of every attention; without one, an attention in which our tokens cannot be found is a ValueError.
+    watch: records every attention. Without one, an attention in which our tokens cannot be found is a ValueError.
     """
 
     def override(
@@ -43,7 +43,7 @@ def regional_attention(
             fits = fits and sequence.before == 0 and sizes[0] == sizes[1] == mask.shape[-1]
         chosen = blocks is None or _among(blocks, kwargs.get("transformer_options"))
         if chosen and watch is not None:
-            watch.told(None if fits else sizes)
+            watch.record_attention(None if fits else sizes)
         elif chosen and not fits:
             raise ValueError(unfit_sentence(*sizes, ""))
         if not (chosen and fits):
@@ -69,7 +69,7 @@ def regional_attention(
 
 
 def _among(blocks: Blocks, transformer_options: dict | None) -> bool:
-    """Is this attention in one of the blocks? Core writes where it is while it goes through them."""
+    """Whether this attention is in one of the blocks. Core writes into the options which block it is in."""
     here = transformer_options or {}
     return "block_index" not in here or (here.get("block_type"), here["block_index"]) in blocks
 

@@ -1,9 +1,9 @@
 """Where in Flux's joint sequence the region tokens are, and the regions of the sequence as it then is.
 
 Flux attends over `[text ; image patches ; references]`, and the text begins with the region tokens. Core's `post_input`
-patches change that inside of the forward: USO Style Reference puts tokens before the text, FluxKVCache takes away the
-references whose keys it has kept. So two patches of ours stand around those of others for the length of one forward,
-and what lies between them tells where our tokens went.
+patches change that inside the forward: USO Style Reference puts tokens before the text, FluxKVCache removes the
+references whose keys it has kept. So for one forward two patches of ours stand around those of others. Comparing the
+sequence before and after tells where our tokens went.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Sequence:
         self.regions = make(text, references)  # of the sequence as it is now, the region tokens brought to its front
 
     def fits(self, queries: int, keys: int) -> bool:
-        """Is an attention of so many queries and keys the joint one, with our tokens where we know them to be?
+        """Whether an attention of so many queries and keys is the joint one, with our tokens where we know them to be.
 
         Keys may go on after the queries: those of the references that were taken away.
         """
@@ -75,7 +75,7 @@ def to_front(sequence: Tensor, start: int, count: int) -> Tensor:
 def _find(ours: Tensor, text: Tensor, as_long: bool) -> int | None:
     """Where `ours` [B, T, C] stands in `text` [B, S, C], value by value; None where it does not, or more than once.
 
-    A text that is as long as it was and does not have them was changed in place.
+    A text of the old length without them was changed in place.
     """
     if ours.shape[0] != text.shape[0] or ours.shape[1] > text.shape[1]:
         return None

@@ -1,4 +1,4 @@
-"""The files below a folder that are of one kind, looked for again only where something has changed since."""
+"""The files of one kind below a folder. Only what has changed is looked at again."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Listing:
 
 
 class Walk:
-    """suffix: of the files that come into question. wanted: whether the file at this path is of the kind; asked once for each
-    state of a file."""
+    """suffix: the ending of the files to look at. wanted: whether the file at a path is of the kind, asked once for each state
+    of a file."""
 
     def __init__(self, suffix: str, wanted: Callable[[str], bool]):
         self.suffix = suffix

@@ -1,9 +1,9 @@
-"""That the boxes reach every block of Flux, watched while a forward runs.
+"""Whether the boxes reach every block of Flux, watched while a forward runs.
 
-The attention override reaches a block only through core's `transformer_options`, and other packs replace core's
-forward by one that does not pass them on. So hooks on the blocks look whether a block that ran asked the override. A
-block that did not run (Skip Layer Guidance, a cached step) ignored nothing. A compiled model is not watched: hooks would
-be compiled into it or be left out of it.
+The attention override reaches a block only through core's `transformer_options`, and some packs replace core's forward by
+one that does not pass them on. So hooks on the blocks check that every block that ran asked the override. A block that
+did not run (Skip Layer Guidance, a cached step) need not ask. A compiled model is not watched: hooks would be compiled
+into it or left out of it.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _KINDS = (
 
 
 class Watch:
-    """Of the block that runs now: must its attention still come to us?"""
+    """Whether the attention of the block that runs now has come to the override."""
 
     def __init__(self, network: nn.Module, transformer_options: dict, masks: Callable[[], bool]) -> None:
         self._network, self._options, self._masks = network, transformer_options, masks
         self._waiting = False
         self._sizes: tuple[int, int] | None = None
 
-    def told(self, unfit: tuple[int, int] | None) -> None:
-        """An attention has come, and is masked or of sizes (queries, keys) in which our tokens cannot be found."""
+    def record_attention(self, unfit: tuple[int, int] | None) -> None:
+        """An attention has come. unfit: its (queries, keys) where our tokens cannot be found in it, None where it is masked."""
         self._waiting = self._waiting and unfit is not None
         self._sizes = unfit
 
@@ -73,7 +73,7 @@ def watched(
 ) -> Iterator[Watch]:
     """Hooks on the chosen blocks of a Flux network for as long as the context lasts.
 
-    masks: asked before anything is said: does the layout mask anything at all?
+    masks: whether the layout masks anything at all. It is asked before an error is raised.
     """
     watch, handles = Watch(network, transformer_options, masks), []
     try:
@@ -88,7 +88,7 @@ def watched(
 
 
 def compiled(network: nn.Module, transformer_options: dict) -> bool:
-    """Did the user compile the network, or blocks of it, in any of the ways there are?"""
+    """Whether the user compiled the network or blocks of it, in any of the known ways."""
     if _CORE_COMPILES in transformer_options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}):
         return True
     modules = [network, *network.double_blocks, *network.single_blocks]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from semantic_diffusion_adapter.kernels.regions import parse_cells
+from semantic_diffusion_adapter.kernels.cells import parse_cells
 from semantic_diffusion_adapter.runner.server import PACK
 
 if TYPE_CHECKING:

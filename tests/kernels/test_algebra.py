@@ -81,17 +81,6 @@ def test_blend_takes_one_image_for_all():
     assert algebra.blend(one, many, 0.5, levels={1}).pooled.shape == (3, 3)
 
 
-def test_drop_levels():
-    e = embedding()
-    kept = algebra.drop_levels(e, {1})
-    assert torch.equal(kept.tokens, torch.cat([e.tokens[:, :16], e.tokens[:, 32:]], dim=1))
-    assert kept.levels.unique().tolist() == [0, 2]
-    with pytest.raises(ValueError, match="leaves no token"):
-        algebra.drop_levels(e, {0, 1, 2})
-    with pytest.raises(ValueError, match="no level 7: it has 0, 1, 2"):
-        algebra.drop_levels(e, {7})
-
-
 def test_strength_factors_multiply():
     e = embedding()
     twice = algebra.with_strength(algebra.with_strength(e, 0.5), 0.5, levels={0})
@@ -133,9 +122,9 @@ MASKS = torch.rand(3, 256, 256, generator=torch.Generator().manual_seed(0))
 
 def test_masks_follow_their_tokens():
     e = confined(embedding(), *MASKS)
-    kept = algebra.drop_levels(e, {1})
+    kept = algebra.select(e, e.levels != 1)
     assert torch.equal(kept.masks, MASKS[[0, 2]]) and kept.masked_by.tolist() == [0] * 16 + [1] * 16 + [-1] * 16
-    assert algebra.select(e, e.masked_by < 0, "").masks is None
+    assert algebra.select(e, e.masked_by < 0).masks is None
     for same in (algebra.with_strength(e, 0.5), algebra.blend(e, e, 0.3), algebra.restrict(e, e, torch.ones(2, 2))):
         assert torch.equal(same.masks, e.masks) and torch.equal(same.masked_by, e.masked_by)
 

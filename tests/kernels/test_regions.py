@@ -1,4 +1,4 @@
-"""Regions against brute force: what every patch sees after confining, inserting, moving and dialling."""
+"""Regions against brute force: what every patch sees after confining, inserting and moving."""
 
 from __future__ import annotations
 
@@ -121,9 +121,9 @@ def test_confining_leaves_alone_what_the_mask_leaves_whole():
     assert right.token_count == 16 + 8 + 16, "the cells of the left half are gone"
     again = regions.confine(right, HALF)
     assert torch.equal(again.masks, right.masks) and torch.equal(again.masked_by, right.masked_by)
-    cells = algebra.select(e, e.levels == 2, "")
+    cells = algebra.select(e, e.levels == 2)
     assert regions.confine(cells, HALF).masks is None
-    corner = algebra.select(cells, cells.boxes[:, 0] >= 0.5, "")
+    corner = algebra.select(cells, cells.boxes[:, 0] >= 0.5)
     assert regions.confine(corner, HALF) is corner
     with pytest.raises(ValueError, match="No token of the embedding lies in the region"):
         regions.confine(corner, 1 - HALF)
@@ -232,43 +232,6 @@ def test_redux_grids_pool_to_every_preset():
             assert regions.pool_grid(tokens, grids).hierarchy() == grids
     with pytest.raises(ValueError, match="730 tokens are no square grid"):
         regions.pool_grid(torch.randn(1, 730, 8), PRESETS["tree64"])
-
-
-def test_the_text_form_of_strengths():
-    assert regions.parse_cells("") == regions.parse_cells(" ; ") == []
-    assert regions.parse_cells("1:0,1=0.5; 2:3,3=0;2 = .7 ; *=2;") == [
-        (1, (0, 1), 0.5), (2, (3, 3), 0.0), (2, None, 0.7), (None, None, 2.0),
-    ]  # fmt: skip
-    for wrong in ("1:0=1", "1:0,1", "a=1", "1=2.5", "1=-1", "1=nan", "*:0,0=1", "1=1,2=1"):
-        with pytest.raises(ValueError, match="is not understood") as caught:
-            regions.parse_cells(wrong)
-        assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
-
-
-def test_cells_are_dialled_one_by_one():
-    e = embedding()
-    made = regions.strength_cells(e, "1:0,1=0.5; 2:3,0=0; 0=2; *=0.5")
-    factors = made.strengths.exp()
-    top_right = (e.boxes == torch.tensor([0.5, 0.0, 1.0, 0.5])).all(-1)
-    bottom_left = (e.boxes == torch.tensor([0.0, 0.75, 0.25, 1.0])).all(-1)
-    assert torch.allclose(factors[:16], torch.ones(16)) and top_right.sum() == 4 and bottom_left.sum() == 2
-    assert torch.allclose(factors[top_right], torch.tensor(0.25)) and (factors[bottom_left] == 0).all()
-    others = (e.levels > 0) & ~top_right & ~bottom_left
-    assert torch.allclose(factors[others], torch.tensor(0.5))
-    assert regions.strength_cells(e, "") is e
-    for text, message in (("1:2,0=1", "no cell 2,0: it has 2 rows and 2 columns"), ("7:0,0=1", "no level 7"), ("7=1", "no level 7")):
-        with pytest.raises(ValueError, match=message):
-            regions.strength_cells(e, text)
-
-
-def test_cells_of_a_free_layout_are_those_that_are_there():
-    made = algebra.compose([
-        regions.region_tokens(torch.randn(1, 2, 6), (0.0, 0.0, 0.3, 0.3)),
-        regions.region_tokens(torch.randn(1, 3, 6), (0.6, 0.5, 0.9, 0.8)),
-    ])  # fmt: skip
-    assert regions.strength_cells(made, "2:1,1=0").strengths.tolist() == [0, 0, -INF, -INF, -INF]
-    with pytest.raises(ValueError, match="no cell 0,1: it has 2 rows and 2 columns"):
-        regions.strength_cells(made, "2:0,1=0")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed:
 
 import transformers  # noqa: E402
 from semantic_diffusion_adapter.kernels import checkpoint  # noqa: E402
-from semantic_diffusion_adapter.nodes.host import folders, miniature, networks, text_encoder  # noqa: E402
+from semantic_diffusion_adapter.nodes.host import folders, loading, miniature, running, text_encoder  # noqa: E402
 from semantic_diffusion_adapter.nodes.host.conditioning import to_conditioning  # noqa: E402
 from semantic_diffusion_adapter.nodes.host.flux import patch  # noqa: E402
 
@@ -116,26 +116,26 @@ def test_the_whole_job_through_the_loaders(assets):
     """Encode, build, edit, decode: the graph of the example workflow with the stock nodes around ours."""
     model, clip, vae = miniature.load()
     vision = tuple(
-        networks.load_vision_tower(folders.find(folder, name), None)
+        loading.load_vision_tower(folders.find(folder, name), None)
         for folder, name in (miniature.CLIP_ENCODER, miniature.DINOV2_ENCODER)
     )
-    adapter = networks.load_adapter(folders.find(*miniature.ADAPTER))
-    editor = networks.load_edit_decoder(folders.find(*miniature.EDIT_DECODER))
+    adapter = loading.load_adapter(folders.find(*miniature.ADAPTER))
+    editor = loading.load_edit_decoder(folders.find(*miniature.EDIT_DECODER))
     image = torch.rand(2, 40, 56, 4)
-    features = networks.encode_image(vision, image)
+    features = running.encode_image(vision, image)
     assert {name: tuple(value.shape) for name, value in features.items()} == {
         "miniature_clip": (2, 4, 16), "miniature_dinov2": (2, 4, 12),
     }  # fmt: skip
-    full = networks.build_embedding(adapter, features, None)
-    small = networks.build_embedding(adapter, features, "tree64")
+    full = running.build_embedding(adapter, features, None)
+    small = running.build_embedding(adapter, features, "tree64")
     assert full.token_count == 128 and small.token_count == 64 and full.source["pooled_width"] == 24
     assert (small.tokens[0] - small.tokens[1]).abs().max() > 1e-3, "two images must give two embeddings"
     for mode in ("parallel", "autoregressive"):
-        edited = networks.edit_embedding(editor, small, clip, "remove the red circle", mode)
+        edited = running.edit_embedding(editor, small, clip, "remove the red circle", mode)
         assert (edited.tokens - small.tokens).abs().max() > 1e-4
         assert edited.source["edits"] == ["remove the red circle"] and edited.boxes is small.boxes
-    other = networks.edit_embedding(editor, small, clip, "a circle", "parallel")
-    again = networks.edit_embedding(editor, small, clip, "remove the red circle", "parallel")
+    other = running.edit_embedding(editor, small, clip, "a circle", "parallel")
+    again = running.edit_embedding(editor, small, clip, "remove the red circle", "parallel")
     assert not torch.allclose(other.tokens, again.tokens), "the instruction must matter"
 
     (latent,) = stock.EmptyLatentImage().generate(64, 64, 2)

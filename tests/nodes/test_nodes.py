@@ -28,9 +28,9 @@ import folder_paths  # noqa: E402
 import semantic_diffusion_adapter  # noqa: E402
 from comfy_api.latest import ComfyExtension, io  # noqa: E402
 from semantic_diffusion_adapter.kernels import algebra, regions  # noqa: E402
-from semantic_diffusion_adapter.nodes import blend, decode, dials, edit, encode, load, region  # noqa: E402
+from semantic_diffusion_adapter.nodes import blend, decode, edit, encode, load, region, strength  # noqa: E402
 from semantic_diffusion_adapter.nodes import miniature as miniature_node  # noqa: E402
-from semantic_diffusion_adapter.nodes.host import folders, miniature, networks, text_encoder, versions  # noqa: E402
+from semantic_diffusion_adapter.nodes.host import folders, loading, miniature, text_encoder, versions  # noqa: E402
 
 DOCS = Path(__file__).resolve().parents[2] / "web" / "docs"
 # Frozen: renaming one of these breaks saved workflows. (id, inputs in widget order, output types)
@@ -253,7 +253,7 @@ def test_an_llm_takes_the_edit_decoders_place(loaded, tmp_path):
     path = tmp_path / "llm.safetensors"
     checkpoint.save(path, decoder.state_dict(), "edit_decoder", config.to_json())
 
-    editor = networks.load_edit_decoder(str(path))
+    editor = loading.load_edit_decoder(str(path))
     (edited,) = edit.EditEmbedding.execute(e, clip, editor, "a red circle", "parallel").result
     words = clip.encode_from_tokens(clip.tokenize("a red circle"))
     assert torch.equal(edited.tokens, decoder.generate(e.tokens, e.boxes, e.levels, words))
@@ -272,9 +272,9 @@ def test_bad_input_is_one_sentence_with_a_remedy(loaded, assets):
 
     refused("models/semantic_adapters: put the file there", load.LoadAdapter.execute, "absent.safetensors")
     refused("models/edit_decoders", load.LoadEditDecoder.execute, "absent.safetensors")
-    refused("kind 'adapter' where 'edit_decoder'", networks.load_edit_decoder, folders.find(*miniature.ADAPTER))
+    refused("kind 'adapter' where 'edit_decoder'", loading.load_edit_decoder, folders.find(*miniature.ADAPTER))
     clip_file = folders.find(*miniature.CLIP_ENCODER)
-    refused("choose the matching file or another tower id", networks.load_vision_tower, clip_file, "dinov2-large-378")
+    refused("choose the matching file or another tower id", loading.load_vision_tower, clip_file, "dinov2-large-378")
     alone = {"miniature_clip": features["miniature_clip"]}
     refused("'miniature_dinov2' in Load Vision Encoders", encode.BuildEmbedding.execute, adapter, alone, "full")
     wrong = features | {"miniature_dinov2": torch.randn(1, 4, 99)}
@@ -305,8 +305,8 @@ def test_what_is_wrong_by_itself_is_told_when_queued(assets):
     folder_paths.folder_names_and_paths["semantic_adapters"][0].append(str(assets / "edit_decoders"))
     told("kind 'edit_decoder' where 'adapter' is needed", load.LoadAdapter, adapter=editor)
     told("levels 'one' are not numbers", blend.BlendEmbeddings, levels="one")
-    told("levels 'one' are not numbers", dials.EmbeddingStrength, levels="one", cells="")
-    told("1:0=3", dials.EmbeddingStrength, levels="all", cells="1:0=3")
+    told("levels 'one' are not numbers", strength.EmbeddingStrength, levels="one", cells="")
+    told("1:0=3", strength.EmbeddingStrength, levels="all", cells="1:0=3")
     told("instruction is empty", edit.EditEmbedding, instruction=" ")
     told("prompt of a region is empty", region.RegionalPrompt, text="")
     told("must not be after end_percent", decode.MaskedAttention, start_percent=0.8, end_percent=0.2)
@@ -314,7 +314,7 @@ def test_what_is_wrong_by_itself_is_told_when_queued(assets):
     assert load.LoadAdapter.validate_inputs(adapter=scene) is True and load.LoadAdapter.validate_inputs() is True
     assert load.LoadVisionEncoders.validate_inputs("miniature_clip.safetensors", "none", None) is True
     assert decode.MaskedAttention.validate_inputs(start_percent=0.8) is True
-    assert dials.EmbeddingStrength.validate_inputs(levels="0,1", cells="1:0,0=0.5") is True
+    assert strength.EmbeddingStrength.validate_inputs(levels="0,1", cells="1:0,0=0.5") is True
 
 
 def test_a_public_file_asks_for_its_model(assets, tmp_path):
@@ -323,7 +323,7 @@ def test_a_public_file_asks_for_its_model(assets, tmp_path):
     path = tmp_path / "public.safetensors"
     save_file({"x": torch.ones(1)}, path)
     with pytest.raises(ValueError, match="does not say which encoder it is: choose its model"):
-        networks.load_vision_tower(str(path), None)
+        loading.load_vision_tower(str(path), None)
 
 
 def test_an_encoder_model_that_nobody_knows_is_refused(assets):
@@ -394,7 +394,7 @@ def test_progress_is_shown_and_interruption_ends_the_work(loaded, monkeypatch):
 
 
 def test_memory_is_given_back(assets):
-    adapter = networks.load_adapter(folders.find(*miniature.ADAPTER))
+    adapter = loading.load_adapter(folders.find(*miniature.ADAPTER))
     adapter.ready()
     held = [entry.model for entry in comfy.model_management.current_loaded_models]
     assert any(patcher is adapter.patcher for patcher in held), "core must know of the network to make room"

@@ -1,4 +1,4 @@
-"""Regions, style models and dials: the nodes over kernels/regions.py, with core's own CLIP, style model and types."""
+"""Regions, style models, strengths and masks: the nodes over kernels, with core's own CLIP, style model and types."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from comfy_api.latest import io
 from semantic_diffusion_adapter.kernels import algebra, regions
 from semantic_diffusion_adapter.kernels.visibility import region_bias
 from semantic_diffusion_adapter.nodes import canvas
-from semantic_diffusion_adapter.nodes.dials import EmbeddingStrength, KeepOutsideMask
+from semantic_diffusion_adapter.nodes.edit import KeepOutsideMask
 from semantic_diffusion_adapter.nodes.host import flux
 from semantic_diffusion_adapter.nodes.host.conditioning import to_conditioning
 from semantic_diffusion_adapter.nodes.region import ComposeEmbeddings, PlaceEmbedding, RegionalPrompt
+from semantic_diffusion_adapter.nodes.strength import EmbeddingStrength
 from semantic_diffusion_adapter.nodes.style import FromStyleModel
 
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0, "replace"), (0.5, 0.0, 0.5, 1.0, "replace")

@@ -9,7 +9,7 @@ import os
 import posixpath
 import re
 import stat
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator
 
 import fsspec

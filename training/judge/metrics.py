@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from ...kernels import checkpoint
+from ...kernels import checkpoint, weights
 from ..files import file_hash
 
 
@@ -80,7 +80,7 @@ class Lpips(nn.Module):
             self.model = lpips.LPIPS(net=self.backbone, pnet_rand=True, verbose=False)
         # "slice2.3.weight" is layer 3 of torchvision's `features`; the layers after the last slice are not used.
         own = {name: f"features.{name.split('.', 1)[1]}" for name in self.model.net.state_dict()}
-        checkpoint.fill(self.model.net, {name: state[theirs] for name, theirs in own.items() if theirs in state}, path)
+        weights.fill(self.model.net, {name: state[theirs] for name, theirs in own.items() if theirs in state}, path)
         self.path = path
         self.to(device).requires_grad_(False).eval()
 

@@ -115,7 +115,7 @@ const nameOf = ({ level, row, column }) => `${level}:${row},${column}`;
 const RULE = /^(?:(\*)|(\d+)(?:\s*:\s*(\d+)\s*,\s*(\d+))?)\s*=\s*(\d+\.?\d*|\.\d+)$/;
 
 /**
- * "1:0,1=0.5; 2=0.7; *=1.2" as a Map from "1:0,1", "2" and "*" to factors: what kernels/regions.py's parse_cells reads.
+ * "1:0,1=0.5; 2=0.7; *=1.2" as a Map from "1:0,1", "2" and "*" to factors: what kernels/cells.py's parse_cells reads.
  *
  * Throws an Error in one sentence about the first piece that cannot be read, or that says again what another says.
  */

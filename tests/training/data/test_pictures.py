@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
-
 from semantic_diffusion_adapter.training.data.bare import bare
 from semantic_diffusion_adapter.training.data.pictures import BadPicture, open_picture, picture_size
 

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("diffusers", reason="diffusers is not installed: pip install -e '.[training]'")
 
-from semantic_diffusion_adapter.kernels import checkpoint  # noqa: E402
+from semantic_diffusion_adapter.kernels import checkpoint, weights  # noqa: E402
 from semantic_diffusion_adapter.kernels.edit_decoder import build_edit_decoder, read_config  # noqa: E402
 from semantic_diffusion_adapter.training import cli  # noqa: E402
 from semantic_diffusion_adapter.training.config import RunConfig, from_toml  # noqa: E402
@@ -83,7 +83,7 @@ def test_either_decoder_learns_on_the_same_samples(toy_assets, tmp_path, stack, 
     stage.export(2)
     tensors, record = checkpoint.load(tmp_path / "editor.safetensors", "edit_decoder")
     again = build_edit_decoder(read_config(record["config"]))
-    checkpoint.fill(again, tensors, tmp_path)
+    weights.fill(again, tensors, tmp_path)
     assert again.config == stage.decoder.config and record["adapter_sha256"] == stage.identity["adapter"]
 
 

@@ -15,7 +15,6 @@ from semantic_diffusion_adapter.training.miniature.evaluation.system import Mini
 from semantic_diffusion_adapter.training.miniature.scenes import render, scene  # noqa: E402
 from torch.nn.modules.module import register_module_forward_hook  # noqa: E402
 
-
 CPU = torch.device("cpu")
 
 

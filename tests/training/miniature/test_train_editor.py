@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 pytest.importorskip("diffusers", reason="diffusers is not installed: pip install -e '.[training]'")
 pytest.importorskip("peft", reason="peft is not installed: pip install -e '.[training]'")
 
-from semantic_diffusion_adapter.kernels import checkpoint  # noqa: E402
+from semantic_diffusion_adapter.kernels import checkpoint, weights  # noqa: E402
 from semantic_diffusion_adapter.kernels.edit_decoder import build_edit_decoder, read_config  # noqa: E402
 from semantic_diffusion_adapter.training import cli  # noqa: E402
 from semantic_diffusion_adapter.training.config import RunConfig, write_toml  # noqa: E402
@@ -136,7 +136,7 @@ def test_a_run_ends_with_a_file_that_the_nodes_load(kind, request, tmp_path, cap
     path = exported(settings)
     tensors, record = checkpoint.load(path, "edit_decoder")
     decoder = build_edit_decoder(read_config(record["config"])).eval()
-    checkpoint.fill(decoder, tensors, path)
+    weights.fill(decoder, tensors, path)
     assert record["step"] == 4 and record["text_encoder_sha256"] and record["base_sha256"]
     averaged = editor.EditorStage(further, CPU)
     held = checkpoint_average(settings.run.out)

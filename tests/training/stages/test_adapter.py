@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("diffusers", reason="diffusers is not installed: pip install -e '.[training]'")
 pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install -e '.[training]'")
 
-from semantic_diffusion_adapter.kernels import checkpoint  # noqa: E402
+from semantic_diffusion_adapter.kernels import checkpoint, weights  # noqa: E402
 from semantic_diffusion_adapter.kernels.adapter import Adapter, AdapterConfig  # noqa: E402
 from semantic_diffusion_adapter.training import cli  # noqa: E402
 from semantic_diffusion_adapter.training.config import from_toml  # noqa: E402
@@ -55,7 +55,7 @@ def test_a_run_ends_with_files_that_the_nodes_load(toml, parts, tmp_path, capsys
     path = out / "export" / "semantic_adapters" / "toy.safetensors"
     state, record = checkpoint.load(path, "adapter")
     adapter = Adapter(AdapterConfig.from_json(record["config"]))
-    checkpoint.fill(adapter, state, path)
+    weights.fill(adapter, state, path)
     assert record["base_sha256"] == file_hash(parts / "flux.safetensors") and record["step"] == 4 and record["guidance_embeds"]
     assert record["widths"] == {"text": 20, "pooled": 6} and record["hierarchy"] == [[1, 1, 32], [2, 2, 8], [4, 4, 4]]
     assert record["presets"] == ["global16", "tree128", "tree64"] and record["growth_phase"] == [2, 2] and record["code"]

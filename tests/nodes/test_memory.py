@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("comfy.model_management", reason="there is no ComfyUI here: COMFYUI_PATH names one")
 
 import comfy.model_management as core  # noqa: E402
-from semantic_diffusion_adapter.nodes.host import networks  # noqa: E402
+from semantic_diffusion_adapter.nodes.host import memory  # noqa: E402
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -17,13 +17,13 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 @pytest.fixture
 def held(monkeypatch):
     """held(device, what it computes fast, what core says of bfloat16 and of float16) -> dtype of a large network."""
-    large = torch.nn.Linear(networks.SMALL, 1, bias=False, device="meta")
+    large = torch.nn.Linear(memory.SMALL, 1, bias=False, device="meta")
 
     def ask(device: torch.device, fast: torch.dtype, bf16: bool = False, fp16: bool = False) -> torch.dtype:
-        monkeypatch.setattr(networks, "fast_dtype", lambda asked: fast)
+        monkeypatch.setattr(memory, "fast_dtype", lambda asked: fast)
         monkeypatch.setattr(core, "should_use_bf16", lambda asked: bf16)
         monkeypatch.setattr(core, "should_use_fp16", lambda asked: fp16)
-        return networks._dtype(large, device)
+        return memory._dtype(large, device)
 
     return ask
 
@@ -45,4 +45,4 @@ def test_a_gpu_needs_core_to_agree(held):
 
 def test_a_small_network_stays_in_float32(held):
     held(CPU, BF16)
-    assert networks._dtype(torch.nn.Linear(4, 4), CPU) is FP32
+    assert memory._dtype(torch.nn.Linear(4, 4), CPU) is FP32

@@ -1,78 +1,22 @@
-"""Networks of ours under ComfyUI's memory management: loaded when used, moved away when something else needs the room."""
+"""Networks of ours at work: an image encoded, an embedding built, an embedding edited."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import comfy.model_management
-import comfy.model_patcher
 import comfy.utils
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...kernels import checkpoint
-from ...kernels.adapter import AdapterConfig, read_adapter
-from ...kernels.edit_decoder import read_edit_decoder
+from ...kernels.adapter import AdapterConfig
 from ...kernels.embedding import SemanticEmbedding, from_hierarchy
 from ...kernels.hierarchy import hierarchy
 from ...kernels.picture import over_white
-from ...kernels.precision import fast_dtype
-from ...kernels.vision.known import KNOWN_TOWERS
-from ...kernels.vision.towers import load_tower, load_tower_file
+from .memory import Network, to_intermediate
 
-# Below this many weights half precision saves nothing worth its rounding.
-SMALL = 50_000_000
 IMAGES_AT_ONCE = 4
-
-
-@dataclass(frozen=True, eq=False)
-class Network:
-    """A module and the patcher that holds it. `name` is the file it came from, `record` what the file says."""
-
-    module: nn.Module
-    patcher: Any
-    name: str
-    record: dict[str, Any]
-
-    def ready(self) -> tuple[torch.device, torch.dtype]:
-        """Bring the whole network to the compute device; where and in which dtype it wants its inputs."""
-        # Plain torch layers cannot stream their weights, so it is all or nothing.
-        comfy.model_management.load_models_gpu([self.patcher], force_full_load=True)
-        return self.patcher.load_device, next(self.module.parameters()).dtype
-
-
-def hold(module: nn.Module, path: str, record: dict[str, Any]) -> Network:
-    """Put a module under core's ModelPatcher, in the dtype that suits the device and the size of the network."""
-    device = comfy.model_management.get_torch_device()
-    offload = comfy.model_management.unet_offload_device()
-    module = module.to(device=offload, dtype=_dtype(module, device)).eval().requires_grad_(False)
-    patcher = comfy.model_patcher.ModelPatcher(module, load_device=device, offload_device=offload)
-    return Network(module, patcher, Path(path).name, record)
-
-
-def load_vision_tower(path: str, model: str | None) -> Network:
-    """A vision encoder. `model`: the id of a known public encoder, or None if the file carries our record."""
-    if model is None:
-        if not checkpoint.has_record(path):
-            raise ValueError(
-                f"{Path(path).name} does not say which encoder it is: choose its model in the widget below the file."
-            )
-        tower, record = load_tower_file(path)
-    else:
-        tower, record = load_tower(KNOWN_TOWERS[model], checkpoint.load_parts(path)), {}
-    return hold(tower, path, record)
-
-
-def load_adapter(path: str) -> Network:
-    adapter, record = read_adapter(path)
-    return hold(adapter, path, record)
-
-
-def load_edit_decoder(path: str) -> Network:
-    decoder, record = read_edit_decoder(path)
-    return hold(decoder, path, record)
 
 
 @torch.no_grad()
@@ -87,7 +31,7 @@ def encode_image(vision: tuple[Network, ...], image: Tensor) -> dict[str, Tensor
         parts = []
         for chunk in chunks:
             comfy.model_management.throw_exception_if_processing_interrupted()
-            parts.append(_give_back(tower.module(chunk.to(device))))
+            parts.append(to_intermediate(tower.module(chunk.to(device))))
             progress.update(1)
         features[tower.module.config.id] = torch.cat(parts)
     return features
@@ -107,8 +51,8 @@ def build_embedding(adapter: Network, features: dict[str, Tensor], preset: str |
     source = {"adapter": adapter.name, "preset": preset or "full"}
     if "pooled" in widths:
         source["pooled_width"] = widths["pooled"]
-    pooled = None if pooled is None else _give_back(pooled)
-    return from_hierarchy(_give_back(tokens), active, pooled, source)
+    pooled = None if pooled is None else to_intermediate(pooled)
+    return from_hierarchy(to_intermediate(tokens), active, pooled, source)
 
 
 @torch.no_grad()
@@ -116,7 +60,6 @@ def edit_embedding(
     decoder: Network, embedding: SemanticEmbedding, clip: Any, instruction: str, mode: str
 ) -> SemanticEmbedding:
     """The embedding after an instruction that is read by the model's own text encoder."""
-    check_instruction(instruction)
     decoder.module.check_mode(mode)
     config = decoder.module.config
     if embedding.width != config.dim:
@@ -147,34 +90,12 @@ def edit_embedding(
         progress=lambda done, total: _report(progress, done, total),
     )
     edits = [*embedding.source.get("edits", ()), instruction]
-    return replace(embedding, tokens=_give_back(tokens), source={**embedding.source, "edits": edits})
-
-
-def check_instruction(text: str) -> None:
-    if not text.strip():
-        raise ValueError("The instruction is empty: write what to change, for example `remove the red circle`.")
+    return replace(embedding, tokens=to_intermediate(tokens), source={**embedding.source, "edits": edits})
 
 
 def _report(progress, done: int, total: int) -> None:
     comfy.model_management.throw_exception_if_processing_interrupted()
     progress.update_absolute(done, total)
-
-
-def _give_back(tensor: Tensor) -> Tensor:
-    return tensor.to(comfy.model_management.intermediate_device(), torch.float32)
-
-
-def _dtype(module: nn.Module, device: torch.device) -> torch.dtype:
-    """float32 for a small network, otherwise what the device computes fast, where core's flags and its list of cards agree."""
-    weights, fast = sum(parameter.numel() for parameter in module.parameters()), fast_dtype(device)
-    if weights < SMALL or fast is torch.float32:
-        return torch.float32
-    core = comfy.model_management
-    if core.is_device_cpu(device):  # of which core always says no
-        return torch.float32 if core.FORCE_FP32 else fast
-    if fast is torch.bfloat16 and core.should_use_bf16(device):
-        return torch.bfloat16
-    return torch.float16 if core.should_use_fp16(device) else torch.float32
 
 
 def _check_features(name: str, config: AdapterConfig, features: dict[str, Tensor]) -> None:
