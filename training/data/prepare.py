@@ -17,9 +17,9 @@ from .files import absolute, digest, listed, locate, read_table, sweep, whole_fi
 from .index import NAME, PICTURES, Index, schema
 from .pictures import VERSION
 from .pipeline import Workers, stoppable, stream, workers
-from .readers import UNREACHABLE
+from .readers import UNREACHABLE, about
 from .shards import mark_of, scan, write
-from .sources import about, listing, weigh
+from .sources import listing, weigh
 
 TOGETHER = 64
 """Shards whose rows become one row group of the index."""

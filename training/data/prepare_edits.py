@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 from .files import absolute
 from .index import EDITS
 from .prepare import prepare
-from .sources import ending_of, files_of, row_chunks, stamp
+from .readers import ending_of
+from .sources import files_of, row_chunks, stamp
 
 # Set -> ({ours: column of pictures}, {ours: column of texts}), by their cards on the Hugging Face Hub: timbrooks/instructpix2pix-*,
 # osunlp/MagicBrush, BleachNick/UltraEdit. The first two members and "caption", the instruction, make the layout; others may be absent.

@@ -21,8 +21,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from .captions import ENDINGS, caption_in, caption_of
 from .files import is_url, locate
-from .sources import PICTURE, about, ending_of
 
+PICTURE = {"jpg", "jpeg", "jfif", "png", "webp", "avif", "bmp", "gif", "tif", "tiff", "jp2"}
 PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 UNREACHABLE = "unreachable"
 """The reason of what may be read another time: a store that does not answer, a driver that is not installed."""
@@ -43,6 +43,17 @@ class Found:
 
     def __post_init__(self):  # A name on a disk need not be text.
         self.origin = self.origin.encode("utf-8", "replace").decode()
+
+
+def ending_of(name: str) -> str:
+    return posixpath.splitext(name)[1][1:].lower()
+
+
+def about(chunk: dict) -> str:
+    """The name of a chunk in an error."""
+    if "items" in chunk:
+        return f"the {len(chunk['items'])} files from {chunk['items'][0][0]} on"
+    return chunk["file"] + (f", row group {chunk['group']}" if "group" in chunk else "")
 
 
 def read(chunk: dict, wanted: set[int] | None = None) -> Iterator[Found]:

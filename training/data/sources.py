@@ -1,7 +1,7 @@
 """Where samples come from: folders of pictures, tars as img2dataset writes them, parquet files of paths or of pictures.
 
-A source is cut into chunks, small JSON records that any worker can read by itself (readers.py). The order of the chunks
-and of the samples in them is that of the sorted names, so it does not depend on who reads them.
+`listing` cuts a source into chunks, small JSON records that any worker can `read` by itself. The order of the chunks and
+of the samples in them is that of the sorted names, so it does not depend on who reads them.
 """
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ from fsspec.utils import glob_translate
 
 from . import captions
 from .files import locate
+from .readers import PICTURE, ending_of, read
 
-PICTURE = {"jpg", "jpeg", "jfif", "png", "webp", "avif", "bmp", "gif", "tif", "tiff", "jp2"}
+__all__ = ["count_of", "files_of", "listing", "read", "row_chunks", "stamp", "weigh"]
+
 TAR = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 ROWS = 64
 """Pictures to a chunk, of loose files."""
@@ -123,10 +125,6 @@ def _walk(root: str, deep: int | None, hidden: bool) -> tuple[dict[str, dict], l
     return infos, lost
 
 
-def ending_of(name: str) -> str:
-    return posixpath.splitext(name)[1][1:].lower()
-
-
 def stamp(info: dict) -> list:
     """What changes when a file does, as far as its store tells: its size in bytes first."""
     when = info.get("mtime") or info.get("ETag") or info.get("LastModified") or info.get("updated") or ""
@@ -218,17 +216,15 @@ def weigh(chunks: list[dict]) -> tuple[list[int], str]:
     """(how much of the work each chunk is, in what unit): samples where all can be counted, bytes where there are tars."""
     if any(chunk["kind"] == "tar" for chunk in chunks):
         return [_bytes_of(chunk) for chunk in chunks], "B"
-    return [chunk["rows"] if chunk["kind"] == "rows" else len(chunk["items"]) for chunk in chunks], " samples"
+    return [count_of(chunk) for chunk in chunks], " samples"
+
+
+def count_of(chunk: dict) -> int:
+    """How many samples a chunk has; 0 for a tar, which only reading tells."""
+    return chunk["rows"] if chunk["kind"] == "rows" else len(chunk.get("items", ()))
 
 
 def _bytes_of(chunk: dict) -> int:
     if chunk["kind"] == "tar":
         return chunk["stamp"][0]
     return sum(size for size, _ in chunk["stamp"]) if chunk["kind"] == "files" else 0
-
-
-def about(chunk: dict) -> str:
-    """The name of a chunk in an error."""
-    if "items" in chunk:
-        return f"the {len(chunk['items'])} files from {chunk['items'][0][0]} on"
-    return chunk["file"] + (f", row group {chunk['group']}" if "group" in chunk else "")

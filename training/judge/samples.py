@@ -12,7 +12,8 @@ from torch import Tensor
 from ..data.decode import decode, decode_edit, fit
 from ..data.index import EDITS, NAME, CorruptSample, Index, bucket_of
 from ..data.pictures import BadPicture, open_picture
-from ..data.sources import PICTURE, ending_of, files_of
+from ..data.readers import PICTURE, ending_of
+from ..data.sources import files_of
 
 
 @dataclass(frozen=True, eq=False)
