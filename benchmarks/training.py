@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from ..kernels.adapter import AdapterConfig
-from ..kernels.precision import autocast
+from ..kernels.precision import autocast, resolve
 from ..kernels.vision.known import KNOWN_TOWERS
 from ..kernels.vision.towers import TowerConfig
 from ..training.config import from_toml
@@ -61,6 +61,8 @@ class Case:
         config = self.config
         if toy:
             config = replace(config, adapter=replace(config.adapter, width=64, heads=2, layers=2), run=replace(config.run, compile=False))
+            if config.base.precision == "bf16":  # a CPU need not have it
+                config = replace(config, base=replace(config.base, precision=resolve("auto", device)))
         self.flux = random_flux(TOY if toy else costs.FLUX1_DEV, config.base.precision, device)
         attention = attend_by_region(self.flux)
         if config.base.checkpointing:
