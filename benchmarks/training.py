@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from ..kernels.adapter import AdapterConfig
-from ..kernels.precision import autocast
+from ..kernels.precision import autocast, resolve
 from ..kernels.vision.known import KNOWN_TOWERS
 from ..kernels.vision.towers import TowerConfig
 from ..training.config import from_toml
@@ -57,10 +57,12 @@ class Case:
     """A recipe's step at one resolution."""
 
     def __init__(self, recipe: str, size: int, device: torch.device, toy: bool):
-        self.config, self.size, self.device = from_toml(plan.Config, CONFIGS / f"{recipe}.toml"), size, device
-        config = self.config
+        config = from_toml(plan.Config, CONFIGS / f"{recipe}.toml")
         if toy:
             config = replace(config, adapter=replace(config.adapter, width=64, heads=2, layers=2), run=replace(config.run, compile=False))
+            if config.base.precision == "bf16":  # a CPU need not have it
+                config = replace(config, base=replace(config.base, precision=resolve("auto", device)))
+        self.config, self.size, self.device = config, size, device
         self.flux = random_flux(TOY if toy else costs.FLUX1_DEV, config.base.precision, device)
         attention = attend_by_region(self.flux)
         if config.base.checkpointing:
