@@ -34,6 +34,7 @@ FLAGS = (
     "--no-first-run",
 )
 VIEW = {"width": 1900, "height": 1000}
+PACE = 80  # milliseconds between two changes: what follows within 50 the page takes for the same change
 RENDERERS = {"classic canvas": False, "Nodes 2.0": True}
 FIT = """() => {
     const [left, top, right, bottom] = [0, 1, 2, 3].map(side => app.graph.nodes.map(({ boundingRect: [x, y, width, height] }) =>
@@ -160,7 +161,7 @@ class Artist:
 
     def settles_on(self, expected: list[float] | str) -> None:
         """After the page's undo, which loads the workflow anew and takes a moment."""
-        self.page.wait_for_timeout(100)  # the page begins with its next frame
+        self.page.wait_for_timeout(200)  # the page begins with its next frame
         self.page.wait_for_function("!app.extensionManager.workflow.activeWorkflow.changeTracker._restoringState")
         assert (self.cells() if isinstance(expected, str) else self.box()) == expected
         self.canvas.last.wait_for(state="visible", timeout=20_000)
@@ -197,10 +198,16 @@ class Artist:
         self.page.mouse.down()
         self.page.mouse.move(*end, steps=6)
         self.page.mouse.up()
+        self.page.wait_for_timeout(PACE)
 
     def press(self, *keys: str) -> None:
         for key in keys:
             self.page.keyboard.press(key)
+            self.page.wait_for_timeout(PACE)
+
+    def undo(self, keys: str = "Control+z") -> None:
+        """By the page's keys, held until it has begun: what they do when they rise disturbs an undo on older frontends."""
+        self.page.keyboard.press(keys, delay=400)
 
     def reload(self) -> dict:
         """Save the workflow, load the page anew and open it; returns what was saved of the node."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("comfy", reason="ComfyUI is not here: set COMFYUI_PATH or run `python3 run.py test`")
 
 import comfy.ldm.flux.redux
 import comfy.sd
+import folder_paths
 from comfy_api.latest import io
 from semantic_diffusion_adapter.kernels import algebra, regions
 from semantic_diffusion_adapter.kernels.visibility import region_bias
@@ -22,6 +25,12 @@ from semantic_diffusion_adapter.nodes.region import ComposeEmbeddings, PlaceEmbe
 from semantic_diffusion_adapter.nodes.style import FromStyleModel
 
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0, "replace"), (0.5, 0.0, 0.5, 1.0, "replace")
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path, monkeypatch):
+    """Where the pictures for the page go."""
+    monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path))
 
 
 def seen(e, grid=(4, 4)) -> torch.Tensor:
@@ -182,6 +191,21 @@ def test_a_canvas_is_told_no_grid_whose_levels_it_would_count_wrongly(embedding)
     assert prompts.hierarchy().to_json() == [[2, 2, 3]] and (prompts.levels == 1).all()
     told = canvas.shown(prompts)
     assert [cell[0] for cell in told["cells"]] == [1] * 4
+
+
+def test_the_canvas_is_told_where_the_region_was(embedding, tmp_path):
+    a, b = embedding(seed=0), embedding(seed=1)
+    boxed = ComposeEmbeddings.execute(a, b, *RIGHT).ui
+    assert boxed["box"] == [0.5, 0.0, 1.0, 1.0] and boxed["mask"] == [] and boxed["layout"]
+    mask = torch.zeros(1, 64, 64)
+    mask[:, 16:48, :32] = 0.6
+    told = PlaceEmbedding.execute(a, b, *RIGHT, mask=mask).ui
+    assert told["box"] == [0.0, 0.25, 0.5, 0.75]
+    (file,) = told["mask"]
+    picture = Image.open(tmp_path / file["subfolder"] / file["filename"])
+    opacity = torch.from_numpy(np.array(picture.getchannel("A"))).float() / 255
+    assert (opacity - regions.fit_mask(mask)).abs().max() <= 1 / 255
+    assert (np.array(picture)[..., :3] == 255).all()
 
 
 def test_an_edit_stays_inside_its_mask(embedding):

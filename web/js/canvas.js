@@ -24,7 +24,7 @@ const HEIGHT = 320; // the editor's least height and the page's margins around i
 const WIDTH = 340;
 
 const editors = new Set();
-const hands = new Map(); // node id -> where the hand was when the node was taken away: the page's undo puts a new one there
+const left = new Map(); // node id -> the editor of a node that was taken away: the page's undo puts another node there
 
 app.registerExtension({
   name: "SemanticDiffusionAdapter.Canvas",
@@ -89,11 +89,6 @@ function attach(node, { tool: Tool, widgets: names, ground, other, shrunk }) {
     forward: (name, event) => app.canvas?.[name]?.(event),
   });
 
-  // Before the widget's own, which takes the element out of the page and the focus with it.
-  after(node, "onRemoved", () => {
-    hands.set(node.id, editor.hand);
-    editors.delete(editor);
-  });
   const widget = node.addDOMWidget(WIDGET, WIDGET, editor.element, { serialize: false, getMinHeight: () => HEIGHT });
   widget.serialize = false; // neither in the workflow (this line) nor in the prompt (the option)
   const [width, height] = node.computeSize?.() ?? node.size;
@@ -102,8 +97,8 @@ function attach(node, { tool: Tool, widgets: names, ground, other, shrunk }) {
   for (const each of widgets) after(each, "callback", () => editor.draw()); // typed by hand
   after(node, "onConnectionsChange", () => editor.draw());
   after(node, "onConfigure", () => {
-    if (hands.has(node.id)) editor.hand = hands.get(node.id);
-    hands.delete(node.id);
+    if (left.has(node.id)) editor.follow(left.get(node.id));
+    left.delete(node.id);
     editor.draw();
   });
   after(node, "onExecuted", (message) => {
@@ -111,6 +106,10 @@ function attach(node, { tool: Tool, widgets: names, ground, other, shrunk }) {
     editor.draw();
   });
   after(node, "onAdded", () => editors.add(editor));
+  after(node, "onRemoved", () => {
+    left.set(node.id, editor);
+    editors.delete(editor);
+  });
 }
 
 /** Where the region was that inputs gave to the last run: {box: [x0, y0, x1, y1], mask: image or null}, null if unknown. */

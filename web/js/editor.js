@@ -51,6 +51,7 @@ export class Editor {
   #frame = frameOf(1, 1, 1);
   #queued = false;
   #unsaved = false; // changed by keys, and the page does not know yet
+  #focused = false;
   #wanted = false; // the focus, as soon as the element is in the page
 
   constructor(tool, host) {
@@ -71,15 +72,14 @@ export class Editor {
     });
   }
 
-  /** What is neither a value nor drawn from one: whether the focus is here, and what the tool has selected. */
-  get hand() {
-    return { focused: document.activeElement === this.stage, selected: this.tool.selected };
-  }
-
-  set hand({ focused, selected }) {
-    this.#wanted = focused;
-    this.tool.selected = selected;
-    this.draw();
+  /** Go on where the editor of another node left off, in whose place the page has put this one's. */
+  follow(former) {
+    this.#wanted = former.#focused;
+    if (this.tool.constructor === former.tool.constructor) this.tool.selected = former.tool.selected;
+    // Nodes 2.0 goes on showing the element of the widget that had this name, on the node that had this id.
+    requestAnimationFrame(() => {
+      if (former.element.isConnected && !this.element.isConnected) former.element.replaceWith(this.element);
+    });
   }
 
   #build() {
@@ -128,7 +128,11 @@ export class Editor {
     on(element, "wheel", (event) => this.#wheel(event), { passive: false });
     on(stage, "keydown", (event) => this.#key(event));
     on(stage, "keyup", () => this.#commit()); // a held key is one change
-    on(stage, "blur", () => this.#commit());
+    on(stage, "focus", () => (this.#focused = true));
+    on(stage, "blur", () => {
+      this.#commit();
+      requestAnimationFrame(() => (this.#focused &&= !stage.isConnected)); // or the page has taken all of it away, for a moment
+    });
     // Otherwise Nodes 2.0 drags the node.
     for (const type of ["pointerdown", "pointermove", "pointerup"]) on(element, type, (event) => event.stopPropagation());
     if (typeof ResizeObserver !== "undefined") new ResizeObserver(() => this.draw()).observe(this.stage);
