@@ -81,6 +81,14 @@ def test_the_picture_above_is_drawn(artist: Artist) -> None:
     soon(artist, (0.9, 0.9), RED)
 
 
+def test_the_image_of_the_boxes_is_drawn_before_any_above(artist: Artist) -> None:
+    nodes, links = encoded("source", upload(artist, "canvas_red.png", Image.new("RGB", (128, 128), RED)))
+    image = {"image": ["LoadImage", {"image": upload(artist, "canvas_halves.png", halves(BLUE, GREEN))}]}
+    links += [["source", 0, "region", "embedding"], ["image", 0, "region", "image"]]
+    build(artist, {**nodes, **image, "region": ["SDARegionalPrompt", {}]}, links)
+    soon(artist, (0.1, 0.1), dimmed(BLUE))
+
+
 @pytest.mark.parametrize(("kind", "left", "right"), [("SDACompose", GREEN, GREEN), ("SDAPlace", BLUE, GREEN)])
 def test_the_other_picture_is_drawn_where_it_will_appear(kind: str, left: tuple, right: tuple, artist: Artist) -> None:
     first, links = encoded("first", upload(artist, "canvas_red.png", Image.new("RGB", (128, 128), RED)))

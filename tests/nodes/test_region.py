@@ -28,6 +28,12 @@ from semantic_diffusion_adapter.nodes.style import FromStyleModel
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0, "replace"), (0.5, 0.0, 0.5, 1.0, "replace")
 
 
+@pytest.fixture(autouse=True)
+def temporary(tmp_path, monkeypatch):
+    """Where the pictures for the page go."""
+    monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path))
+
+
 def seen(e, grid=(4, 4)) -> torch.Tensor:
     """[patches, tokens] bool: what the patches of a grid see."""
     bias = region_bias(e.boxes, e.strengths, grid, e.token_count, masks=e.masks, masked_by=e.masked_by)
@@ -189,8 +195,7 @@ def test_a_canvas_is_told_no_grid_whose_levels_it_would_count_wrongly(embedding)
     assert [cell[0] for cell in told["cells"]] == [1] * 4
 
 
-def test_the_canvas_is_told_where_the_region_was(embedding, tmp_path, monkeypatch):
-    monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path))
+def test_the_canvas_is_told_where_the_region_was(embedding, tmp_path):
     a, b = embedding(seed=0), embedding(seed=1)
     boxed = ComposeEmbeddings.execute(a, b, *RIGHT).ui
     assert boxed["box"] == [0.5, 0.0, 1.0, 1.0] and boxed["mask"] == [] and boxed["layout"]

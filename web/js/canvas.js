@@ -12,11 +12,11 @@ import { say, speak } from "./texts.js";
 import { BoxTool, CellTool } from "./tools.js";
 
 // `ground`: the inputs above which the picture is looked for, `other`: the one whose picture will be inside the box.
-const BOX = { tool: BoxTool, widgets: ["x", "y", "width", "height"], ground: ["embedding"] };
+const BOX = { tool: BoxTool, widgets: ["x", "y", "width", "height"], ground: ["image", "embedding"] };
 const NODES = {
   SDACompose: { ...BOX, other: "other" },
   SDAPlace: { ...BOX, other: "other", shrunk: true },
-  SDARegionalPrompt: { ...BOX, ground: ["embedding", "mask"] },
+  SDARegionalPrompt: { ...BOX, ground: [...BOX.ground, "mask"] },
   SDAStrength: { tool: CellTool, widgets: ["cells"], ground: ["embedding"] },
 };
 const WIDGET = "sda_canvas";

@@ -101,9 +101,9 @@ export class Editor {
     const named = { role: "application", tabindex: "0", "aria-label": `${label}. ${hint}. ${keys}` };
     this.stage = make("div", { class: "sda-stage", ...named }, this.canvas);
     this.status = make("div", { class: "sda-line", role: "status" });
-    const help = make("div", { class: "sda-line sda-hint", title: keys, "aria-hidden": "true" }, hint);
+    this.help = make("div", { class: "sda-line sda-hint", title: keys, "aria-hidden": "true" }, hint);
     // Nodes 2.0 lets a widget of the second class grow with its node.
-    this.element = make("div", { class: "sda-editor widget-expands" }, bar, this.stage, this.status, help);
+    this.element = make("div", { class: "sda-editor widget-expands" }, bar, this.stage, this.status, this.help);
   }
 
   #button(act) {
@@ -255,6 +255,7 @@ export class Editor {
 
     const text = locked || this.tool.describe(state);
     if (this.status.textContent !== text) this.status.textContent = text;
+    this.help.style.visibility = locked ? "hidden" : "visible";
     this.undo.disabled = !this.host.undoes();
     this.reset.disabled = Boolean(this.host.locked()) || same(state, this.tool.initial);
     this.#offer(this.tool.choices);
