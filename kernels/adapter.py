@@ -26,7 +26,8 @@ from .vision.towers import TowerConfig
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """hierarchy: the full query table as ((rows, cols, tokens), ...); out_dim: width of the text space (4096 for FLUX.1);
+    """hierarchy: the full query table as ((rows, cols, tokens), ...).
+    out_dim: width of the text space (4096 for FLUX.1).
     pooled_dim: width of the pooled vector (768 for FLUX.1) or None for an adapter without a pooled head."""
 
     __pydantic_config__ = schema.CLOSED
@@ -167,7 +168,10 @@ class Adapter(nn.Module):
 
 
 def read_adapter(path: str | os.PathLike) -> tuple[Adapter, dict[str, Any]]:
-    """(adapter in float32 on the CPU, record) of a file. ValueError in one sentence where there is none or it does not fit."""
+    """(adapter in float32 on the CPU, record) of a file.
+
+    ValueError in one sentence where there is none or it does not fit.
+    """
     tensors, record = checkpoint.load(path, "adapter")
     config = AdapterConfig.from_json(record["config"])
     levels, width = record.get("hierarchy"), record.get("widths", {}).get("text")

@@ -25,8 +25,8 @@ def blend(
 ) -> SemanticEmbedding:
     """Between a (t = 0) and b (t = 1), token by token; both need the same boxes, levels and masks.
 
-    mode: "lerp" is the straight line; "slerp" turns the direction on the sphere (Shoemake 1985) and moves the length on a
-        straight line. Opposite and (nearly) parallel vectors, which have no one arc, take the straight line.
+    mode: "lerp" is the straight line; "slerp" turns the direction on the sphere (Shoemake 1985) and moves the length on
+        a straight line. Opposite and (nearly) parallel vectors, which have no one arc, take the straight line.
     levels: only tokens of these levels are blended, the others stay a's. Pooled, which speaks for the whole image, is
         blended with level 0. Strengths are blended as factors, exp(log-bias), so that -inf stays meaningful.
     Batches must be equal or one of them 1.
@@ -72,7 +72,10 @@ def with_strength(
 
 
 def compose(parts: list[SemanticEmbedding]) -> SemanticEmbedding:
-    """Join embeddings into one that is decoded together; tokens keep their boxes and masks. Pooled is the first there is."""
+    """Join embeddings into one that is decoded together; tokens keep their boxes and masks.
+
+    Pooled is the first there is.
+    """
     if not parts:
         raise ValueError("There is nothing to compose: give at least one embedding.")
     first, batch = parts[0], max(part.batch for part in parts)
@@ -108,9 +111,9 @@ def restrict(
 ) -> SemanticEmbedding:
     """Let an edit happen only inside a mask.
 
-    A token whose box misses the mask is the source's. A token whose box reaches into the mask moves towards the edited one,
-    by the greatest value of the mask in the box. The mean would not do: under a small mask the tokens of the whole picture
-    would stay the source's and work against the edit (`benchmarks/kit.md` measures what an edit loses by the mask).
+    A token whose box misses the mask is the source's. A token whose box reaches into the mask moves towards the edited
+    one, by the greatest value of the mask in the box. The mean would not do: under a small mask the tokens of the whole
+    picture would stay the source's and work against the edit (`benchmarks/kit.md` measures what a mask costs).
 
     mask: [H, W] floating in 0..1 over the whole image, any size. levels: only these may change at all.
     """

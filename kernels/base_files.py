@@ -1,4 +1,4 @@
-"""The files of a base of our own (Flux, its text encoder, its VAE): what their records say, compared with their tensors.
+"""The files of a base of our own (Flux, its text encoder, its VAE): their records compared with their tensors.
 
 ComfyUI's core builds the networks. A record that contradicts its tensors is refused here, before core reads it.
 """
@@ -229,7 +229,7 @@ CONFIGS = {"flux": FluxConfig, "vae": VAEConfig, "text_encoder": TextEncoderConf
 
 
 def load(path: str | os.PathLike, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """`checkpoint.load` of a file of one of the kinds in CONFIGS, whose record and tensors say the same of the network."""
+    """`checkpoint.load` of a file of one of the kinds in CONFIGS, if its record and its tensors agree."""
     tensors, record = checkpoint.load(path, kind)
     shapes = schema.parse(CONFIGS[kind], record["config"], f"The record in {path}").shapes()
     for name in sorted(shapes.keys() | tensors.keys()):

@@ -36,7 +36,11 @@ _ENTRY = re.compile(r"(?:\*|(\d+)(?:\s*:\s*(\d+)\s*,\s*(\d+))?)\s*=\s*(\d+\.?\d*
 
 
 def parse_cells(text: str) -> list[CellStrength]:
-    """`1:0,1=0.5; 2:3,3=0; 2=0.7; *=0.5`: level:row,column=factor, level=factor, everything=factor; factors 0 (off) to 2."""
+    """The entries of a text such as `1:0,1=0.5; 2:3,3=0; 2=0.7; *=0.5`.
+
+    They are level:row,column=factor, level=factor and everything=factor, with factors from 0 (off) to 2. ValueError
+    for anything else.
+    """
     found = []
     for entry in filter(None, (part.strip() for part in text.split(";"))):
         match = _ENTRY.fullmatch(entry)
@@ -52,7 +56,7 @@ def parse_cells(text: str) -> list[CellStrength]:
 
 
 def strength_cells(e: SemanticEmbedding, text: str) -> SemanticEmbedding:
-    """`e` with the factors of the text form (`parse_cells`) on its strengths; a token that several name gets all of them."""
+    """`e` with the factors of the text form (`parse_cells`). A token that several entries name gets all of them."""
     for level, cell, factor in parse_cells(text):
         boxes = None if cell is None else _cell(e, level, *cell)
         e = with_strength(e, factor, None if level is None else {level}, boxes)

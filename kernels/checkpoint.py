@@ -1,12 +1,13 @@
 """Checkpoint files: safetensors with one JSON record that says what the file is.
 
-The record is the value of the safetensors metadata key ``sda``. It always has ``format_version``, ``kind`` and ``config``;
-other fields (hierarchy, widths, towers, base_sha256, step, licence, ...) are kept as given. Every reader checks the record
-before it touches a tensor, and every refusal is one sentence that names the file and what to do about it.
+The record is the value of the safetensors metadata key ``sda``. It always has ``format_version``, ``kind`` and
+``config``; other fields (hierarchy, widths, towers, base_sha256, step, licence, ...) are kept as given. Every reader
+checks the record before it touches a tensor. Every refusal is one sentence that names the file and the remedy.
 
-``digest`` (files from before it was written have none) holds two BLAKE2b hashes. ``layout``, of the record and of the names,
-dtypes and shapes of the tensors, is checked whenever the record is read. ``content``, of the tensors' bytes, is checked on
-loading up to QUICK bytes, beyond that on request (`verify`). They find damage; they prove nothing about who made a file.
+``digest`` (files from before it was written have none) holds two BLAKE2b hashes. ``layout``, of the record and of the
+names, dtypes and shapes of the tensors, is checked whenever the record is read. ``content``, of the tensors' bytes, is
+checked on loading up to QUICK bytes, beyond that on request (`verify`). They find damage; they prove nothing about who
+made a file.
 """
 
 from __future__ import annotations
@@ -77,8 +78,8 @@ def save(
         that rows of any magnitude keep seven bits) and the others as float16.
     metadata: text for other readers, put beside the record (a ComfyUI page finds `workflow` there).
     fields: further entries of the record, JSON only.
-    Raises ValueError for an unknown kind, a reserved field, a tensor or number that is not finite, a dtype that is not stored,
-    or a file that cannot be written.
+    Raises ValueError for an unknown kind, a reserved field, a tensor or number that is not finite, a dtype that is not
+    stored, or a file that cannot be written.
     """
     if kind not in KINDS:
         raise ValueError(f"Cannot save a checkpoint of kind {kind!r}: use one of {', '.join(KINDS)}.")
@@ -132,7 +133,10 @@ def save(
 
 
 def read_header(path: str | os.PathLike, kind: str | None = None) -> dict[str, Any]:
-    """The record of a checkpoint (of this kind), read without loading a tensor. ValueError in one sentence if it will not do."""
+    """The record of a checkpoint (of this kind), read without loading a tensor.
+
+    ValueError in one sentence if it will not do.
+    """
     return _read(path, kind)[0]
 
 
@@ -187,8 +191,8 @@ def has_record(path: str | os.PathLike) -> bool:
 def load(path: str | os.PathLike, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(state dict on the CPU, record) of a checkpoint of this kind; int8 tensors come back as float32.
 
-    Raises ValueError in one sentence: no safetensors file, truncated, no record, newer version, another kind, dtypes that the
-    format does not store, not finite, and up to QUICK bytes changed numbers.
+    Raises ValueError in one sentence: no safetensors file, truncated, no record, newer version, another kind, dtypes
+    that the format does not store, not finite, and up to QUICK bytes changed numbers.
     """
     record, _, digest = _read(path, kind)
     stored = load_tensors(path)
@@ -256,7 +260,7 @@ def parts(path: str | os.PathLike) -> list[Path]:
 
 
 def _layout(record: dict[str, Any], table: dict[str, tuple[str, tuple[int, ...]]]) -> str:
-    """The hash of what a file says of itself: the record without the digest, and every tensor's name, dtype and shape."""
+    """The hash of the record without the digest and of every tensor's name, dtype and shape."""
     text = json.dumps([record, sorted((name, dtype, *shape) for name, (dtype, shape) in table.items())], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 

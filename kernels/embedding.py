@@ -24,7 +24,7 @@ class SemanticEmbedding:
     strengths: [T] float32, additive log-bias on the attention logits: 0 = as trained, -inf = off.
     pooled:    [B, P] floating or None, the vector that Flux takes beside the sequence.
     source:    where it came from, JSON values only (adapter, pooled_width, edits, ...).
-    masks:     [M, 256, 256] float32 in 0..1, soft regions over the whole image, or None where no token is confined to one.
+    masks:     [M, 256, 256] float32 in 0..1, soft regions over the whole image, or None where no token has one.
     masked_by: [T] int64, the row of `masks` that a token is confined to beside its box, -1 = none; None iff masks is.
     Raises ValueError in one sentence if any of this does not hold.
     """
@@ -112,7 +112,10 @@ class SemanticEmbedding:
         )
 
     def hierarchy(self) -> Hierarchy:
-        """The hierarchy that these boxes spell, token for token. ValueError for a free layout (composed or regional)."""
+        """The hierarchy that these boxes spell, token for token.
+
+        ValueError for a free layout (composed or regional).
+        """
         found = []
         for level in torch.unique_consecutive(self.levels).tolist():
             boxes = self.boxes[self.levels == level]
@@ -156,7 +159,7 @@ def fit_mask(mask: Tensor) -> Tensor:
 
 
 def tidy_masks(masks: Tensor, masked_by: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The fields `masks` and `masked_by` of an embedding: no mask that no token uses, none twice, None if none is left."""
+    """The fields `masks` and `masked_by` of an embedding, without unused and repeated masks; None if none is left."""
     kept: list[Tensor] = []
     places = torch.full((len(masks) + 1,), -1, device=masked_by.device)  # the last one is read for -1
     for row in masked_by.unique().tolist():

@@ -1,7 +1,7 @@
 """Embedding files: a semantic embedding in the checkpoint format, kind `embedding`.
 
-Tokens and pooled vector are stored in half precision (128 tokens of width 4096 are 1 MiB), masks in 8 bits, boxes, levels
-and strengths as they are. The record holds what the embedding says of its source, its widths and a small JPEG.
+Tokens and pooled vector are stored in half precision (128 tokens of width 4096 are 1 MiB), masks in 8 bits, boxes,
+levels and strengths as they are. The record holds what the embedding says of its source, its widths and a small JPEG.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ _HALF = ("F16", "F32")
 
 
 class Source(BaseModel):
-    """Where an embedding came from: what the nodes read of it, and anything else. None stands for a field that is not there."""
+    """Where an embedding came from: what the nodes read of it, and anything else.
+
+    None stands for a field that is not there.
+    """
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
@@ -82,7 +85,10 @@ def save(
 
 
 def check(path: str | os.PathLike) -> None:
-    """ValueError in one sentence if this is no whole embedding file that this pack reads. Does not look at the numbers."""
+    """ValueError in one sentence if this is no whole embedding file that this pack reads.
+
+    Does not look at the numbers.
+    """
     record, table = checkpoint.read_table(path, KIND)
     said = schema.parse(
         Record, {name: record[name] for name in Record.model_fields if name in record}, f"The record in {path}"
@@ -117,7 +123,8 @@ def check(path: str | os.PathLike) -> None:
 def load(path: str | os.PathLike) -> tuple[SemanticEmbedding, bytes | None]:
     """(embedding with float32 tokens on the CPU, JPEG bytes or None) of an embedding file.
 
-    Raises ValueError in one sentence: truncated, no embedding, newer version, not finite, parts missing, misshapen or unknown.
+    Raises ValueError in one sentence: truncated, no embedding, newer version, not finite, parts missing, misshapen or
+    unknown.
     """
     check(path)
     tensors, record = checkpoint.load(path, KIND)

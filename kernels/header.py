@@ -1,7 +1,8 @@
 """The header of a safetensors file, checked against the size of the file before a byte of a tensor is read.
 
-The format: 8 bytes length, that many bytes of JSON, then the tensors' bytes without a gap. The JSON names for every tensor
-its dtype, its shape and where it begins and ends; `__metadata__` holds text. https://github.com/huggingface/safetensors
+The format: 8 bytes length, that many bytes of JSON, then the tensors' bytes without a gap. The JSON names for every
+tensor its dtype, its shape and where it begins and ends; `__metadata__` holds text.
+https://github.com/huggingface/safetensors
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from annotated_types import Len
 
 from . import schema
 
-# The format allows 100 MB of header. Most of a large one is a workflow; the largest public files have some thousand tensors.
+# The format allows 100 MB of header. Most of a large one is a workflow; the largest public files have some thousand
+# tensors.
 MAX_BYTES = 2**24
 MAX_TENSORS = 20_000
 _BITS = {
@@ -36,7 +38,10 @@ _Size = schema.whole(0, 2**40)
 
 @dataclass(frozen=True)
 class Entry:
-    """What a header says of one tensor. data_offsets: its first byte and the one after its last, from the end of the header."""
+    """What a header says of one tensor.
+
+    data_offsets: its first byte and the one after its last, counted from the end of the header.
+    """
 
     __pydantic_config__ = schema.CLOSED
 
@@ -53,7 +58,10 @@ class Header:
 
 
 def read(path: str | os.PathLike) -> Header:
-    """The header of a safetensors file. ValueError in one sentence: no such file, no safetensors, cut short, contradicting."""
+    """The header of a safetensors file.
+
+    ValueError in one sentence: no such file, no safetensors, cut short, contradicting.
+    """
     if "\0" in os.fspath(path):
         raise ValueError(f"The file name {os.fspath(path)!r} has a NUL character: choose another file.")
     try:

@@ -1,9 +1,9 @@
 """The layout of region tokens as integer tensors, the form in which it passes through core's conditioning.
 
 Core casts floating conditioning to the model's dtype (bfloat16 would move a box border by a patch) but leaves integers
-alone, so a layout travels as int32 [B, T, 7]: x0, y0, x1, y1, level, strength, mask. Boxes and strengths are fixed point
-in 1/65536; a strength of -inf is the smallest int32; a mask is a row of the masks or -1. The masks travel beside it as
-uint8 [B, M, 256, 256], which core does cast; bfloat16 and float16 hold 0 to 255 exactly.
+alone, so a layout travels as int32 [B, T, 7]: x0, y0, x1, y1, level, strength, mask. Boxes and strengths are fixed
+point in 1/65536; a strength of -inf is the smallest int32; a mask is a row of the masks or -1. The masks travel beside
+it as uint8 [B, M, 256, 256], which core does cast; bfloat16 and float16 hold 0 to 255 exactly.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def encode(embedding: SemanticEmbedding) -> tuple[Tensor, Tensor | None]:
 
 
 def join(first: tuple[Tensor, Tensor | None], then: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
-    """Two layouts with their masks as one, the tokens of `then` after those of `first`; a single layout serves a batch."""
+    """Two layouts with their masks as one: the tokens of `first`, then those of `then`. A single one serves a batch."""
     (layout, masks), (other, more) = first, then
     batch = max(len(layout), len(other))
     if masks is not None:

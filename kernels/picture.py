@@ -1,4 +1,4 @@
-"""Pictures of an embedding, drawn with tensors: its boxes over an image, tinted by a measure, and what each patch sees."""
+"""Pictures of an embedding: its boxes over an image, tinted by a measure, and what each patch sees."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ _DARK, _LIGHT = 0.1, 1.0  # every line is light between dark edges, to be seen o
 def measure(e: SemanticEmbedding, name: str, compare: SemanticEmbedding | None = None) -> Tensor:
     """[B, T] float32 in -1..1: how far each token is from the ordinary, which is 0.
 
-    "strength": its factor less 1, so off is -1, as trained 0, double or more 1. "token norm": its length over the median
-    of its image's tokens, less 1. "change": its distance from the token of `compare` over that one's length, 0..1.
+    "strength": its factor less 1, so off is -1, as trained 0, double or more 1.
+    "token norm": its length over the median of its image's tokens, less 1.
+    "change": its distance from the token of `compare` over that one's length, 0..1.
     ValueError if `compare` is missing or laid out otherwise.
     """
     if name == "strength":
@@ -45,8 +46,8 @@ def draw(e: SemanticEmbedding, values: Tensor, image: Tensor | None = None) -> T
 
     values: [B, T] in -1..1, blue below 0 and orange above, stronger the further away; each place has the mean of the
         finest level that covers it. Coarser levels have thicker lines; of a mask the half-way line is drawn.
-    image: IMAGE [N, H, W, 3 or 4] of any size, None is a grey ground of 512 x 512. One that is smaller both ways is enlarged
-        by a whole factor, so that the lines do not hide it. A batch of one goes with any batch.
+    image: IMAGE [N, H, W, 3 or 4] of any size, None is a grey ground of 512 x 512. One that is smaller both ways is
+        enlarged by a whole factor, so that the lines do not hide it. A batch of one goes with any batch.
     """
     if image is None:
         image = torch.full((1, GROUND, GROUND, 3), 0.5)
@@ -68,7 +69,7 @@ def draw(e: SemanticEmbedding, values: Tensor, image: Tensor | None = None) -> T
 
 
 def over_white(image: Tensor) -> Tensor:
-    """IMAGE [..., 3 or 4] in 0..1 -> [..., 3]: what is transparent shows white, as in training, whatever colour it hides."""
+    """IMAGE [..., 3 or 4] in 0..1 -> [..., 3], laid over white as in training."""
     if image.shape[-1] < 4:
         return image
     return torch.lerp(torch.ones_like(image[..., :3]), image[..., :3], image[..., 3:4].clamp(0, 1))

@@ -1,7 +1,7 @@
 """What a device computes fast: the one place that asks PyTorch, so that every other one asks here.
 
-bfloat16 is no property of a model but of a machine. On a CPU without its instructions autocast to bfloat16 is up to 90 times
-slower than float32, and GPUs before Ampere have none either.
+bfloat16 is no property of a model but of a machine. On a CPU without its instructions autocast to bfloat16 is up to 90
+times slower than float32, and GPUs before Ampere have none either.
 """
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _cpu_has_bfloat16() -> bool:
     except (AttributeError, RuntimeError):  # a PyTorch without oneDNN
         return False
     if supported and platform.machine().lower() in ("x86_64", "amd64"):
-        # oneDNN says yes to any AVX-512, and emulates where the instruction is missing: 2 to 3 times slower than float32.
+        # oneDNN says yes to any AVX-512. It emulates a missing instruction, 2 to 3 times slower than float32.
         return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
     return bool(supported)
 
@@ -68,14 +68,16 @@ def resolve(precision: str, device: torch.device | str) -> str:
 
 
 def autocast(device: torch.device, precision: str = "auto") -> torch.autocast:
-    """The region that computes in a precision ("auto", "bf16" or "fp32") on a device; for "fp32" autocast is off in it."""
+    """The context of a precision ("auto", "bf16" or "fp32") on a device. For "fp32" it turns autocast off."""
     return torch.autocast(device.type, torch.bfloat16, enabled=resolve(precision, device) == "bf16")
 
 
 def frozen_dtype(device: torch.device | str, precision: str = "auto") -> torch.dtype:
-    """The dtype of frozen encoders beside a computation in that precision: bfloat16 for bf16 on a GPU, float32 elsewhere.
+    """The dtype of frozen encoders beside a computation in that precision.
 
-    A CPU with bfloat16 takes float32 too: what encoders give there is kept in caches and files that other machines read.
+    It is bfloat16 for bf16 on a GPU and float32 elsewhere.
+
+    A CPU with bfloat16 takes float32 too: what encoders give there is kept in caches that other machines read.
     """
     half = torch.device(device).type != "cpu" and resolve(precision, device) == "bf16"
     return torch.bfloat16 if half else torch.float32

@@ -1,7 +1,7 @@
 """Regions of a picture: embeddings confined to a box or a soft mask, put into one another, moved.
 
-Pure functions. A box is (x0, y0, x1, y1) in units of the image; a mask is float32 [256, 256] in 0..1 over the whole image
-(`embedding.fit_mask`).
+Pure functions. A box is (x0, y0, x1, y1) in units of the image; a mask is float32 [256, 256] in 0..1 over the whole
+image (`embedding.fit_mask`).
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def box_mask(box: Sequence[float]) -> Tensor:
 def feather(mask: Tensor, width: float) -> Tensor:
     """A MASK of any size as [256, 256] with a soft border of about half of `width` (a share of the image's side).
 
-    The border softens inwards: it rises from 0 at the mask's edge, and what is outside the mask stays outside. A square of
-    that width, centred on a straight edge, is half white. So a pixel gets twice what its square holds above one half.
+    The border softens inwards: it rises from 0 at the mask's edge, and what is outside the mask stays outside. A square
+    of that width, centred on a straight edge, is half white. So a pixel gets twice what its square holds above a half.
     """
     fitted = fit_mask(mask)
     white = (fitted > 0).to(fitted)
@@ -97,7 +97,10 @@ def insert(base: SemanticEmbedding | None, other: SemanticEmbedding, mask: Tenso
 
 
 def move_into(e: SemanticEmbedding, box: Sequence[float]) -> SemanticEmbedding:
-    """`e` with the whole image, masks included, moved into the box. A mask goes on beyond the box as it is at its edge."""
+    """`e` with the whole image, masks included, moved into the box.
+
+    A mask goes on beyond the box as it is at its edge.
+    """
     x0, y0, x1, y1 = (float(side) for side in box)
     size = torch.tensor([x1 - x0, y1 - y0] * 2, dtype=torch.float64)
     boxes = (torch.tensor([x0, y0] * 2, dtype=torch.float64) + e.boxes.cpu().double() * size).float().to(e.boxes.device)
@@ -117,7 +120,10 @@ def move_into(e: SemanticEmbedding, box: Sequence[float]) -> SemanticEmbedding:
 def region_tokens(
     tokens: Tensor, box: Sequence[float], pooled: Tensor | None = None, source: dict[str, Any] | None = None
 ) -> SemanticEmbedding:
-    """Text tokens [B, N, D] that all own one box. Level 0 if it covers half of the image or more, 1 from an eighth, else 2."""
+    """Text tokens [B, N, D] that all own one box.
+
+    Level 0 if it covers half of the image or more, 1 from an eighth, else 2.
+    """
     x0, y0, x1, y1 = (float(side) for side in box)
     area = (x1 - x0) * (y1 - y0) + BOX_STEP
     level = 0 if area >= 0.5 else 1 if area >= 0.125 else 2
@@ -135,8 +141,8 @@ def region_tokens(
 def pool_grid(tokens: Tensor, hierarchy: Hierarchy, source: dict[str, Any] | None = None) -> SemanticEmbedding:
     """A square grid of tokens [B, g * g, D], row by row, pooled to a hierarchy.
 
-    A cell of n slots is cut into n equal parts, as square as possible, wider rather than higher. A slot is the mean of the
-    tokens under its part, weighted by area, and has the mean of their lengths. It owns the box of its cell, not of its part.
+    A cell of n slots is cut into n equal parts, as square as possible, wider rather than higher. A slot is the mean of
+    the tokens under its part, weighted by area, with the mean of their lengths. It owns the box of its whole cell.
     """
     side = math.isqrt(tokens.shape[1])
     if side * side != tokens.shape[1]:

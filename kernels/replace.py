@@ -22,9 +22,9 @@ _OLD = 24 * 3600  # seconds: nobody writes one file for a day
 def replacing(target: Path) -> Iterator[Path]:
     """A path to write to. When the block ends without an error, one rename makes the file there `target`.
 
-    The path lies in a hidden folder beside the target. That folder is removed when the block ends; where the process was
-    killed, the next save beside it removes it (`sweep`). The file gets the permissions that a plain `open` would give.
-    OSError where it cannot be written.
+    The path lies in a hidden folder beside the target. That folder is removed when the block ends; where the process
+    was killed, the next save beside it removes it (`sweep`). The file gets the permissions that a plain `open` would
+    give. OSError where it cannot be written.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     sweep(target.parent)
@@ -41,7 +41,10 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 def sweep(folder: Path) -> None:
-    """Delete what killed saves left in a folder: only folders of our naming, whose process is gone or that are a day old."""
+    """Delete what killed saves left in a folder.
+
+    These are folders of our naming whose process is gone, or that are a day old.
+    """
     with contextlib.suppress(OSError):
         for found in list(os.scandir(folder)):
             named = _OURS.fullmatch(found.name)

@@ -17,7 +17,7 @@ THETA = 100.0
 
 
 def axis_dims(head_dim: int) -> tuple[int, int, int]:
-    """Channels of one head given to (x, y, level): about an eighth to the level, the rest to x and y in equal even shares."""
+    """Channels of one head for (x, y, level): about an eighth for the level, the rest equally for x and y, all even."""
     if head_dim < 8 or head_dim % 4:
         raise ValueError(f"A head of {head_dim} channels cannot hold three rotary axes; use a multiple of 4, at least 8.")
     plane = 2 * (head_dim * 7 // 32)
@@ -37,7 +37,10 @@ def box_positions(boxes: Tensor, levels: Tensor, grid: tuple[int, int]) -> Tenso
 
 
 def patch_positions(grid: tuple[int, int], level: int, device: torch.device | None = None) -> Tensor:
-    """Positions of the centres of a (rows, cols) grid of patches, row by row, all at `level`. Returns [N, 3] float32."""
+    """Positions of the centres of a (rows, cols) grid of patches, row by row, all at `level`.
+
+    Returns [N, 3] float32.
+    """
     rows, cols = grid
     y, x = torch.meshgrid(
         torch.arange(rows, device=device, dtype=torch.float32) + 0.5,

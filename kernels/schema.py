@@ -1,7 +1,8 @@
 """The JSON in files of unknown origin: parsed, typed and bounded by pydantic, every refusal one sentence.
 
-Scalars are strict (1.0 and true are no whole numbers), numbers are finite, unknown fields are refused by name. The bounds lie
-far above every network that exists and far below what takes minutes to build; what a file's tensors say is compared later.
+Scalars are strict (1.0 and true are no whole numbers), numbers are finite, unknown fields are refused by name. The
+bounds lie far above every network that exists and far below what takes minutes to build; what a file's tensors say is
+compared later.
 """
 
 from __future__ import annotations
@@ -52,7 +53,10 @@ class Closed(BaseModel):
 
 
 def read_json(text: str | bytes) -> dict[str, Any]:
-    """A JSON object. ValueError for anything else, a name that occurs twice, a number that is not finite, or deep nesting."""
+    """A JSON object.
+
+    ValueError for anything else, a name that occurs twice, a number that is not finite, or deep nesting.
+    """
     try:
         text = text.decode("utf-8") if isinstance(text, bytes) else text
         value = json.loads(text, object_pairs_hook=_once, parse_float=_finite, parse_constant=_finite)
@@ -70,7 +74,10 @@ def read_json(text: str | bytes) -> dict[str, Any]:
 
 
 def parse(kind: type[T], value: Any, what: str) -> T:
-    """`value` (from JSON) as `kind`: a dataclass, a pydantic model or any annotation. `what` begins the sentence of the ValueError."""
+    """`value` (from JSON) as `kind`: a dataclass, a pydantic model or any annotation.
+
+    `what` begins the sentence of the ValueError.
+    """
     try:
         return _adapter(kind).validate_python(value)
     except ValidationError as error:

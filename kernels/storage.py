@@ -1,4 +1,4 @@
-"""How a checkpoint stores its tensors: as they are, in another floating dtype, or in eight bits with a scale per row."""
+"""How a checkpoint stores its tensors: as they are, in another floating dtype, or in int8 with a scale per row."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def unpack(stored: dict[str, Tensor], name: str) -> Tensor:
 def check_storage(table: dict[str, tuple[str, tuple[int, ...]]], mixed: bool, path: str | os.PathLike) -> None:
     """ValueError unless the dtypes are those that a checkpoint stores: int8 with its scales, and floats.
 
-    mixed: floats of several dtypes are allowed. Without a digest they are not: nothing would tell a retyped tensor, which
-        reads as other numbers.
+    mixed: floats of several dtypes are allowed. Without a digest they are not: nothing would tell a retyped tensor,
+        which reads as other numbers.
     """
     floats: dict[str, str] = {}
     for name, (dtype, shape) in table.items():

@@ -75,10 +75,10 @@ def region_bias(
     A strength of -inf is -inf for every query: exactly the sequence without that token, except that the deleted token
     still has a row of its own, which nobody reads.
 
-    `masks` [M, H, W] in 0..1 over the whole image and `masked_by` [T], the row that confines a token or -1, or both with
-    a leading batch dimension: an image patch over which the token's mask has the mean c sees it with log(c) added, not
-    at all where c is 0. Of tokens with different masks only those overlap whose masks do, so that a soft region and what
-    surrounds it (m and 1 - m) do not.
+    `masks` [M, H, W] in 0..1 over the whole image and `masked_by` [T], the row that confines a token or -1, may both
+    have a leading batch dimension. An image patch over which the token's mask has the mean c sees it with log(c) added,
+    not at all where c is 0. Tokens with different masks overlap only where their masks do, so that a soft region and
+    what surrounds it (m and 1 - m) do not.
     """
     device, boxes = boxes.device, _checked(boxes)
     tokens = boxes.shape[-2]

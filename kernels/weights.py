@@ -14,7 +14,8 @@ from . import schema
 def build(make: Callable[[], nn.Module], state_dict: dict[str, Tensor], what: str | os.PathLike) -> nn.Module:
     """The module that `make` builds, with every tensor of `state_dict`; `what` (a path) names the source in the errors.
 
-    It is built on the meta device first, where it takes no memory, and compared: a record may ask for more than its file holds.
+    It is built on the meta device first, where it takes no memory, and compared: a record may ask for more than its
+    file holds.
     """
     with torch.device("meta"):
         _compare(make(), state_dict, what)

@@ -16,6 +16,7 @@ def split(text: str) -> list[str]:
 
 
 def word_ids(text: str, ids: Mapping[str, int], length: int) -> list[int]:
-    """`length` ids of a text by the table `ids`; a word outside it is UNKNOWN, a longer text is cut before its end mark."""
+    """`length` ids of a text by the table `ids`; a word outside it is UNKNOWN, a longer text is cut before its end
+    mark."""
     found = [ids.get(word, UNKNOWN) for word in split(text)][: length - 1] + [END]
     return found + [PAD] * (length - len(found))

@@ -13,7 +13,7 @@ from ..kernels.embedding import SemanticEmbedding
 
 
 def shown(embedding: SemanticEmbedding) -> dict[str, list]:
-    """The node's `ui`: `layout`, the grids to draw as [[rows, columns, tokens per cell], ...]; where there are none, `cells`."""
+    """The node's `ui`: `layout`, the grids to draw as [[rows, columns, tokens per cell], ...], or else `cells`."""
     try:
         hierarchy = embedding.hierarchy()
     except ValueError:
@@ -24,7 +24,7 @@ def shown(embedding: SemanticEmbedding) -> dict[str, list]:
 
 
 def region(box: Sequence[float], mask: Tensor | None) -> dict[str, list]:
-    """Where the region was, for a node's `ui`: `box` [x0, y0, x1, y1] in 0..1, and `mask`, its picture if a mask gave it.
+    """Where the region was, for a node's `ui`: `box` [x0, y0, x1, y1] in 0..1, and `mask`, the picture of its mask.
 
     mask: [H, W] in 0..1. The picture is white, as opaque as the mask, and listed as core lists a node's images.
     """

@@ -126,7 +126,10 @@ class LoadEditDecoder(io.ComfyNode):
 
 
 def _check(folder: str, kind: str) -> Callable[[str], object]:
-    """A check that a file of this name is there and holds this kind of network. It reads the file's record, no tensor."""
+    """A check that a file of this name is there and holds this kind of network.
+
+    It reads the file's record, no tensor.
+    """
     return lambda name: checkpoint.read_header(folders.find(folder, name), kind)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def verdict(*checks: tuple[Callable[..., Any], Any]) -> bool | str:
-    """The answer of a node's `validate_inputs`: True, or the sentence in which the first of the checks refuses its value.
+    """The answer of a node's `validate_inputs`: True, or the sentence of the first check that refuses its value.
 
     checks: (function that raises ValueError, value of a widget); a value of None is linked and not known yet.
     """

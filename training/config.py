@@ -174,14 +174,14 @@ def _wanted(error: dict) -> str:
     return _WANTED.get(error["type"], words.replace("less than or equal to", "at most"))
 
 
-def settled(config: Any, device: torch.device, began: dict) -> Any:
+def resolve_precisions(config: Any, device: torch.device, began: dict) -> Any:
     """The configuration with every `precision` of "auto", its own and those of its tables, as `began` (an earlier copy by
     `to_dict`, or {}) has it or, where that says nothing, as the device computes fast."""
     changes = {}
     for known in dataclasses.fields(config):
         value, earlier = getattr(config, known.name), began.get(known.name)
         if dataclasses.is_dataclass(value):
-            changes[known.name] = settled(value, device, earlier or {})
+            changes[known.name] = resolve_precisions(value, device, earlier or {})
         elif known.name == "precision" and value == "auto":
             changes[known.name] = earlier or resolve(value, device)
     return dataclasses.replace(config, **changes)

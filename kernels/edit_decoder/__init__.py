@@ -43,7 +43,10 @@ def build_edit_decoder(config: EditDecoderConfig) -> EditDecoder:
 
 
 def read_edit_decoder(path: str | os.PathLike) -> tuple[EditDecoder, dict[str, Any]]:
-    """(edit decoder in float32 on the CPU, record) of a file. ValueError in one sentence where there is none or it does not fit."""
+    """(edit decoder in float32 on the CPU, record) of a file.
+
+    ValueError in one sentence where there is none or it does not fit.
+    """
     tensors, record = checkpoint.load(path, "edit_decoder")
     config = read_config(record["config"])
     if record.get("hierarchy") not in (None, config.to_json()["hierarchy"]):

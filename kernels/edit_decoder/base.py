@@ -40,8 +40,8 @@ class EditDecoderConfig:
 class EditDecoder(nn.Module):
     """Source embedding and instruction -> edited embedding of the same boxes and levels.
 
-    A subclass has an `out` layer [width -> dim], zero at the start so that an untrained decoder copies the source, says in
-    `modes` which of MODES it can write in, and has its transformer blocks in `blocks`.
+    A subclass has an `out` layer [width -> dim], zero at the start so that an untrained decoder copies the source, says
+    in `modes` which of MODES it can write in, and has its transformer blocks in `blocks`.
     """
 
     modes: tuple[str, ...]
@@ -64,7 +64,7 @@ class EditDecoder(nn.Module):
         self.token_std.copy_(std)
 
     def normalise(self, tokens: Tensor) -> Tensor:
-        """Tokens [..., dim] in units of the space's statistics, float32: where errors of all channels weigh the same."""
+        """Tokens [..., dim] in units of the space's statistics, float32: errors of all channels weigh alike."""
         return (tokens.float() - self.token_mean.float()) / self.token_std.float()
 
     def check_mode(self, mode: str) -> None:

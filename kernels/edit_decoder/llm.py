@@ -1,9 +1,10 @@
 """The edit decoder on a causal LLM: a dense decoder of transformers (Qwen, Llama, ...) in place of T5's.
 
 The LLM reads one sequence of vectors, [instruction ; source tokens ; queries], under its own causal mask: sources know
-the instruction, every query knows both and the queries before it. The queries are written out in one parallel pass, since a
-learned query cannot drift as fed-back predictions do. Learned queries in a causal LLM, with its mask as it is: MetaQueries,
-arXiv 2504.06256. The instruction comes encoded by Flux's own text encoder; the LLM's words and its head are not used.
+the instruction, every query knows both and the queries before it. The queries are written out in one parallel pass,
+since a learned query cannot drift as fed-back predictions do. Learned queries in a causal LLM, with its mask as it is:
+MetaQueries, arXiv 2504.06256. The instruction comes encoded by Flux's own text encoder; the LLM's words and its head
+are not used.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from .llm_record import llm_record, read_llm
 
 @dataclass(frozen=True)
 class LLMEditDecoderConfig(EditDecoderConfig):
-    """llm: the decoder's transformers configuration (`model_type`, `hidden_size`, ...); what it leaves out is filled in with
-    transformers' defaults when the decoder is made."""
+    """llm: the decoder's transformers configuration (`model_type`, `hidden_size`, ...); what it leaves out is filled in
+    with transformers' defaults when the decoder is made."""
 
     architecture = "causal_lm"
 
@@ -70,7 +71,10 @@ class LLMEditDecoder(EditDecoder):
 
 
 def new_llm(record: dict[str, Any]) -> nn.Module:
-    """An untrained causal decoder that knows one word. ValueError where it is not to be built, or not by the installed transformers."""
+    """An untrained causal decoder that knows one word.
+
+    ValueError where it is not to be built, or not by the installed transformers.
+    """
     import transformers
     from transformers import AutoConfig, AutoModel
 

@@ -1,4 +1,4 @@
-"""What a record may say of the LLM in an edit decoder: the families that are built, and the fields that describe their networks.
+"""What a record may say of the LLM in an edit decoder: its family, and the fields that describe its network.
 
 transformers' configurations take much more: kernels and code by an address, models inside models. A file may come from
 anybody. So what is not listed here is refused by name, both when a file is read and when it would be written.
@@ -113,7 +113,7 @@ _ASIDE = {
 
 
 def read_llm(record: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a record that the LLM is built from. ValueError names what is no field of such a network or out of bounds.
+    """The fields of a record that the LLM is built from. ValueError names an unknown field or one out of bounds.
 
     Fields that are the same in every configuration of transformers are left out; older records hold them.
     """

@@ -1,7 +1,7 @@
 """What the record of a vision tower may say of its network: fields that describe an architecture, and nothing else.
 
-The libraries that build the networks take much more: names of models on the network, folders, kernels to download, code to
-run. A file may come from anybody, so whatever is not listed here is refused by name.
+The libraries that build the networks take much more: names of models on the network, folders, kernels to download, code
+to run. A file may come from anybody, so whatever is not listed here is refused by name.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class _ClipVision(schema.Closed):
 
 
 class _TimmVision(schema.Closed):
-    """timm's SigLIP under open_clip: the name of a registered model, never an address (`hf-hub:`, `local-dir:`) or a tag."""
+    """timm's SigLIP under open_clip: a registered model's name, no address (`hf-hub:`, `local-dir:`) and no tag."""
 
     image_size: Side
     timm_model_name: Annotated[
@@ -71,7 +71,7 @@ KINDS = tuple(_KINDS)
 
 
 def check_architecture(kind: str, architecture: dict[str, Any], what: str) -> None:
-    """ValueError, beginning with `what`, unless every field of `architecture` is known for this kind of tower and in bounds."""
+    """ValueError, beginning with `what`, for a field of `architecture` that is unknown or out of bounds."""
     read = schema.parse(_KINDS[kind], architecture, what)
     if isinstance(read, _OpenClip):
         vision = _TimmVision if "timm_model_name" in read.vision_cfg else _ClipVision

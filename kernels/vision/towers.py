@@ -127,7 +127,7 @@ class VisionTower(nn.Module):
         return (images - mean) / std
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] in [0, 1], any size -> patch features [B, rows * cols, width], row by row, in the weights' dtype."""
+        """[B, 3, H, W] in [0, 1], any size -> patch features [B, rows * cols, width], in the weights' dtype."""
         pixels = self.preprocess(images).to(next(self.model.parameters()).dtype)
         layer = self.config.layer
         if self.config.kind == "open_clip":
@@ -148,8 +148,8 @@ class VisionTower(nn.Module):
         return features[:, features.shape[1] - self.grid[0] * self.grid[1] :]
 
     def before(self, images: Tensor, last: int) -> Tensor:
-        """[B, 3, H, W] in [0, 1] -> the hidden state [B, tokens, width] that enters the last `last` blocks of a DINOv2: all that
-        can be kept while those blocks learn. Raises ValueError for other towers."""
+        """[B, 3, H, W] in [0, 1] -> the hidden state [B, tokens, width] that enters the last `last` blocks of a DINOv2:
+        all that can be kept while those blocks learn. Raises ValueError for other towers."""
         if self.config.kind != "dinov2" or self.config.layer != -1 or not 0 < last <= len(self.blocks):
             raise ValueError(f"The hidden state of vision tower '{self.config.id}' before its last {last} blocks cannot be kept; that "
                              f"is possible for a DINOv2 that is read after its last layer, with 1 to {len(self.blocks)} blocks.")
@@ -177,7 +177,8 @@ class VisionTower(nn.Module):
 def _open_clip(config: TowerConfig) -> nn.Module:
     import open_clip
 
-    # open_clip has no public constructor for the image half alone: build a CLIP with the smallest text half, keep `visual`.
+    # open_clip has no public constructor for the image half alone: build a CLIP with the smallest text half, keep
+    # `visual`.
     text = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
     visual = open_clip.CLIP(text_cfg=text, **config.architecture).visual
     if not hasattr(visual, "forward_intermediates"):
@@ -203,7 +204,7 @@ def _internvit(config: TowerConfig) -> nn.Module:
 
 
 def _check_forward(tower: VisionTower) -> None:
-    """On the meta device, where it costs nothing: a picture comes out as the patches that the configuration promises."""
+    """ValueError unless the tower gives the patches that its configuration promises. On the meta device it is free."""
     config, found = tower.config, None
     # Of transformers' networks the last tokens are taken for the patches, however many there are.
     patch = config.architecture["patch_size"] if config.kind != "open_clip" else config.patch
@@ -231,14 +232,17 @@ def build_tower(config: TowerConfig) -> VisionTower:
 
 
 def load_tower_file(path: str | os.PathLike) -> tuple[VisionTower, dict[str, Any]]:
-    """(tower in eval mode, record) of a file of our own. ValueError in one sentence where there is none or it does not fit."""
+    """(tower in eval mode, record) of a file of our own.
+
+    ValueError in one sentence where there is none or it does not fit.
+    """
     tensors, record = checkpoint.load(path, "vision_tower")
     return load_tower(TowerConfig.from_json(record["config"]), tensors), record
 
 
 def load_tower(config: TowerConfig, state_dict: dict[str, Tensor]) -> VisionTower:
-    """A tower with the weights of a file, in eval mode and in the file's dtype (the widest where it mixes them, as 8-bit
-    files do once dequantised).
+    """A tower with the weights of a file, in eval mode and in the file's dtype (the widest where it mixes them, as
+    8-bit files do once dequantised).
 
     state_dict: our own files or a public file of the same encoder: open_clip's keys (`visual.*` of a whole CLIP, or
     its image half alone), transformers' keys (with or without a task model's prefix), or OpenGVLab's own InternViT

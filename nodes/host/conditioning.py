@@ -1,4 +1,4 @@
-"""Semantic embedding -> CONDITIONING: tokens as cross-attention, pooled, and under `model_conds` the layout and its masks."""
+"""Semantic embedding -> CONDITIONING: tokens as cross-attention, pooled, and the layout under `model_conds`."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ _walk = Walk(embedding_file.SUFFIX, _is_ours)
 
 
 def files() -> list[str]:
-    """The embedding files of the input folder, then those of the output folder with core's mark; subfolders included."""
+    """The embedding files of the input folder, then of the output folder with core's mark; subfolders included."""
     given, made = map(_walk.below, (folder_paths.get_input_directory(), folder_paths.get_output_directory()))
     return [name for name in (*given, *(name + OUTPUT for name in made)) if fault(name) is None]
 
@@ -78,7 +78,8 @@ def load(file: str) -> tuple[SemanticEmbedding, Tensor]:
 def save(embedding: SemanticEmbedding, prefix: str, image: Tensor | None, hidden: Any) -> str:
     """Write an embedding by core's naming rules, with the workflow that core knows of; "name (size in KB)" of the file.
 
-    image: IMAGE whose first picture becomes the thumbnail. hidden: the node's PROMPT, EXTRA_PNGINFO and UNIQUE_ID, or None.
+    image: IMAGE whose first picture becomes the thumbnail.
+    hidden: the node's PROMPT, EXTRA_PNGINFO and UNIQUE_ID, or None.
     """
     check_prefix(prefix)
     prefix = PureWindowsPath(prefix).as_posix()  # one name for one graph, whatever system runs it
@@ -136,7 +137,10 @@ def _workflow(hidden: Any) -> dict[str, str]:
 
 
 def _show(text: str, hidden: Any) -> None:
-    """Write a line into the node, as core's Get Image Size does. Older pages read it as HTML: `fault` lets no tag into a name."""
+    """Write a line into the node, as core's Get Image Size does.
+
+    Older pages read it as HTML: `fault` lets no tag into a name.
+    """
     # Not imported: the module brings the whole application. Where there is a page to write to, it is already here.
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     if server is not None and hidden is not None and hidden.unique_id is not None:

@@ -11,7 +11,7 @@ from .names import fault
 
 MINIATURE = Path(__file__).resolve().parents[2] / "assets" / "miniature"
 OURS = ("semantic_adapters", "edit_decoders")
-# Searched beside core's folder, by our nodes alone: core's Load CLIP Vision would offer the miniature's towers first of all.
+# Only our nodes search it, beside core's folder: core's Load CLIP Vision would offer the miniature's towers first.
 BESIDE = {"clip_vision": "miniature_vision"}
 EXTENSIONS = {".safetensors"}
 SOURCES = {
@@ -46,7 +46,10 @@ def find(folder: str, name: str) -> str:
 
 
 def fingerprint(folder: str, name: str | None) -> str:
-    """Changes when the file does, or one of its parts. Empty for a missing file or a linked name, not known to core yet."""
+    """Changes when the file does, or one of its parts.
+
+    Empty for a missing file or a linked name, not known to core yet.
+    """
     path = _path(folder, name) if name else None
     return "+".join(map(stamp, parts(path))) if path else ""
 

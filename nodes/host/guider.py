@@ -1,4 +1,4 @@
-"""The guider of an edit. It goes from the source towards the edited embedding, or beyond it, as far as the artist says."""
+"""The guider of an edit: from the source towards the edited embedding or beyond, as far as the artist says."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ class EditGuider(comfy.samplers.CFGGuider):
     """
 
     def set_edit(self, source: list, edited: list, strength: float, negative: list | None = None, cfg: float = 1.0) -> None:
-        """CONDITIONINGs, a finite strength, and optionally a negative with its cfg; without a negative there is none."""
+        """CONDITIONINGs, a finite strength, and optionally a negative with its cfg, which needs the negative."""
         if not math.isfinite(strength):
             raise ValueError(f"The edit strength must be a finite number, not {strength}: 0 is the source and 1 the edit.")
         self.edit_strength = strength
-        # Under core's name: from "positive" it shares with the others what asks for it (`control_apply_to_uncond`, GLIGEN).
+        # Under core's name: from "positive" it shares with the others what asks for it (`control_apply_to_uncond`,
+        # GLIGEN).
         conds = {"positive": source if strength == 0 else edited}
         if strength not in (0, 1):
             # Core passes the name on as the kind of prompt, and models know only two kinds.
@@ -37,7 +38,7 @@ class EditGuider(comfy.samplers.CFGGuider):
     def predict_noise(self, x, timestep, model_options={}, seed=None):  # noqa: B006  (core's own signature; never written to)
         if "source" in self.conds:
             # As the model's own way to evaluate conditionings: what core and other packs do before and after the
-            # guidance (cfg, its functions, the optimisation at cfg 1) then sees an ordinary pair and needs no copy here.
+            # guidance (cfg, its functions, the optimisation at cfg 1) then sees an ordinary pair. None is copied here.
             model_options = {**model_options, _CALC_COND_BATCH: self._between(model_options)}
         return super().predict_noise(x, timestep, model_options, seed)
 

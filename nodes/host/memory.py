@@ -1,4 +1,4 @@
-"""Networks of ours under ComfyUI's memory management: loaded when used, moved away when something else needs the room."""
+"""Networks of ours under ComfyUI's memory management: loaded when used, moved away when others need the room."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ class Network:
     record: dict[str, Any]
 
     def ready(self) -> tuple[torch.device, torch.dtype]:
-        """Bring the whole network to the compute device. Returns the device and the dtype that it wants its inputs in."""
+        """Bring the whole network to the compute device.
+
+        Returns the device and the dtype that it wants its inputs in.
+        """
         # Plain torch layers cannot stream their weights, so it is all or nothing.
         comfy.model_management.load_models_gpu([self.patcher], force_full_load=True)
         return self.patcher.load_device, next(self.module.parameters()).dtype
@@ -48,7 +51,10 @@ def to_intermediate(tensor: Tensor) -> Tensor:
 
 
 def _dtype(module: nn.Module, device: torch.device) -> torch.dtype:
-    """float32 for a small network. For others what the device computes fast, if core's flags and its list of cards agree."""
+    """float32 for a small network.
+
+    For others what the device computes fast, if core's flags and its list of cards agree.
+    """
     weights, fast = sum(parameter.numel() for parameter in module.parameters()), fast_dtype(device)
     if weights < SMALL or fast is torch.float32:
         return torch.float32

@@ -20,7 +20,7 @@ def leads_out(name: str) -> bool:
 
 
 def fault(name: str) -> str | None:
-    """What keeps this path (parts divided by either slash) from being stored everywhere, and the remedy; None if nothing."""
+    """Why this path (parts divided by either slash) cannot be stored everywhere, and the remedy; None if it can."""
     for part in re.split(r"[/\\]", name):
         if not part.strip(". "):
             if part not in ("", "."):

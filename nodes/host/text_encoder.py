@@ -1,4 +1,4 @@
-"""The miniature's text encoder as an ordinary CLIP: core's T5 under core's prompt weights, with a tokenizer of words."""
+"""The miniature's text encoder as an ordinary CLIP: core's T5, core's prompt weights and a tokenizer of words."""
 
 from __future__ import annotations
 
@@ -41,7 +41,10 @@ class WordTokenizer:
 
 
 class MiniatureTextModel(torch.nn.Module):
-    """What core's CLIP object drives. Padding is masked nowhere, as in Flux; pooled is the mean over the words and </s>."""
+    """What core's CLIP object drives.
+
+    Padding is masked nowhere, as in Flux; pooled is the mean over the words and </s>.
+    """
 
     def __init__(self, config: dict, device="cpu", dtype=None, model_options={}):  # noqa: B006 (core's signature)
         super().__init__()

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import PurePath
 
-# A folder or a file that changed this short a time before it was read may change once more at the same stamp, or is just
-# being written.
+# A folder or a file that changed this short a time before it was read may change once more at the same stamp, or is
+# just being written.
 YOUNG = 2_000_000_000  # nanoseconds
 
 
@@ -25,8 +25,8 @@ class Listing:
 
 
 class Walk:
-    """suffix: the ending of the files to look at. wanted: whether the file at a path is of the kind, asked once for each state
-    of a file."""
+    """suffix: the ending of the files to look at.
+    wanted: whether the file at a path is of the kind, asked once for each state of a file."""
 
     def __init__(self, suffix: str, wanted: Callable[[str], bool]):
         self.suffix = suffix
@@ -34,7 +34,7 @@ class Walk:
         self.wanted = lru_cache(maxsize=100_000)(lambda path, size, changed: wanted(path))
 
     def below(self, folder: str) -> list[str]:
-        """The wanted files below a folder by their paths from there, with `/`; links are followed, but not in circles."""
+        """The wanted files below a folder by their paths from there, with `/`. Links are followed, not in circles."""
         found, seen, waiting = [], set(), [folder]
         while waiting:
             place = waiting.pop()

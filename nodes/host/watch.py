@@ -1,9 +1,9 @@
 """Whether the boxes reach every block of Flux, watched while a forward runs.
 
-The attention override reaches a block only through core's `transformer_options`, and some packs replace core's forward by
-one that does not pass them on. So hooks on the blocks check that every block that ran asked the override. A block that
-did not run (Skip Layer Guidance, a cached step) need not ask. A compiled model is not watched: hooks would be compiled
-into it or left out of it.
+The attention override reaches a block only through core's `transformer_options`, and some packs replace core's forward
+by one that does not pass them on. So hooks on the blocks check that every block that ran asked the override. A block
+that did not run (Skip Layer Guidance, a cached step) need not ask. A compiled model is not watched: hooks would be
+compiled into it or left out of it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ class Watch:
         self._sizes: tuple[int, int] | None = None
 
     def record_attention(self, unfit: tuple[int, int] | None) -> None:
-        """An attention has come. unfit: its (queries, keys) where our tokens cannot be found in it, None where it is masked."""
+        """An attention has come.
+
+        unfit: its (queries, keys) where our tokens cannot be found in it, None where it is masked.
+        """
         self._waiting = self._waiting and unfit is not None
         self._sizes = unfit
 

@@ -97,8 +97,8 @@ def toml(parts, tmp_path):
                   "adapter": dict(width=32, heads=2, layers=1),
                   "objective": dict(growth=growth, mu="resolution", unlock=0.5),
                   "validation": dict(resolution=64, pictures=3, steps=2, times=(0.5, 0.9))}
-        kinds = {"run": RunConfig, "base": s.BaseConfig, "vision": s.VisionConfig, "data": s.DataConfig, "adapter": s.ShapeConfig,
-                 "objective": AdapterTraining, "validation": s.ValidationConfig}
+        kinds = {"run": RunConfig, "base": s.Base, "vision": s.Vision, "data": s.Data, "adapter": s.Shape,
+                 "objective": AdapterTraining, "validation": s.Validation}
         config = s.Config(**{k: kinds[k](**{**v, **changes.get(k, {})}) for k, v in tables.items()})
         write_toml(config, tmp_path / "toy.toml")
         return tmp_path / "toy.toml"

@@ -92,7 +92,7 @@ def test_a_recipe_trains_a_step_at_full_width(full_width, tmp_path, precision):
         config = dataclasses.replace(
             config, base=dataclasses.replace(config.base, precision=computed, flux=parts / "flux.safetensors", vae=parts / "vae.safetensors",
                                              text=parts / "text.safetensors"),
-            vision=settings.VisionConfig((parts / "clip.safetensors", parts / "dino.safetensors")),
+            vision=settings.Vision((parts / "clip.safetensors", parts / "dino.safetensors")),
             data=dataclasses.replace(config.data, index=str(parts / "photos"), held_out=2, resolutions=((1.0, 64),)),
             validation=dataclasses.replace(config.validation, resolution=64),
             adapter=dataclasses.replace(config.adapter, layers=2),

@@ -6,9 +6,9 @@ import zlib
 from collections.abc import Iterator
 
 PNG = b"\x89PNG\r\n\x1a\n"
-# Of the chunks that a reader may pass over, those that change what is seen. APNG's tell that there are several frames.
+# Of the chunks that a reader may pass over, those that change what is seen. APNG's say that there are several frames.
 SEEN = {b"tRNS", b"acTL", b"fcTL", b"fdAT"}
-TOLD = {b"iCCP", b"eXIf"}
+DESCRIPTIONS = {b"iCCP", b"eXIf"}
 EXIF, ICC, COMMENT, SCAN = 0xE1, 0xE2, 0xFE, 0xDA
 JFIF_AND_ADOBE = {0xE0, 0xEE}  # say how colours are stored
 
@@ -18,16 +18,16 @@ def bare(data: bytes) -> Iterator[bytes]:
     nor JPEG, or has none of them. Nothing that the pixels need is repaired."""
     cut = _png if data.startswith(PNG) else _jpeg if data.startswith(b"\xff\xd8") else None
     last = len(data)
-    for told in (True, False) if cut else ():
-        made = b"".join(cut(data, told))
+    for described in (True, False) if cut else ():
+        made = b"".join(cut(data, described))
         if len(made) < last:
             yield made
             last = len(made)
 
 
-def _png(data: bytes, told: bool) -> Iterator[bytes]:
+def _png(data: bytes, described: bool) -> Iterator[bytes]:
     yield PNG
-    at, kept = len(PNG), SEEN | TOLD if told else SEEN
+    at, kept = len(PNG), SEEN | DESCRIPTIONS if described else SEEN
     while at + 12 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, at)
         end = at + 12 + length
@@ -38,9 +38,9 @@ def _png(data: bytes, told: bool) -> Iterator[bytes]:
     yield data[at:]
 
 
-def _jpeg(data: bytes, told: bool) -> Iterator[bytes]:
+def _jpeg(data: bytes, described: bool) -> Iterator[bytes]:
     yield data[:2]
-    at, kept = 2, JFIF_AND_ADOBE | {EXIF, ICC} if told else JFIF_AND_ADOBE
+    at, kept = 2, JFIF_AND_ADOBE | {EXIF, ICC} if described else JFIF_AND_ADOBE
     while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != SCAN:
         marker, end = data[at + 1], at + 2 + struct.unpack_from(">H", data, at + 2)[0]
         if not (0xE0 <= marker <= 0xEF or marker == COMMENT) or marker in kept:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..config import RunConfig, settled, to_dict
+from ..config import RunConfig, resolve_precisions, to_dict
 from .learner import Learner
 from .sealed import found, newest_whole, plain, read_record, sync, write_record, write_tensors
 
@@ -48,7 +48,7 @@ def settle(config: Any, device: torch.device) -> Any:
     run, began = config.run, began_with(config.run)
     first = began.get("run", {})
     steps = run.plan_steps or first.get("plan_steps") or first.get("max_steps") or run.max_steps
-    return settled(dataclasses.replace(config, run=dataclasses.replace(run, plan_steps=steps)), device, began)
+    return resolve_precisions(dataclasses.replace(config, run=dataclasses.replace(run, plan_steps=steps)), device, began)
 
 
 def is_free(value: Any, field: dataclasses.Field) -> bool:
@@ -82,7 +82,7 @@ class Checkpoints:
                 newest = newest_whole(self.folder)
             except ValueError as error:
                 problem = str(error)
-        newest, problem = self.world.said_by_main((newest, problem))
+        newest, problem = self.world.broadcast((newest, problem))
         if problem:
             raise ValueError(problem)
         if newest is None:
@@ -143,7 +143,7 @@ class Checkpoints:
                 shutil.rmtree(staged, ignore_errors=True)
                 problem = (f"Step {step} could not be saved ({error.strerror or error}); make room in {self.folder} and give the same "
                            f"command. {self.comfort()}.")
-        problem = self.world.said_by_main(problem)
+        problem = self.world.broadcast(problem)
         if problem:
             raise OSError(problem)
 

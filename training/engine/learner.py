@@ -89,7 +89,7 @@ class Learner:
             for group in self.optimizer.param_groups:
                 for parameter in group["params"]:
                     parameter.requires_grad_(group["name"] in learning)
-            self.objective = self.world.together(Objective(self.stage))
+            self.objective = self.world.data_parallel(Objective(self.stage))
 
     def steps(self, number: int) -> list[Step]:
         """This process's micro-batches of a step."""

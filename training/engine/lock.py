@@ -35,7 +35,7 @@ def alone(folder: Path, world: World) -> Iterator[None]:
             problem = f"Another run is writing to {folder}; wait for its end, stop it, or give another --run.out."
         except NotImplementedError:  # some clusters mount their disks without locks
             print(f"{folder} lies on a disk without locks: take care that no second run writes there.", flush=True)
-    problem = world.said_by_main(problem)
+    problem = world.broadcast(problem)
     if problem:
         raise ValueError(problem)
     try:

@@ -31,11 +31,11 @@ class Signals:
     """Notes SIGTERM, Ctrl-C and a terminal that closes while it is open, so that the work can end and be saved. A second Ctrl-C
     stops at once, by KeyboardInterrupt; a second SIGTERM does not, since SLURM and torchrun both send one.
 
-    told: said at the first signal, "" for nothing.
+    notice: said at the first signal, "" for nothing.
     """
 
-    def __init__(self, told: str = ""):
-        self.told = told
+    def __init__(self, notice: str = ""):
+        self.notice = notice
 
     def __enter__(self) -> Signals:
         self.seen, self.interrupted = False, False
@@ -48,9 +48,9 @@ class Signals:
     def note(self, number, frame) -> None:
         if number == signal.SIGINT and self.interrupted:
             raise KeyboardInterrupt
-        if not self.seen and self.told:
+        if not self.seen and self.notice:
             with suppress(OSError):  # print() may not be entered twice, and a terminal may be gone
-                os.write(2, f"{self.told}\n".encode())
+                os.write(2, f"{self.notice}\n".encode())
         self.seen, self.interrupted = True, self.interrupted or number == signal.SIGINT
 
     def __exit__(self, *error) -> None:
@@ -77,8 +77,8 @@ def blame(stage: Stage, steps: list[Step], run: RunConfig, world: World) -> str:
                 value = stage.loss(each)[0]
             names = stage.describe(each) if hasattr(stage, "describe") else [f"number {p} of the batch" for p in each.positions]
             found |= dict.fromkeys(names, bool(value.isfinite()))
-    told = {name: finite for part in world.gathered(found) for name, finite in part.items()}
-    return ", ".join([name for name, finite in told.items() if not finite] or told)
+    gathered = {name: finite for part in world.gathered(found) for name, finite in part.items()}
+    return ", ".join([name for name, finite in gathered.items() if not finite] or gathered)
 
 
 def train(stage: Stage, config: Any, world: World) -> bool:
@@ -116,14 +116,14 @@ def train(stage: Stage, config: Any, world: World) -> bool:
         folder.validation(step, figures, pictures, time.perf_counter() - clock)
 
     def check_disk() -> None:
-        if problem := world.said_by_main(folder.problem):
+        if problem := world.broadcast(folder.problem):
             raise OSError(f"{problem}. {checkpoints.comfort()}.")
 
     if world.main and start:
         print(f"resumed {stage.name} at step {start}", flush=True)
     elif world.main and hasattr(stage, "report"):
         print(stage.report(), flush=True)
-    validated = world.said_by_main(folder.validated)
+    validated = world.broadcast(folder.validated)
     skipped, stopped = 0, False
     with Signals("stopping: what is learnt is saved; Ctrl-C again stops at once" if world.main else "") as signals:
         stage.trainables.train()
@@ -193,7 +193,7 @@ def launch(stage: Callable[[Any, torch.device], Stage], config: Any) -> bool:
     if not run.dry_run:
         check_folder(run.out)
     torch.manual_seed(run.seed)
-    config = world.said_by_main(settle(config, world.device))
+    config = world.broadcast(settle(config, world.device))
     if world.main:
         print(chosen(config.run.precision, world.device), flush=True)
     made = stage(config, world.device)

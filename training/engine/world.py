@@ -94,7 +94,7 @@ class World:
         own = batch // self.size
         return [range(i, i + step) for i in range(self.rank * own, (self.rank + 1) * own, step)]
 
-    def together(self, module: nn.Module) -> nn.Module:
+    def data_parallel(self, module: nn.Module) -> nn.Module:
         """The module with gradients averaged over all processes, its weights those of the first."""
         if self.size == 1:
             return module
@@ -113,8 +113,8 @@ class World:
         """Whether any process says so."""
         return self.mean([float(word)])[0] > 0
 
-    def said_by_main(self, word):
-        """What the first process says, told to all; the others' argument is ignored."""
+    def broadcast(self, word):
+        """What the first process gives, in every process; the others' argument is ignored."""
         if self.size == 1:
             return word
         box = [word]

@@ -47,7 +47,7 @@ def velocity(flux: FluxTransformer2DModel, x: Tensor, t: Tensor, context: Tensor
     """Predicted noise - x_0 of noisy latents x [B, C, H, W] at times t [B] under context [B, N, D] and pooled [B, P].
 
     guidance [B]: the scale that a guidance-distilled Flux (FLUX.1-dev) is told; None for one without.
-    A Flux held in half precision computes in it from end to end, whatever autocast would do; x is mixed for `told_time` then.
+    A Flux held in half precision computes in it from end to end, whatever autocast would do; x is mixed for `network_time` then.
     """
     rows, cols = x.shape[-2] // 2, x.shape[-1] // 2
     dtype, device = flux.x_embedder.weight.dtype, x.device.type
@@ -61,9 +61,12 @@ def velocity(flux: FluxTransformer2DModel, x: Tensor, t: Tensor, context: Tensor
     return unpack(out, rows, cols)
 
 
-def told_time(flux: FluxTransformer2DModel, t: Tensor) -> Tensor:
-    """What `velocity` tells the network of times t, in t's dtype: diffusers hands it 1000 t in the network's own, and bf16 has eight
-    bits. Noisy latents are mixed for these times, so that the network is asked about the noise that is there."""
+def network_time(flux: FluxTransformer2DModel, t: Tensor) -> Tensor:
+    """Times t as the network reads them, in t's dtype.
+
+    diffusers hands the network 1000 t in the network's own dtype, and bf16 has eight bits. Noisy latents are mixed for
+    these times, so that the network is asked about the noise that is there.
+    """
     return (t.to(flux.x_embedder.weight.dtype) * 1000).to(t.dtype) / 1000
 
 

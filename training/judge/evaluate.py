@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ..config import settled
+from ..config import resolve_precisions
 from ..data.pipeline import stoppable
 from ..engine.world import pick_device
 from ..frozen.base import Precision
@@ -134,7 +134,7 @@ def judge(config: Config, tasks: list[Task]) -> None:
     """Load, paint, measure and write."""
     device, agreed = pick_device(config.device), config.out / "protocol.json"
     began = json.loads(agreed.read_text(encoding="utf-8")) if agreed.exists() else {}
-    config = settled(config, device, began)
+    config = resolve_precisions(config, device, began)
     print(f"Flux paints in {config.precision} on {device.type}", flush=True)
     eyes = Judge({name: getattr(config, name) for name in ("clip", "dino", "structure", "lpips")}, device)
     painter = Painter(Files(**{field.name: getattr(config, field.name) for field in fields(Files)}), device, config.precision)

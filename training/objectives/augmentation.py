@@ -67,7 +67,7 @@ def _with_article(thing: str) -> str:
     return f"{'an' if thing[0] in 'aeiou' else 'a'} {thing}"
 
 
-def turned(sample: tuple[T, T, str], draw: float, word: float, shares: Augmentation) -> tuple[T, T, str]:
+def augmented(sample: tuple[T, T, str], draw: float, word: float, shares: Augmentation) -> tuple[T, T, str]:
     """(source, target, instruction) as it is, without an effect, or back from its target.
 
     draw, word: uniform from [0, 1); the second picks the words that ask for nothing. What cannot be turned round stays as it is.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...kernels.hierarchy import Hierarchy
 from ..engine.stage import Step
 from ..frozen.encoders import Latents
-from ..frozen.flux import mu_of, told_time, velocity
+from ..frozen.flux import mu_of, network_time, velocity
 from ..frozen.region_attention import attend_by_region
 from .reconstruct import regions_for
 from .times import sample_times
@@ -76,7 +76,7 @@ class EditFlow:
             pooled = tokens.new_zeros(len(tokens), self.flux.config.pooled_projection_dim)
         guidance = torch.full_like(t, settings.guidance) if self.flux.config.guidance_embeds else None
         self.attention.regions = regions_for(hierarchy, (rows // 2, cols // 2), x0.device) if self.masked else None
-        x = x0 + told_time(self.flux, t)[:, None, None, None] * (noise - x0)
+        x = x0 + network_time(self.flux, t)[:, None, None, None] * (noise - x0)
         found = velocity(self.flux, x, t, tokens, pooled, guidance).float()
         weight = area_weights(source, target, rows, cols, settings)
         return ((found - (noise - x0)).square() * weight).mean()

@@ -20,7 +20,7 @@ from ...kernels.hierarchy import PRESETS, Hierarchy, Level
 from ...kernels.visibility import region_bias
 from ...kernels.vision.towers import VisionTower
 from ..engine.stage import Step
-from ..frozen.flux import mu_of, told_time, velocity
+from ..frozen.flux import mu_of, network_time, velocity
 from ..frozen.region_attention import RegionAttention
 from .times import sample_times
 
@@ -147,7 +147,7 @@ class AdapterObjective:
 
     def flow(self, latents: Tensor, noise: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor, hierarchy: Hierarchy) -> Tensor:
         """[B] mean squared error of the velocity that Flux predicts at times t under the embedding."""
-        x = latents + told_time(self.flux, t)[:, None, None, None] * (noise - latents)
+        x = latents + network_time(self.flux, t)[:, None, None, None] * (noise - latents)
         guidance = torch.full_like(t, self.settings.guidance) if self.flux.config.guidance_embeds else None
         self.attention.regions = self.regions(hierarchy, (x.shape[-2] // 2, x.shape[-1] // 2), x.device)
         found = velocity(self.flux, x, t, tokens, pooled, guidance).float()

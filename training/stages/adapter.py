@@ -43,7 +43,7 @@ class AdapterStage:
         adapter = build_adapter(config, flux, [t.config for t in towers.values()]).to(device)
         self.place(adapter, world)
         # Hashing a base takes a minute, so one process does it for all.
-        self.identity = world.said_by_main({
+        self.identity = world.broadcast({
             "base": base_sha256(base.flux), "vae": base_sha256(base.vae, "vae"),
             "towers": {name: base_sha256(path) for name, path in zip(towers, config.vision.files)}} if world.main else None)
         self.identity |= {"data": self.plan.hash, "held_out": self.held.hash, "guidance_embeds": bool(flux.guidance_embeds),
@@ -58,7 +58,7 @@ class AdapterStage:
         if config.run.resume == "auto" and not config.run.dry_run and found(config.run.out / "checkpoints"):
             return
         made = text_statistics(config.base.text, captions_of(self.plan.index)) if world.main else None
-        adapter.set_text_statistics(*(each.to(self.device) for each in world.said_by_main(made)))
+        adapter.set_text_statistics(*(each.to(self.device) for each in world.broadcast(made)))
 
     def make_feed(self, train: Index, world: World) -> Feed:
         config, data = self.config, self.config.data
@@ -141,7 +141,7 @@ class AdapterStage:
                                              tokens, pooled, hierarchy) for time in settings.times]
             if share.counts:
                 own |= zip(share.rows, torch.stack(flows, 1).double().tolist())
-        means = np.mean(list(self.validation.together(own).values()), 0).tolist()
+        means = np.mean(list(self.validation.gathered(own).values()), 0).tolist()
         return {"flow": sum(means) / len(means), **{f"flow_{time:g}": mean for time, mean in zip(settings.times, means)}}
 
     def pictures(self) -> dict[str, np.ndarray]:
@@ -159,7 +159,7 @@ class AdapterStage:
                                 height, width, share.rows, settings.steps, settings.guidance)
             if share.counts:
                 own |= zip(share.rows, torch.cat([images, painted], 2).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy())
-        columns = list(self.validation.together(own).values())
+        columns = list(self.validation.gathered(own).values())
         return {"reconstructions": grid_of(columns)} if columns else {}
 
     def export(self, step: int) -> None:

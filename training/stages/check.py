@@ -22,6 +22,6 @@ class Config:
 def run(config: Config) -> bool:
     """Say of each file whether it is as it was saved; ValueError for the first that is not."""
     for path in config.files:
-        told = "is as it was saved" if checkpoint.verify(path) else "was saved before there were digests: only its form is checked"
-        print(f"{path} {told}.")
+        verdict = "is as it was saved" if checkpoint.verify(path) else "was saved before there were digests: only its form is checked"
+        print(f"{path} {verdict}.")
     return True

@@ -9,7 +9,7 @@ from ..data.index import Index, buckets
 from ..data.read_cache import Cache, Part
 from ..frozen.base import base_sha256
 from ..frozen.encoders import tower_config
-from .settings import VisionConfig
+from .settings import Vision
 
 Side = tuple[Tensor, dict[str, Tensor]]
 """One picture [3, H, W] uint8 (empty where nobody looks at it) and its cached features, tower id -> [N, C]."""
@@ -22,7 +22,7 @@ class EditReader:
     ValueError where the cache lacks a sample, CorruptSample where one cannot be read.
     """
 
-    def __init__(self, index: Index, cache: str, vision: VisionConfig, resolutions: tuple[int, ...], pictures: bool):
+    def __init__(self, index: Index, cache: str, vision: Vision, resolutions: tuple[int, ...], pictures: bool):
         self.pictures, self.caches = pictures or not cache, {}
         self.resolution = {bucket: r for r in resolutions for bucket in buckets(r)}
         if cache:

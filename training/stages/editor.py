@@ -15,7 +15,7 @@ from ..frozen.base import base_sha256, load_flux
 from ..frozen.encoders import check_towers, load_towers, load_vae, tower_config
 from ..frozen.paint import paint
 from ..frozen.text import load_instruction_encoder
-from ..objectives.augmentation import turned
+from ..objectives.augmentation import augmented
 from ..objectives.edit import editor_loss
 from ..objectives.edit_flow import EditFlow
 from ..objectives.lora import Learned
@@ -42,7 +42,7 @@ class EditorStage:
         check_towers(config.vision.named(), config.adapter, self.record)
         self.data(world)
         self.networks(world)
-        self.identity = world.said_by_main(self.fingerprint() if world.main else None)
+        self.identity = world.broadcast(self.fingerprint() if world.main else None)
 
     def data(self, world: World) -> None:
         run, data = self.config.run, self.config.data
@@ -140,7 +140,7 @@ class EditorStage:
                            self.config.objective, step, flow, self.config.flow.weight)
 
     def loss(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
-        samples = [turned(sample, *draws, self.config.augmentation)
+        samples = [augmented(sample, *draws, self.config.augmentation)
                    for sample, draws in zip(self.feed.samples(step), step.rand(2).tolist())]
         presets = self.config.presets
         preset = presets[int(torch.randint(len(presets), (), generator=step.shared()))]
@@ -169,7 +169,7 @@ class EditorStage:
                 if share.counts:
                     own[share.number] = count, {name: float(value.detach()) for name, value in parts.items()}
         self.decoder.train()
-        found = list(self.validation.together(own).values())
+        found = list(self.validation.gathered(own).values())
         seen = sum(count for count, _ in found)
         return {name: sum(count * parts[name] for count, parts in found) / seen for name in found[0][1]}
 
@@ -184,7 +184,7 @@ class EditorStage:
             rows = self.painted(*self.batch(share.samples), share.rows)
             if share.counts:
                 own |= zip(share.rows, rows.mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy())
-        rows = list(self.validation.together(own).values())
+        rows = list(self.validation.gathered(own).values())
         return {"edits": np.concatenate([row for row in rows if row.shape == rows[0].shape])} if rows else {}
 
     def painted(self, source: Side, target: Side, texts: list[str], seeds: list[int]) -> Tensor:

@@ -27,7 +27,7 @@ from ..objectives.edit import EditorTraining, load_editor
 from ..objectives.edit_flow import FlowTraining
 from ..objectives.lora import add_lora, load_llm
 from ..objectives.reconstruct import named_hierarchy
-from .settings import DataConfig, VisionConfig, check_base, check_data, check_files
+from .settings import Data, Vision, check_base, check_data, check_files
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,9 @@ class Config:
     run: RunConfig
     adapter: Path
     """The adapter's file: what it makes of the edited picture is what the decoder learns to write."""
-    vision: VisionConfig
+    vision: Vision
     text: Text
-    data: DataConfig
+    data: Data
     """Edits that `sda prepare-edits` made. A cache must hold what all of the towers see in both pictures."""
     presets: tuple[str, ...] = ("tree128", "tree128", "tree64", "global32")
     """Each batch takes one of them at random."""

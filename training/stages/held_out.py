@@ -11,10 +11,10 @@ from ..data.batches import Plan
 from ..data.feed import Feed
 from ..data.index import CorruptSample, Index
 from ..engine import World
-from .settings import DataConfig
+from .settings import Data
 
 
-def plan_of(index: Index, run: RunConfig, data: DataConfig) -> Plan:
+def plan_of(index: Index, run: RunConfig, data: Data) -> Plan:
     """The batches of a run, whose resolutions change by phase."""
     return Plan(index, run.batch, run.seed, {str(i): dict.fromkeys(map(int, p[1:]), 1.0) for i, p in enumerate(data.resolutions)})
 
@@ -24,7 +24,7 @@ def captions_of(index: Index) -> list[str]:
     return [caption for caption in index.table.column("caption").slice(0, 256).to_pylist() if caption]
 
 
-def feed_of(plan: Plan, run: RunConfig, data: DataConfig, world: World, read: Callable) -> Feed:
+def feed_of(plan: Plan, run: RunConfig, data: Data, world: World, read: Callable) -> Feed:
     """This process's samples of a run, as `read` gives them."""
     own = [position for positions in world.share(run.batch, run.micro) for position in positions]
     return Feed(plan, lambda number: data.phase(number / run.planned), own, data.on_corrupt, data.ahead, read)
@@ -97,13 +97,13 @@ class Held:
                 samples[row] = self.read(self.index, row, self.buckets[row])
             except CorruptSample as error:
                 errors[row] = error
-        told = {row: str(error) for part in self.world.gathered(
+        lost = {row: str(error) for part in self.world.gathered(
             {row: str(error) for row, error in errors.items()}) for row, error in part.items()}
-        if told and self.on_corrupt == "stop":  # in all processes, so that none waits for one that has ended
-            raise next(iter(errors.values()), None) or ValueError(next(iter(told.values())))
-        if told and self.world.main:
-            print(*(f"{words} The validation goes on without it." for words in told.values()), sep="\n", flush=True)
-        self.lost |= told.keys()
+        if lost and self.on_corrupt == "stop":  # in all processes, so that none waits for one that has ended
+            raise next(iter(errors.values()), None) or ValueError(next(iter(lost.values())))
+        if lost and self.world.main:
+            print(*(f"{words} The validation goes on without it." for words in lost.values()), sep="\n", flush=True)
+        self.lost |= lost.keys()
         if len(self.lost) == len(self.buckets):
             raise self.none()
         return samples
@@ -112,6 +112,6 @@ class Held:
         return ValueError(f"None of the {len(self)} held-out samples of {self.index.url} can be read any more; restore its shards or "
                           "prepare the set again.")
 
-    def together(self, own: dict[int, Any]) -> dict[int, Any]:
+    def gathered(self, own: dict[int, Any]) -> dict[int, Any]:
         """What each process found out about its rows, or batches, in their order, in all processes."""
         return dict(sorted((key, value) for part in self.world.gathered(own) for key, value in part.items()))

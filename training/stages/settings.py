@@ -13,7 +13,7 @@ from ..objectives.reconstruct import AdapterTraining, named_hierarchy
 
 
 @dataclass(frozen=True)
-class BaseConfig:
+class Base:
     flux: Path
     """FLUX.1-dev: flux1-dev.safetensors, or a diffusers folder."""
     vae: Path
@@ -32,7 +32,7 @@ class BaseConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class Data:
     index: str = free("")
     """The folder that `sda prepare` filled, or its fsspec URL."""
     cache: str = free("")
@@ -58,7 +58,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class VisionConfig:
+class Vision:
     files: tuple[Path, ...]
     """The vision towers' safetensors files, or their folders; a DINOv2 among them."""
     ids: tuple[str, ...] = ()
@@ -70,7 +70,7 @@ class VisionConfig:
 
 
 @dataclass(frozen=True)
-class ShapeConfig:
+class Shape:
     table: str = "tree128"
     """The full query table: a preset or global<n>."""
     width: int = 1024
@@ -81,7 +81,7 @@ class ShapeConfig:
 
 
 @dataclass(frozen=True)
-class ValidationConfig:
+class Validation:
     preset: str = free("tree128")
     """The hierarchy that validation encodes with."""
     resolution: int = 512
@@ -99,12 +99,12 @@ class ValidationConfig:
 @dataclass(frozen=True)
 class Config:
     run: RunConfig
-    base: BaseConfig
-    vision: VisionConfig
-    data: DataConfig
-    adapter: ShapeConfig = field(default_factory=ShapeConfig)
+    base: Base
+    vision: Vision
+    data: Data
+    adapter: Shape = field(default_factory=Shape)
     objective: AdapterTraining = field(default_factory=lambda: AdapterTraining(mu="resolution"))
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    validation: Validation = field(default_factory=Validation)
     licence: str = free("not stated")
     """Of the exported file; FLUX.1-dev's own licence has a word to say about it."""
 
@@ -138,7 +138,7 @@ def check_files(*files: tuple[Path | None, str]) -> None:
             raise ValueError(f"{key}: there is no {path}; put it there or give its place with --{key}.")
 
 
-def check_data(data: DataConfig) -> None:
+def check_data(data: Data) -> None:
     check_phases(data.resolutions, "data.resolutions", int)
     if data.held_out < 1:
         raise ValueError("data.held_out must be at least 1: a run without held-out samples cannot be judged.")

@@ -35,7 +35,7 @@ from semantic_diffusion_adapter.training.objectives.augmentation import Augmenta
 from semantic_diffusion_adapter.training.objectives.edit_flow import FlowTraining  # noqa: E402
 from semantic_diffusion_adapter.training.stages import editor  # noqa: E402
 from semantic_diffusion_adapter.training.stages.editor_settings import Config, Decoder, Flux, Text, Validation  # noqa: E402
-from semantic_diffusion_adapter.training.stages.settings import DataConfig, VisionConfig  # noqa: E402
+from semantic_diffusion_adapter.training.stages.settings import Data, Vision  # noqa: E402
 
 CPU = torch.device("cpu")
 COUNT = 30
@@ -100,8 +100,8 @@ def config(toy_assets, edits, tmp_path) -> Config:
 
     run = RunConfig(tmp_path / "toy", max_steps=2, batch=4, lr=1e-2, warmup=1, precision="fp32", validate_every=2, save_every=2)
     return Config(run, file("semantic_adapters/miniature_tree128"),
-                  VisionConfig((file("clip_vision/miniature_clip"), file("clip_vision/miniature_dinov2"))),
-                  Text(file("text_encoders/miniature_t5")), DataConfig(str(edits), resolutions=((1.0, 128),), held_out=5),
+                  Vision((file("clip_vision/miniature_clip"), file("clip_vision/miniature_dinov2"))),
+                  Text(file("text_encoders/miniature_t5")), Data(str(edits), resolutions=((1.0, 128),), held_out=5),
                   decoder=Decoder(width=32, heads=2, layers=1), validation=Validation(resolution=128, pictures=3, steps=2))
 
 
@@ -241,10 +241,10 @@ def test_another_dinov2_than_the_adapters_is_refused(config, tmp_path):
     checkpoint.save(tmp_path / "other.safetensors", tensors, "vision_tower", record["config"], step=1)
     for cache in ("", str(tmp_path)):
         with pytest.raises(ValueError, match="other.safetensors is not the 'miniature-dinov2' that was tuned with .*tree128.safetensors"):
-            editor.EditorStage(replace(config, vision=VisionConfig((clip, tmp_path / "other.safetensors")),
+            editor.EditorStage(replace(config, vision=Vision((clip, tmp_path / "other.safetensors")),
                                        data=replace(config.data, cache=cache)), CPU)
     with pytest.raises(ValueError, match="looks through 'miniature-dinov2', which is not among the towers"):
-        editor.EditorStage(replace(config, vision=VisionConfig((clip,))), CPU)
+        editor.EditorStage(replace(config, vision=Vision((clip,))), CPU)
 
 
 def test_a_step_is_the_same_however_it_is_cut(config):
@@ -337,8 +337,8 @@ def test_a_corrupt_held_out_edit_stops_the_validation_or_is_left_out(through_flu
     ({"decoder": Decoder("causal_lm", llm=Path("llm"), start=Path("file"))}, "decoder.start has an LLM of its own"),
     ({"flow": FlowTraining(weight=1.0)}, "give base.flux and base.vae"),
     ({"presets": ()}, "presets is empty"),
-    ({"data": DataConfig("edits", resolutions=((0.5, 128),))}, "data.resolutions is a list of"),
-    ({"data": DataConfig("edits", resolutions=((1.0, 128),), held_out=0)}, "held_out must be at least 1"),
+    ({"data": Data("edits", resolutions=((0.5, 128),))}, "data.resolutions is a list of"),
+    ({"data": Data("edits", resolutions=((1.0, 128),), held_out=0)}, "held_out must be at least 1"),
     ({"presets": ("tree99",)}, "Unknown preset 'tree99'"),
     ({"decoder": Decoder(width=30, heads=4)}, "use a divisor of the width"),
     ({"decoder": Decoder("causal_lm", llm=Path("absent"))}, "decoder.llm: there is no absent"),

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from semantic_diffusion_adapter.training.objectives.augmentation import NOTHING, Augmentation, reverse_instruction, turned
+from semantic_diffusion_adapter.training.objectives.augmentation import NOTHING, Augmentation, augmented, reverse_instruction
 
 BOTH_WAYS = [
     ("add a red car", "remove the red car"),
@@ -50,11 +50,11 @@ def test_a_sample_is_turned_round_only_where_its_instruction_can_be():
     source, target = torch.zeros(3, 4, 4), torch.ones(3, 4, 4)
     shares = Augmentation(identity=0.25, reversed=0.25)
     added = source, target, "add a dog"
-    assert turned(added, 0.9, 0.0, shares) is added
-    back = turned(added, 0.3, 0.0, shares)
+    assert augmented(added, 0.9, 0.0, shares) is added
+    back = augmented(added, 0.3, 0.0, shares)
     assert back[0] is target and back[1] is source and back[2] == "remove the dog"
     vague = source, target, "make it night"
-    assert turned(vague, 0.3, 0.0, shares) is vague
-    said = {turned(added, 0.1, i / 100, shares)[2] for i in range(100)}
+    assert augmented(vague, 0.3, 0.0, shares) is vague
+    said = {augmented(added, 0.1, i / 100, shares)[2] for i in range(100)}
     assert said == set(NOTHING)
-    assert turned(added, 0.1, 0.5, shares)[:2] == (source, source)
+    assert augmented(added, 0.1, 0.5, shares)[:2] == (source, source)
