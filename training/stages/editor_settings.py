@@ -17,7 +17,10 @@ from ...kernels.edit_decoder import (
 from ...kernels.edit_decoder.llm_record import llm_record
 from ..config import RunConfig, free
 from ..engine import World
-from ..frozen.base import Precision
+from ..engine.lock import check_folder
+from ..files import outline
+from ..frozen.base import Precision, skeleton
+from ..frozen.encoders import vae_of
 from ..frozen.text import LENGTH, TextPrecision
 from ..objectives.augmentation import Augmentation
 from ..objectives.edit import EditorTraining, load_editor
@@ -120,11 +123,15 @@ def check(config: Config, world: World) -> None:
     check_data(config.data)
     if config.flow.weight and (base.flux is None or base.vae is None):
         raise ValueError("flow.weight asks for training through Flux; give base.flux and base.vae, or set it to 0.")
-    if config.flow.weight:
-        check_base(base, world)
     world.share(config.run.batch, config.run.micro)
+    check_folder(config.run.out)
+    through = ((base.flux, "base.flux"), (base.vae, "base.vae")) if config.flow.weight else ()
     check_files((config.adapter, "adapter"), (config.text.path, "text.path"), (decoder.llm, "decoder.llm"),
-                (decoder.start, "decoder.start"), *((path, "vision.files") for path in config.vision.files))
+                (decoder.start, "decoder.start"), *through, *((path, "vision.files") for path in config.vision.files))
+    if through:
+        check_base(base, world)
+        skeleton(base.flux, outline)
+        vae_of(base.vae, outline)
 
 
 def new_decoder(settings: Decoder, space: tuple, dtype: torch.dtype) -> EditDecoder:
