@@ -24,7 +24,8 @@ LIMIT = 12 * 1024
 GAP = 8
 WITH_PLACE = ", with Place for Compose"  # no template has Place: it does nothing good on the miniature
 README = "01 Reconstruct and edit (miniature)"
-SEE, OFF, TELL = "02 Tour, see an embedding (miniature)", "03 Tour, switch a quarter off (miniature)", "04 Tour, prompt a corner (miniature)"
+SEE, OFF = "02 Tour, see an embedding (miniature)", "03 Tour, switch a quarter off (miniature)"
+TELL = "04 Tour, prompt a corner (miniature)"
 COMPOSE = "08 Compose two images (miniature)"
 # The page's picture: the template, and the ids of its nodes from left to right.
 PICTURES = {

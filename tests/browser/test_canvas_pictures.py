@@ -134,12 +134,13 @@ def test_a_picture_is_found_through_a_node_that_was_met_for_something_else(artis
 
 def test_a_mask_is_drawn_and_the_box_is_not(artist: Artist, miniature: object) -> None:
     mask = upload(artist, "canvas_mask.png", halves((0, 0, 0), (255, 255, 255)))
+    # A text of its own in either renderer: what a run has cached it does not tell again.
+    prompt = "a red circle" if artist.desk.modern else "a blue circle"
     nodes = {
         "miniature": ["SDALoadMiniature", {}],
         "mask": ["LoadImageMask", {"image": mask, "channel": "red"}],
         "seen": ["SDAPreviewEmbedding", {}],
-        # A text of its own in either renderer: what a run has cached it does not tell again.
-        "region": ["SDARegionalPrompt", {"text": "a red circle" if artist.desk.modern else "a blue circle", "x": 0.05, "y": 0.05, "width": 0.3, "height": 0.3}],
+        "region": ["SDARegionalPrompt", {"text": prompt, "x": 0.05, "y": 0.05, "width": 0.3, "height": 0.3}],
     }
     links = [["miniature", 1, "region", "clip"], ["mask", 0, "region", "mask"], ["region", 0, "seen", "embedding"]]
     build(artist, nodes, links)
@@ -148,7 +149,8 @@ def test_a_mask_is_drawn_and_the_box_is_not(artist: Artist, miniature: object) -
     corner, left, right = (0.15, 0.15), (0.35, 0.6), (0.85, 0.6)
     soon(artist, corner, artist.colour(*left))
     artist.desk.run()
-    artist.desk.until("document.querySelector('.sda-editor [role=status]').textContent", "The connected mask or boxes are the region, as in the last run.")
+    status = "document.querySelector('.sda-editor [role=status]').textContent"
+    artist.desk.until(status, "The connected mask or boxes are the region, as in the last run.")
     assert is_near(artist.colour(*corner), artist.colour(*left))
     assert sum(artist.colour(*right)) > 1.3 * sum(artist.colour(*left))
 
@@ -195,7 +197,11 @@ def test_sockets_have_colours(palette: str, artist: Artist, nodes: dict) -> None
         page.wait_for_timeout(1000)
         found = page.evaluate(script, artist.desk.modern)
         assert set(found) == types
-        hexadecimal = "colour => { const ctx = document.createElement('canvas').getContext('2d'); ctx.fillStyle = colour; return ctx.fillStyle; }"
+        hexadecimal = """colour => {
+            const ctx = document.createElement('canvas').getContext('2d');
+            ctx.fillStyle = colour;
+            return ctx.fillStyle;
+        }"""
         grounds = page.evaluate(f"[LiteGraph.NODE_DEFAULT_BGCOLOR, app.canvas.clear_background_color].map({hexadecimal})")
         for type, (socket, link) in found.items():
             assert socket == link, type

@@ -90,7 +90,8 @@ def test_a_recipe_trains_a_step_at_full_width(full_width, tmp_path, precision):
         config = from_toml(settings.Config, CONFIGS / f"{name}.toml")
         parts = full_width
         config = dataclasses.replace(
-            config, base=dataclasses.replace(config.base, precision=computed, flux=parts / "flux.safetensors", vae=parts / "vae.safetensors",
+            config, base=dataclasses.replace(config.base, precision=computed, flux=parts / "flux.safetensors",
+                                             vae=parts / "vae.safetensors",
                                              text=parts / "text.safetensors"),
             vision=settings.Vision((parts / "clip.safetensors", parts / "dino.safetensors")),
             data=dataclasses.replace(config.data, index=str(parts / "photos"), held_out=2, resolutions=((1.0, 64),)),

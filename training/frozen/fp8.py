@@ -39,7 +39,7 @@ def unscaled(path: Path, state: dict[str, Tensor], prefix: str = "") -> dict[str
     for a scale that belongs to no weight or does not fit it.
     """
     named = formats(path, state, prefix)
-    for layer, name in named.items():
+    for name in named.values():
         if name not in FORMATS:
             raise ValueError(f"{path} is quantised to {schema.short(name)}, which is not read here; give the bf16, fp16 or fp8 file.")
     out = {name: value for name, value in state.items() if not name.endswith(ASIDE) and name != "scaled_fp8"}

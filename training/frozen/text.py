@@ -46,9 +46,9 @@ def load_instruction_encoder(path: Path, device: torch.device, tokenizer: Path |
     """Flux's T5 from a diffusers folder (FLUX.1-dev's own, or its text_encoder_2), from ComfyUI's single file
     (t5xxl_fp16.safetensors), or the miniature's text encoder. Never downloads.
 
-    tokenizer: the folder of T5's tokenizer; None: in or beside the encoder (tokenizer_2, t5_tokenizer). length: tokens, padding included. precision:
-    of the weights; auto: bf16 where the device computes it fast, fp32 elsewhere; int8 (torchao, one scale per row) halves what
-    T5-XXL takes in bf16, 9.5 GB. The miniature's stays in fp32.
+    tokenizer: the folder of T5's tokenizer; None: in or beside the encoder (tokenizer_2, t5_tokenizer). length: tokens, padding included.
+    precision: of the weights; auto: bf16 where the device computes it fast, fp32 elsewhere; int8 (torchao, one scale per
+    row) halves what T5-XXL takes in bf16, 9.5 GB. The miniature's stays in fp32.
     ValueError in one sentence for what is missing or does not fit.
     """
     if path.is_file() and checkpoint.has_record(path):

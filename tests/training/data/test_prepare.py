@@ -183,7 +183,7 @@ def test_killed_workers_lose_and_double_nothing(stuck_list, tmp_path):
 
     for _ in ("examining", "writing"):
         stuck = Stuck(late)
-        beside(lambda: kill_one(stuck), lambda: prepared(table, out, workers=1))
+        beside(lambda stuck=stuck: kill_one(stuck), lambda: prepared(table, out, workers=1))
         assert contents(out) == contents(once) and Index.read(str(out)).rows == 41
         assert not list(out.rglob("*.writing"))
         for file in [*out.glob("shards/*"), *out.glob("_work/shards/*"), out / "index.parquet"]:
@@ -211,7 +211,8 @@ def test_a_task_that_always_kills_its_worker_is_given_up(stuck_list, tmp_path):
 def test_workers_die_with_their_parent(stuck_list, tmp_path):
     table, late = stuck_list
     stuck = Stuck(late)
-    line = [sys.executable, "-m", "semantic_diffusion_adapter.training.cli", "prepare", "--source", str(table), "--out", str(tmp_path / "set"),
+    line = [sys.executable, "-m", "semantic_diffusion_adapter.training.cli", "prepare", "--source", str(table),
+            "--out", str(tmp_path / "set"),
             "--resolutions", "256", "--workers", "1"]
     parent = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     worker = stuck.reader()
@@ -223,7 +224,8 @@ def test_workers_die_with_their_parent(stuck_list, tmp_path):
 def test_ctrl_c_of_a_terminal_ends_in_a_sentence(stuck_list, tmp_path):
     table, late = stuck_list
     stuck = Stuck(late)
-    line = [sys.executable, "-m", "semantic_diffusion_adapter.training.cli", "prepare", "--source", str(table), "--out", str(tmp_path / "set"),
+    line = [sys.executable, "-m", "semantic_diffusion_adapter.training.cli", "prepare", "--source", str(table),
+            "--out", str(tmp_path / "set"),
             "--resolutions", "256", "--workers", "1"]
     parent = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     worker = stuck.reader()

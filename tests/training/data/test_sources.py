@@ -233,7 +233,8 @@ def test_what_did_not_answer_is_asked_again(tmp_path):
 
 
 PICTURES = {
-    "structs": (pa.array([{"bytes": PICTURE, "path": None}, None, {"bytes": None, "path": "no.jpg"}], STRUCT), ["kept"] + ["unreadable"] * 2),
+    "structs": (pa.array([{"bytes": PICTURE, "path": None}, None, {"bytes": None, "path": "no.jpg"}], STRUCT),
+                ["kept"] + ["unreadable"] * 2),
     "bytes": (pa.array([PICTURE, b"torn", None], pa.binary()), ["kept", "not a picture", "unreadable"]),
     "large bytes": (pa.array([PICTURE], pa.large_binary()), ["kept"]),
     "lists of structs": (pa.array([[{"bytes": PICTURE, "path": None}] * 2, []], pa.list_(STRUCT)), ["kept", "kept", "unreadable"]),

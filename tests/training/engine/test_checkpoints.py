@@ -127,7 +127,8 @@ def test_what_has_another_name_is_left_alone(tmp_path):
 def test_a_file_of_tensors_is_what_safetensors_writes_and_its_hash_is_known_at_once(tmp_path):
     torch.manual_seed(0)
     tied = torch.randn(3, 5)
-    tensors = {"a": tied, "tied": tied, "half": torch.randn(7).bfloat16(), "last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+    tensors = {"a": tied, "tied": tied, "half": torch.randn(7).bfloat16(),
+               "last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
                "count": torch.tensor(3.0), "whole": torch.arange(4), "none": torch.zeros(0, 3), "turned": torch.randn(4, 6).T}
     told = write_tensors(tmp_path / "x.safetensors", tensors.items())
     assert told == {"bytes": (tmp_path / "x.safetensors").stat().st_size, "sha256": file_hash(tmp_path / "x.safetensors")}

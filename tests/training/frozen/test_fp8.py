@@ -57,14 +57,17 @@ def layouts(state: dict) -> dict[str, tuple[dict, str, dict]]:
     whole = json.dumps({"layers": {f"{base.PREFIX}{layer}": {"format": "float8_e4m3fn"} for layer in LAYERS}})
     e5m2 = {f"{layer}.comfy_quant": as_bytes({"format": "float8_e5m2"}) for layer in LAYERS}
     old = {**quantised(state, scale="scale_weight"), **{f"{layer}.scale_input": torch.tensor(3.0) for layer in LAYERS}}
-    as_integers = {name: value.view(torch.uint8) if value.dtype == torch.float8_e4m3fn else value for name, value in quantised(state).items()}
+    as_integers = {name: value.view(torch.uint8) if value.dtype == torch.float8_e4m3fn else value
+                   for name, value in quantised(state).items()}
     return {
         "older": ({**old, "scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}, "", {}),
-        "newer": ({**quantised(state), **words, **inputs}, "", {}), "newer, in a checkpoint": ({**quantised(state), **words}, base.PREFIX, {}),
+        "newer": ({**quantised(state), **words, **inputs}, "", {}),
+        "newer, in a checkpoint": ({**quantised(state), **words}, base.PREFIX, {}),
         "newer, said in the header": (quantised(state), base.PREFIX, {"_quantization_metadata": whole}),
         "by row": ({**quantised(state, by_row=True), **words}, "", {}), "bytes": ({**as_integers, **words}, "", {}),
         "e5m2": ({**quantised(state, torch.float8_e5m2), **e5m2}, "", {}),
-        "cast, beside fp16": ({name: value.to(torch.float8_e5m2 if "single" in name else torch.float16) for name, value in state.items()}, "", {})}
+        "cast, beside fp16": ({name: value.to(torch.float8_e5m2 if "single" in name else torch.float16)
+                               for name, value in state.items()}, "", {})}
 
 
 @pytest.mark.parametrize("layout", layouts({f"{layer}.weight": torch.ones(2, 2) for layer in LAYERS}))
@@ -95,7 +98,8 @@ LAYER = LAYERS[0]
     ({f"{LAYER}.weight_scale": torch.ones(384, 4)}, r"qkv.weight_scale of shape \[384, 4\] for a weight of \[384, 128\]"),
     ({"double_blocks.7.gone.weight_scale": torch.ones(1)}, "has double_blocks.7.gone.weight_scale and beside it no weight in float8"),
     ({f"{LAYER}.pre_quant_scale": torch.ones(128)}, "has 'double_blocks.0.img_attn.qkv.pre_quant_scale', which FLUX.1 has not"),
-    ({f"{LAYER}.weight.absmax": torch.ones(8), f"{LAYER}.weight.quant_map": torch.ones(16)}, "qkv.weight.absmax' and 1 more, which FLUX.1 has"),
+    ({f"{LAYER}.weight.absmax": torch.ones(8), f"{LAYER}.weight.quant_map": torch.ones(16)},
+     "qkv.weight.absmax' and 1 more, which FLUX.1 has"),
     ({"txt_in.weight": torch.ones(128, 64, dtype=torch.int8)}, "has context_embedder.weight in torch.int8, which is no float"),
 ])
 @pytest.mark.parametrize("outlined", [False, True])

@@ -148,10 +148,11 @@ def test_statistics_are_of_the_captions_and_where_they_are_few_of_prompts_too(pu
 
 def test_the_command_writes_what_stands_in_for_the_encoder(published, tmp_path, capsys):
     folder, file = published[0], tmp_path / "text.safetensors"
+    made = []
     for _ in range(2):  # anyone gets the same
         assert cli.main(["statistics", "--text", str(folder), "--to", str(file)]) == 0
-        made = file.read_bytes() if _ == 0 else made
-    assert file.read_bytes() == made
+        made.append(file.read_bytes())
+    assert made[0] == made[1]
     for once, again in zip(statistics.text_statistics(file, []), statistics.text_statistics(folder, [])):
         torch.testing.assert_close(once, again)
     statistics.check_statistics(file, 24)

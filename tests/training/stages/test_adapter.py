@@ -261,9 +261,11 @@ def unfit(parts, tmp_path) -> dict[str, tuple[dict, str]]:
     (tmp_path / "torn.safetensors").write_bytes((parts / "dino.safetensors").read_bytes()[:-9])
     return {"flux": (dict(base=dict(flux=parts / "vae.safetensors")), "kind 'vae' where 'flux' is needed"),
             "vae": (dict(base=dict(vae=tmp_path / "cut.safetensors")), "does not fit the VAE it says it is"),
-            "text of another base": (dict(base=dict(text=tmp_path / "narrow.safetensors")), "has texts of 7 channels and the base reads 20"),
+            "text of another base": (dict(base=dict(text=tmp_path / "narrow.safetensors")),
+                                     "has texts of 7 channels and the base reads 20"),
             "no text": (dict(base=dict(text=tmp_path / "none.safetensors")), "no plain T5 v1.1 encoder"),
-            "tower": (dict(vision=dict(files=(parts / "clip.safetensors", tmp_path / "torn.safetensors"))), "torn.safetensors is cut short"),
+            "tower": (dict(vision=dict(files=(parts / "clip.safetensors", tmp_path / "torn.safetensors"))),
+                      "torn.safetensors is cut short"),
             "another tower": (dict(vision=dict(files=(parts / "dino.safetensors",), ids=("dinov2-reg-large-378",))), "it lacks"),
             "twice": (dict(vision=dict(files=(parts / "dino.safetensors",) * 2)), "is listed twice"),
             "no DINOv2": (dict(vision=dict(files=(parts / "clip.safetensors",))), "There is no DINOv2 among the vision towers")}
@@ -288,7 +290,8 @@ def test_a_file_that_does_not_do_is_refused_before_the_base_is_read_and_by_the_p
 
 @pytest.mark.parametrize(("changes", "words"), [
     (dict(run=dict(batch=4, micro=3)), "run.batch 4"), (dict(data=dict(held_out=500)), "none is left beside 500 held out"),
-    (dict(run=dict(batch=16)), "No bucket at 64 px fills a batch of 16"), (dict(data=dict(resolutions=((1.0, 96),))), "no buckets at 96 px"),
+    (dict(run=dict(batch=16)), "No bucket at 64 px fills a batch of 16"),
+    (dict(data=dict(resolutions=((1.0, 96),))), "no buckets at 96 px"),
     (dict(base=dict(sharded=True)), "nothing to shard over"), (dict(base=dict(precision="nf4"), run=dict(compile=True)), "torch.compile"),
     (dict(adapter=dict(table="tree64")), "is not in the query table")])
 def test_what_the_training_refuses_the_plan_refuses_in_the_same_words(toml, capsys, changes, words):
@@ -303,7 +306,8 @@ def test_the_text_encoder_is_read_once_on_the_cpu_and_not_by_a_run_that_goes_on(
     from semantic_diffusion_adapter.training.stages import adapter
 
     read = []
-    monkeypatch.setattr(adapter, "text_statistics", lambda path, captions: read.append(captions) or (torch.full((20,), 0.5), torch.ones(20)))
+    monkeypatch.setattr(adapter, "text_statistics",
+                        lambda path, captions: read.append(captions) or (torch.full((20,), 0.5), torch.ones(20)))
     assert train(toml(), "--run.max-steps", "2") == 0 and train(tmp_path / "toy.toml") == 0
     assert len(read) == 1 and set(read[0]) <= {f"picture {i}" for i in range(19)} and len(read[0]) == 15
     state = load_file(tmp_path / "toy" / "checkpoints" / "step_00000004" / "trainables.safetensors")
