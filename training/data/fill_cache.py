@@ -156,8 +156,8 @@ class Fill:
         """task: {"runs": of entry numbers, "shard": the file's name, by which a worker knows that it numbers alike}"""
         entries, numbers = self.entries, spread(task["runs"])
         if numbers[-1] >= len(entries.rows) or entries.shard(numbers) != task["shard"]:
-            raise ValueError(f"{self.index.url} has changed while it was being cached; leave the set alone and start the "
-                             f"same line again.")
+            raise ValueError(f"{self.index.url} has changed while it was being cached; leave the set alone and start "
+                             f"the same line again.")
         bucket = entries.bucket(numbers[0])
 
         def images(batch: int) -> list[Tensor]:
