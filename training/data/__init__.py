@@ -1,1 +1,2 @@
-"""Data: tar shards with a parquet index beside them, the plan of batches, decoding, and the commands that prepare them."""
+"""Data: tar shards with a parquet index beside them, the plan of batches, decoding, and the commands that prepare
+them."""

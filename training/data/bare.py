@@ -14,8 +14,8 @@ JFIF_AND_ADOBE = {0xE0, 0xEE}  # say how colours are stored
 
 
 def bare(data: bytes) -> Iterator[bytes]:
-    """The file without texts and torn extras, and then without its profile and EXIF too; nothing where it is neither PNG
-    nor JPEG, or has none of them. Nothing that the pixels need is repaired."""
+    """The file without texts and torn extras, and then without its profile and EXIF too; nothing where it is neither
+    PNG nor JPEG, or has none of them. Nothing that the pixels need is repaired."""
     cut = _png if data.startswith(PNG) else _jpeg if data.startswith(b"\xff\xd8") else None
     last = len(data)
     for described in (True, False) if cut else ():

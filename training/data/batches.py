@@ -24,8 +24,9 @@ class Epoch:
 
 
 class Plan:
-    """Batches of one bucket each. An epoch of a resolution is an exact permutation of the samples that fill it, bucket by
-    bucket; what is left over at the end of a bucket (less than a batch) rests until the next epoch, which leaves over others.
+    """Batches of one bucket each. An epoch of a resolution is an exact permutation of the samples that fill it, bucket
+    by bucket; what is left over at the end of a bucket (less than a batch) rests until the next epoch, which leaves
+    over others.
 
     index         the prepared set
     batch         size of the global batch, of all ranks together
@@ -64,8 +65,8 @@ class Plan:
         return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
     def at(self, stage: str, step: int) -> tuple[int, tuple[int, int], list[int]]:
-        """(resolution, bucket (height, width) in pixels, rows of the global batch) of a step, counted from 0. A rank takes
-        the rows of its positions in the batch."""
+        """(resolution, bucket (height, width) in pixels, rows of the global batch) of a step, counted from 0. A rank
+        takes the rows of its positions in the batch."""
         resolution, bucket, place, epoch = self._place(stage, step)
         rows = epoch.rows[bucket][place * self.batch:(place + 1) * self.batch]
         return resolution, tuple(self.groups[resolution])[bucket], rows.tolist()
@@ -104,7 +105,8 @@ class Plan:
         return sum(len(rows) // self.batch for rows in self.groups[resolution].values())
 
     def _draw_turns(self, stage: str, cycle: int) -> np.ndarray:
-        """[PERIOD] resolution of each step of a cycle: shares rounded to whole turns by largest remainder, at least one."""
+        """[PERIOD] resolution of each step of a cycle: shares rounded to whole turns by largest remainder, at least
+        one."""
         shares = self.weights.get(stage, self.weights.get(""))
         names, weights = np.array(list(shares)), np.array(list(shares.values()))
         exact = weights / weights.sum() * PERIOD

@@ -35,7 +35,8 @@ def text_of(data: bytes) -> str:
 
 
 def caption_of(value: object, deep: int = DEEP) -> str:
-    """The caption in a value of JSON or of a table: of several the first, of numbers their digits; "" where there is none."""
+    """The caption in a value of JSON or of a table: of several the first, of numbers their digits; "" where there is
+    none."""
     if isinstance(value, bytes):
         value = text_of(value)
     if isinstance(value, str):

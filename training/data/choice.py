@@ -1,5 +1,5 @@
-"""Which samples make the set: of equal content the first, and the cut into shards. Of all samples it holds numbers only;
-their names and captions stay in the marks of the workers, and what is needed of them is fetched from there."""
+"""Which samples make the set: of equal content the first, and the cut into shards. Of all samples it holds numbers
+only; their names and captions stay in the marks of the workers, and what is needed of them is fetched from there."""
 from __future__ import annotations
 
 from collections import Counter

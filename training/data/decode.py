@@ -16,8 +16,8 @@ __all__ = ["CorruptSample", "decode", "decode_edit", "fit", "send"]
 
 
 def fit(image: Image.Image, bucket: tuple[int, int]) -> Tensor:
-    """The RGB picture cropped about its centre to the bucket's aspect and resized to it (height, width): [3, H, W] uint8.
-    Bicubic with antialiasing, on bytes, which takes a quarter of the time of Pillow's Lanczos."""
+    """The RGB picture cropped about its centre to the bucket's aspect and resized to it (height, width): [3, H, W]
+    uint8. Bicubic with antialiasing, on bytes, which takes a quarter of the time of Pillow's Lanczos."""
     height, width = bucket
     scale = min(image.height / height, image.width / width)
     h, w = min(image.height, round(height * scale)), min(image.width, round(width * scale))
@@ -29,9 +29,11 @@ def fit(image: Image.Image, bucket: tuple[int, int]) -> Tensor:
 
 
 def send(rows: Sequence[Tensor], device: torch.device) -> Tensor:
-    """[B, ...] of rows of one shape on a device: from pinned memory to a GPU, so that the host need not wait. Pictures travel as bytes
-    and become float32 in [0, 1] there; all else stays as it is."""
-    batch = torch.stack(list(rows), out=torch.empty((len(rows), *rows[0].shape), dtype=rows[0].dtype, pin_memory=device.type == "cuda"))
+    """[B, ...] of rows of one shape on a device: from pinned memory to a GPU, so that the host need not wait. Pictures
+    travel as bytes and become float32 in [0, 1] there; all else stays as it is."""
+    batch = torch.stack(list(rows),
+                        out=torch.empty((len(rows), *rows[0].shape), dtype=rows[0].dtype,
+                                        pin_memory=device.type == "cuda"))
     batch = batch.to(device, non_blocking=True)
     return batch.float().div_(255) if batch.dtype == torch.uint8 else batch
 

@@ -19,8 +19,8 @@ from .read_cache import Cache, Part
 
 
 def split(index: Index, held_out: int, resolution: int) -> tuple[Index, Index]:
-    """(for training, held out): the held-out pictures are those of the smallest hashes among them that fill the resolution, with
-    every edit of each."""
+    """(for training, held out): the held-out pictures are those of the smallest hashes among them that fill the
+    resolution, with every edit of each."""
     fitting = np.flatnonzero(index.buckets(resolution)[:, 0])
     if len(fitting) <= held_out:
         raise ValueError(f"{index.url} has {len(fitting)} pictures of at least {resolution} px, so none is left beside "
@@ -32,8 +32,9 @@ def split(index: Index, held_out: int, resolution: int) -> tuple[Index, Index]:
 
 
 class Reader:
-    """Samples of a set as {"image": [3, H, W] uint8}, and what a cache has of them: "mean" and "std" of the latents, and for a tower
-    "<id>/features" or "<id>/hidden". The picture itself is read only where some encoder still asks for it.
+    """Samples of a set as {"image": [3, H, W] uint8}, and what a cache has of them: "mean" and "std" of the latents,
+    and for a tower "<id>/features" or "<id>/hidden". The picture itself is read only where some encoder still asks for
+    it.
 
     parts: every encoder of the training as the cache would name it, the VAE first. `caches` has those that were found.
     """
@@ -59,8 +60,9 @@ class Reader:
 class Feed:
     """samples(step) -> a list of what `read` gives, one for each of the step's positions, on the CPU.
 
-    phase: step number -> name of the plan's stage. own: the positions of the global batch that this process takes; others
-    are decoded when they are asked for. on_corrupt: "skip" takes another picture of the bucket for one that cannot be read.
+    phase: step number -> name of the plan's stage. own: the positions of the global batch that this process takes;
+    others are decoded when they are asked for. on_corrupt: "skip" takes another picture of the bucket for one that
+    cannot be read.
     read: (index, row, bucket) -> a sample, a picture unless told otherwise.
     """
 
@@ -83,7 +85,8 @@ class Feed:
 
     def describe(self, step: Step) -> list[str]:
         _, _, rows = self.plan.at(self.phase(step.number), step.number)
-        return [f"row {rows[p]} ('{self.index[rows[p]]['key']}', from {self.index[rows[p]]['origin']})" for p in step.positions]
+        return [f"row {rows[p]} ('{self.index[rows[p]]['key']}', from {self.index[rows[p]]['origin']})"
+                for p in step.positions]
 
     def _batch(self, number: int) -> dict[int, Any]:
         return self._read(number, self.own)

@@ -21,7 +21,8 @@ SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(://|::)")  # two letters at least:
 
 
 def is_url(place: str) -> bool:
-    """Whether it is for fsspec to understand, with its `::`, `?` and `#`. What is on this machine, or could be, is a path."""
+    """Whether it is for fsspec to understand, with its `::`, `?` and `#`. What is on this machine, or could be, is a
+    path."""
     here = os.path.exists(place) or os.path.exists(os.path.dirname(place) or ".")
     return bool(SCHEME.match(place)) and not place.startswith("file://") and not here
 
@@ -44,8 +45,8 @@ def absolute(place: str) -> str:
 
 @contextmanager
 def whole_file(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[BinaryIO]:
-    """A file to write that exists under its name only once it is whole: renamed into place on a local disk; a store shows
-    an object when its upload has ended."""
+    """A file to write that exists under its name only once it is whole: renamed into place on a local disk; a store
+    shows an object when its upload has ended."""
     local = isinstance(fs, LocalFileSystem)
     fs.makedirs(posixpath.dirname(path), exist_ok=True)
     staged = f"{path}.{uuid.uuid4().hex}.writing" if local else path
@@ -83,7 +84,8 @@ def digest(*what: object) -> str:
 def listed(fs: fsspec.AbstractFileSystem, folder: str) -> dict[str, int]:
     """{name: size in bytes} of the files of a folder; empty where there is none."""
     try:
-        return {posixpath.basename(f["name"]): f["size"] for f in fs.ls(folder, detail=True, refresh=True) if f["type"] == "file"}
+        return {posixpath.basename(f["name"]): f["size"] for f in fs.ls(folder, detail=True, refresh=True)
+                if f["type"] == "file"}
     except FileNotFoundError:
         return {}
 

@@ -41,7 +41,8 @@ class Config:
     tower_ids: tuple[str, ...] = ()
     """For each file the id of a published encoder, "" where the file says it itself; left out where all do."""
     unlock_blocks: int = 0
-    """DINOv2's last blocks that the training will unlock (objective.unlock_blocks): of it the hidden state before them is kept."""
+    """DINOv2's last blocks that the training will unlock (objective.unlock_blocks): of it the hidden state before them
+    is kept."""
     resolutions: tuple[int, ...] = ()
     """In pixels; empty: all of the prepared set."""
     batch: int = 8
@@ -112,8 +113,8 @@ class Fill:
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():
                 row = samples[int((~tensor.isfinite().flatten(1).all(1)).nonzero()[0])][0]
-                raise ValueError(f"{self.part.name} gives {name} beyond float16 for row {row} of {self.index.url}; use this encoder "
-                                 f"online.")
+                raise ValueError(f"{self.part.name} gives {name} beyond float16 for row {row} of {self.index.url}; "
+                                 f"use this encoder online.")
         fs, root = locate(self.out)
         with whole_file(fs, posixpath.join(root, self.part.folder, "shards", task["shard"])) as stream:
             stream.write(safetensors.torch.save(tensors))

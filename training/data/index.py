@@ -25,8 +25,8 @@ STEP = 32
 
 @lru_cache
 def buckets(resolution: int) -> tuple[tuple[int, int], ...]:
-    """The (height, width) in pixels that stand for one resolution: about resolution ** 2 pixels each, sides multiples of 32,
-    aspects from 1:2 to 2:1."""
+    """The (height, width) in pixels that stand for one resolution: about resolution ** 2 pixels each, sides multiples
+    of 32, aspects from 1:2 to 2:1."""
     sides = range(STEP, 2 * resolution + 1, STEP)
     grid = [(h, w) for h in sides for w in sides if h <= w <= 2 * h]
     if not grid:
@@ -37,8 +37,8 @@ def buckets(resolution: int) -> tuple[tuple[int, int], ...]:
 
 
 def bucket_of(height: int, width: int, resolution: int) -> tuple[int, int]:
-    """The bucket nearest in aspect among those that the picture fills without being enlarged; (0, 0) where its shorter side
-    is below the resolution."""
+    """The bucket nearest in aspect among those that the picture fills without being enlarged; (0, 0) where its shorter
+    side is below the resolution."""
     if min(height, width) < resolution:
         return 0, 0
     filled = [b for b in buckets(resolution) if b[0] <= height and b[1] <= width]
@@ -46,9 +46,9 @@ def bucket_of(height: int, width: int, resolution: int) -> tuple[int, int]:
 
 
 def schema(kind: str, resolutions: Sequence[int]) -> pa.Schema:
-    """Offsets and lengths in bytes of the shard; width and height in pixels, after the EXIF orientation; sha256 of the file as
-    it was found; `bucket_R` (height, width), (0, 0) where the picture is smaller than R. In an index of edits the unnamed
-    picture is the source, `caption` the instruction, and a mask of length 0 is none."""
+    """Offsets and lengths in bytes of the shard; width and height in pixels, after the EXIF orientation; sha256 of the
+    file as it was found; `bucket_R` (height, width), (0, 0) where the picture is smaller than R. In an index of edits
+    the unnamed picture is the source, `caption` the instruction, and a mask of length 0 is none."""
     pair = [("target_offset", pa.int64()), ("target_length", pa.int64()), ("target_sha256", pa.binary(32)),
             ("mask_offset", pa.int64()), ("mask_length", pa.int64()),
             ("source_caption", pa.large_string()), ("target_caption", pa.large_string())]
@@ -74,7 +74,8 @@ class Index(Sequence):
         if "format" not in record:
             raise ValueError(f"{url} holds a parquet file that is no index of ours; run `sda prepare` first.")
         if record["format"] != FORMAT:
-            raise ValueError(f"The index of {url} has format {record['format']}, newer than this version; update the pack.")
+            raise ValueError(f"The index of {url} has format {record['format']}, newer than this version; update "
+                             "the pack.")
         self.url, self.kind, self.table = url, record["kind"], table.combine_chunks()
         self.fs, self.root = locate(url)
         self.resolutions = tuple(int(n[7:]) for n in table.column_names if re.fullmatch(r"bucket_\d+", n))
@@ -150,8 +151,8 @@ class CorruptSample(ValueError):
 
     def __init__(self, index: Index, row: int, what: str):
         it = index[row]
-        super().__init__(f"Row {row} of {index.url} ('{it['key']}', from {it['origin']}) in {it['shard']} at byte {it['offset']} "
-                         f"is corrupt: {what}; restore the shard or prepare the set again.")
+        super().__init__(f"Row {row} of {index.url} ('{it['key']}', from {it['origin']}) in {it['shard']} at byte "
+                         f"{it['offset']} is corrupt: {what}; restore the shard or prepare the set again.")
         self.row, self.shard, self.key = row, it["shard"], it["key"]
 
     def __reduce__(self):

@@ -40,8 +40,8 @@ class Cluster:
         except Exception as error:  # Ray raises all kinds: of connections, files, processes.
             what = f"No Ray cluster answers at {address}" if address else "Ray did not start"
             said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise ValueError(f"{what} ({said}); start one with `ray start --head`, or leave --ray and --ray-address out to "
-                             f"run on this machine alone.") from None
+            raise ValueError(f"{what} ({said}); start one with `ray start --head`, or leave --ray and "
+                             f"--ray-address out to run on this machine alone.") from None
         found = ray.cluster_resources()
         self.gpus = int(found.get("GPU", 0))
         self.cores = max(1, int(found.get("CPU", 1)))

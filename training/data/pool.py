@@ -106,7 +106,8 @@ def interrupts_held() -> Iterator[None]:
 
 
 def serve(pipe: Connection, slot: int, threads: int) -> None:
-    """A worker's life: tasks from the pipe until it closes, or the parent dies. slot: its number, which chooses a GPU."""
+    """A worker's life: tasks from the pipe until it closes, or the parent dies. slot: its number, which chooses a
+    GPU."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # before the work brings its libraries

@@ -1,4 +1,5 @@
-"""`sda prepare`: pictures from a folder, img2dataset's tars or a parquet file to tar shards, their index and a report."""
+"""`sda prepare`: pictures from a folder, img2dataset's tars or a parquet file to tar shards, their index and a
+report."""
 from __future__ import annotations
 
 import json
@@ -28,8 +29,9 @@ TOGETHER = 64
 @dataclass(frozen=True)
 class Config:
     source: str
-    """A folder (pictures at any depth, captions beside them as .txt, .caption or .json), .tar files as img2dataset writes
-    them, or .parquet files with a column of paths or of pictures; also a glob, also of an object store (s3://, ...)."""
+    """A folder (pictures at any depth, captions beside them as .txt, .caption or .json), .tar files as img2dataset
+    writes them, or .parquet files with a column of paths or of pictures; also a glob, also of an object store (s3://,
+    ...)."""
     out: str
     """Folder of the shards and the index, local or of an object store."""
     resolutions: tuple[int, ...] = (512, 768, 1024)
@@ -54,7 +56,8 @@ def run(config: Config) -> bool:
 def prepare(config: Config, chunks: list[dict], passed: dict[str, int], kind: str) -> bool:
     """Examine the chunks, choose, write the shards, then the report and the index. False where a signal stopped it."""
     if config.shard_mb < 1 or not config.resolutions:
-        raise ValueError("A shard needs at least 1 MB and a set at least one resolution; change --shard-mb or --resolutions.")
+        raise ValueError("A shard needs at least 1 MB and a set at least one resolution; change --shard-mb or "
+                         "--resolutions.")
     out, least = absolute(config.out), min(config.resolutions)
     fs, root = locate(out)
     try:
@@ -78,8 +81,8 @@ def prepare(config: Config, chunks: list[dict], passed: dict[str, int], kind: st
 
 
 def examine_all(made: Workers, out: str, chunks: list[dict], least: int) -> list[str]:
-    """The marks (paths of tables of SCANNED) of all chunks in their order. What was examined before is not read again, but
-    for chunks of which something did not answer."""
+    """The marks (paths of tables of SCANNED) of all chunks in their order. What was examined before is not read again,
+    but for chunks of which something did not answer."""
     fs, root = locate(f"{out}/_work/scan")
     sizes, unit = weigh(chunks)
     tasks = [scan_task(out, chunk, least) | {"size": size} for chunk, size in zip(chunks, sizes)]
@@ -109,7 +112,8 @@ def layout(choice: Choice, chunks: list[dict], marks: list[str], out: str, kind:
     for number, (first, end) in enumerate(choice.shards(config.shard_mb * 2 ** 20)):
         parts = [[json.dumps(chunks[n]), f"{out}/_work/scan/{posixpath.basename(marks[n])}", runs]
                  for n, runs in choice.runs(first, end)]
-        tasks.append({"out": out, "number": number, "kind": kind, "resolutions": list(config.resolutions), "first": first,
+        tasks.append({"out": out, "number": number, "kind": kind, "resolutions": list(config.resolutions),
+                      "first": first,
                       "parts": parts, "captions": choice.borrowed(first, end), "size": end - first,
                       "about": f"shard {number}"})
     return tasks

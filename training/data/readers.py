@@ -32,8 +32,8 @@ NO_NAME = {errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP}
 
 @dataclass
 class Found:
-    """One sample as it was found. data: {member: bytes}, "" the picture itself; trouble: (reason, detail) where a member
-    could not even be read; silent: why its caption could not."""
+    """One sample as it was found. data: {member: bytes}, "" the picture itself; trouble: (reason, detail) where a
+    member could not even be read; silent: why its caption could not."""
 
     origin: str
     data: dict[str, bytes] = field(default_factory=dict)
@@ -63,8 +63,8 @@ def read(chunk: dict, wanted: set[int] | None = None) -> Iterator[Found]:
         yield from _READERS[chunk["kind"]](fs, root, chunk, wanted)
     except Exception as error:  # The file as a whole: what was found in it before stays.
         if wanted is not None:
-            raise ValueError(f"{about(chunk)} could be read before and cannot now ({_said(error)}); start the same line "
-                             f"again.") from error
+            raise ValueError(f"{about(chunk)} could be read before and cannot now ({_said(error)}); start the "
+                             f"same line again.") from error
         reason, detail = _trouble(error, about(chunk))
         if isinstance(error, (tarfile.TarError, pa.ArrowException)) or type(error) is OSError and error.errno is None:
             reason = "broken tar" if chunk["kind"] == "tar" else "broken table"

@@ -1,7 +1,7 @@
 """The two steps of every preparation: examine the samples of a chunk, and write the chosen ones as a tar shard.
 
-Each step reads its input by itself and leaves one small parquet file as its mark, so it can run on any worker, twice, or
-not at all where its mark is already there.
+Each step reads its input by itself and leaves one small parquet file as its mark, so it can run on any worker, twice,
+or not at all where its mark is already there.
 """
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ SCANNED = pa.schema([
       for what, kind in (("length", pa.int64()), ("sha256", pa.binary(32)), ("ending", pa.string()))),
     *((text, pa.large_string()) for text in ("caption", "source_caption", "target_caption")),
 ])
-"""A row for each sample: reason "" where it is kept, with why its caption could not be read as the detail; `same` is equal
-for samples of equal content."""
+"""A row for each sample: reason "" where it is kept, with why its caption could not be read as the detail; `same` is
+equal for samples of equal content."""
 
 
 def examine(found: Found, least: int) -> dict:
@@ -73,9 +73,9 @@ def scan(task: dict) -> dict:
 def write(task: dict) -> dict:
     """Write one shard and then the rows of its index, unless both are there and whole.
 
-    task: {"out", "number", "kind", "resolutions", "first": number of its first sample in the set, "parts": [[chunk, URL of
-    its mark, runs [first, end) of the samples' places in it], ...], "captions": {place in the shard: what another sample
-    of the same content has}}.
+    task: {"out", "number", "kind", "resolutions", "first": number of its first sample in the set, "parts": [[chunk, URL
+    of its mark, runs [first, end) of the samples' places in it], ...], "captions": {place in the shard: what another
+    sample of the same content has}}.
     """
     fs, root = locate(task["out"])
     name, mark = f"shards/{task['number']:06}.tar", posixpath.join(root, mark_of(task["number"]))
@@ -103,7 +103,8 @@ def write(task: dict) -> dict:
         raise changed(next(expected)["origin"])
     table = pa.Table.from_pylist(rows, schema(task["kind"], task["resolutions"]))
     kept = {"inputs": inputs, "size": str(fs.info(posixpath.join(root, name))["size"])}
-    write_table(fs, mark, table.replace_schema_metadata(table.schema.metadata | {k.encode(): v.encode() for k, v in kept.items()}))
+    write_table(fs, mark, table.replace_schema_metadata(table.schema.metadata
+                                                        | {k.encode(): v.encode() for k, v in kept.items()}))
     return {"samples": len(rows)}
 
 
@@ -122,7 +123,8 @@ def mark_of(number: int) -> str:
 
 
 def changed(origin: str) -> ValueError:
-    return ValueError(f"{origin} has changed while it was being prepared; leave the source alone and start the same line again.")
+    return ValueError(f"{origin} has changed while it was being prepared; leave the source alone and start the same "
+                      "line again.")
 
 
 def _add(tar: tarfile.TarFile, number: int, found: Found, sample: dict, task: dict) -> dict:
@@ -133,8 +135,8 @@ def _add(tar: tarfile.TarFile, number: int, found: Found, sample: dict, task: di
         row |= {"mask_offset": 0, "mask_length": 0, "source_caption": sample["source_caption"] or "",
                 "target_caption": sample["target_caption"] or ""}
     if found.trouble:
-        raise ValueError(f"{sample['origin']} could be read before and cannot now ({found.trouble[1]}); start the same line "
-                         f"again.")
+        raise ValueError(f"{sample['origin']} could be read before and cannot now ({found.trouble[1]}); start the "
+                         f"same line again.")
     for member, data in found.data.items():
         if found.origin != sample["origin"] or hashlib.sha256(data).digest() != sample[f"{member}_sha256"]:
             raise changed(sample["origin"])
@@ -149,7 +151,8 @@ def _add(tar: tarfile.TarFile, number: int, found: Found, sample: dict, task: di
 
 
 def append(tar: tarfile.TarFile, name: str, data: bytes) -> int:
-    """Add a member whose header says nothing but name and size, so that equal samples make equal bytes; where its data begins."""
+    """Add a member whose header says nothing but name and size, so that equal samples make equal bytes; where its data
+    begins."""
     info = tarfile.TarInfo(name)
     info.size = len(data)
     start = tar.offset + tarfile.BLOCKSIZE

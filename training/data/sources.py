@@ -1,7 +1,7 @@
 """Where samples come from: folders of pictures, tars as img2dataset writes them, parquet files of paths or of pictures.
 
-`listing` cuts a source into chunks, small JSON records that any worker can `read` by itself. The order of the chunks and
-of the samples in them is that of the sorted names, so it does not depend on who reads them.
+`listing` cuts a source into chunks, small JSON records that any worker can `read` by itself. The order of the chunks
+and of the samples in them is that of the sorted names, so it does not depend on who reads them.
 """
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ PATH_COLUMNS = ("path", "image_path", "file_path", "file_name", "filename", "ima
 
 
 def listing(url: str, path_column: str = "", caption_column: str = "") -> tuple[list[dict], dict[str, int]]:
-    """(chunks, {ending: files that were passed over}) of a folder, a file or a glob. ValueError where there is nothing."""
+    """(chunks, {ending: files that were passed over}) of a folder, a file or a glob. ValueError where there is
+    nothing."""
     fs, root, infos, lost = files_of(url)
     place = {"url": fs.unstrip_protocol(root)}
     by_ending: dict[str, list[str]] = {}
@@ -59,15 +60,15 @@ def listing(url: str, path_column: str = "", caption_column: str = "") -> tuple[
     if lost:
         chunks.append(place | {"kind": "lost", "items": lost})
     if not chunks:
-        raise ValueError(f"{url} holds no pictures ({', '.join(sorted(PICTURE))}), no .tar and no .parquet file with rows; "
-                         f"give the folder in which they are.")
+        raise ValueError(f"{url} holds no pictures ({', '.join(sorted(PICTURE))}), no .tar and no .parquet file "
+                         f"with rows; give the folder in which they are.")
     return chunks, {e: len(names) for e, names in sorted(by_ending.items()) if names and e not in used}
 
 
 def files_of(url: str) -> tuple[fsspec.AbstractFileSystem, str, dict[str, dict], list[tuple[str, str, str]]]:
-    """(file system, folder, {name in the folder: what the store tells of the file}, [(name, reason, detail) of what could
-    not be opened]) of a folder, a file or a glob, by name. What exists is a path, whatever characters are in it. Hidden
-    files and folders below are left out; one that is named is not."""
+    """(file system, folder, {name in the folder: what the store tells of the file}, [(name, reason, detail) of what
+    could not be opened]) of a folder, a file or a glob, by name. What exists is a path, whatever characters are in it.
+    Hidden files and folders below are left out; one that is named is not."""
     fs, root = locate(url)
     if fs.isfile(root):
         return fs, posixpath.dirname(root), {posixpath.basename(root): fs.info(root)}, []
@@ -146,7 +147,8 @@ def _captions(fs, root: str, notes: list[str], lost: list) -> dict[str, str]:
 
 
 def _picture_chunks(infos: dict[str, dict], place: dict, pictures: list[str], noted: dict[str, str]) -> Iterator[dict]:
-    """Chunks of items (picture, file beside it with its caption or None) and, of a table's captions, {picture: caption}."""
+    """Chunks of items (picture, file beside it with its caption or None) and, of a table's captions, {picture:
+    caption}."""
     beside = {}
     for name in infos:  # By name, so that of a.TXT and a.txt it is the second.
         if ending_of(name) in captions.ENDINGS:
@@ -208,12 +210,14 @@ def _column(url: str, name: str, fields: dict, asked: str, usual: tuple[str, ...
         found = asked if asked in fields else None
     if found is None:
         wanted = asked or " or ".join(dict.fromkeys(usual))
-        raise ValueError(f"{name} in {url} has no column {wanted}, only {', '.join(fields)}; name the right one with {flag}.")
+        raise ValueError(f"{name} in {url} has no column {wanted}, only {', '.join(fields)}; name the right one "
+                         f"with {flag}.")
     return found
 
 
 def weigh(chunks: list[dict]) -> tuple[list[int], str]:
-    """(how much of the work each chunk is, in what unit): samples where all can be counted, bytes where there are tars."""
+    """(how much of the work each chunk is, in what unit): samples where all can be counted, bytes where there are
+    tars."""
     if any(chunk["kind"] == "tar" for chunk in chunks):
         return [_bytes_of(chunk) for chunk in chunks], "B"
     return [count_of(chunk) for chunk in chunks], " samples"
