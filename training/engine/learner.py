@@ -1,4 +1,5 @@
-"""What turns gradients into weights: the schedule, the optimizer, the average, and the module that the processes share."""
+"""What turns gradients into weights: the schedule, the optimizer, the average, and the module that the processes
+share."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -14,7 +15,8 @@ from .world import World
 
 
 def learning_rate(run: RunConfig, step: int) -> float:
-    """Warm-up, plateau, linear decay to zero (the WSD schedule of MiniCPM, arXiv 2404.06395): a plateau can be extended."""
+    """Warm-up, plateau, linear decay to zero (the WSD schedule of MiniCPM, arXiv 2404.06395): a plateau can be
+    extended."""
     start = run.max_steps * (1 - run.decay)
     tail = (run.max_steps - step) / max(1.0, run.max_steps - start)
     return run.lr * min(1.0, (step + 1) / max(1, run.warmup), max(0.0, tail))
@@ -78,8 +80,8 @@ class Learner:
         self.open: set[str] | None = None
 
     def set_rates(self, number: int) -> None:
-        """Learning rates of a step. Where a child of the trainables begins or ceases to learn, the module is made anew in
-        every process alike: the scales are a function of the step alone."""
+        """Learning rates of a step. Where a child of the trainables begins or ceases to learn, the module is made anew
+        in every process alike: the scales are a function of the step alone."""
         scales = self.stage.scales(number)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.run, number) * scales.get(group["name"], 1.0)
@@ -98,9 +100,9 @@ class Learner:
                 for positions in self.micro]
 
     def gradients(self, steps: list[Step], stop: Callable[[], bool] = lambda: False) -> tuple[dict[str, float], float] | None:
-        """Forward and backward of the micro-batches: (this process's mean loss and its parts, the norm of the gradient of all
-        processes before it was clipped). None where `stop`, which is asked before each of them and answers all processes alike,
-        says so: the weights are then those of the step before."""
+        """Forward and backward of the micro-batches: (this process's mean loss and its parts, the norm of the gradient
+        of all processes before it was clipped). None where `stop`, which is asked before each of them and answers all
+        processes alike, says so: the weights are then those of the step before."""
         run, device = self.run, self.world.device
         sums: dict[str, Tensor] = {}
         for n, step in enumerate(steps):

@@ -1,4 +1,5 @@
-"""The training loop: one explicit loop whose whole state is a counter, the trainables, the optimizer and their average."""
+"""The training loop: one explicit loop whose whole state is a counter, the trainables, the optimizer and their
+average."""
 from __future__ import annotations
 
 import math
@@ -28,8 +29,9 @@ SKIPS = 5  # steps in a row whose loss or gradient may be not finite before a ru
 
 
 class Signals:
-    """Notes SIGTERM, Ctrl-C and a terminal that closes while it is open, so that the work can end and be saved. A second Ctrl-C
-    stops at once, by KeyboardInterrupt; a second SIGTERM does not, since SLURM and torchrun both send one.
+    """Notes SIGTERM, Ctrl-C and a terminal that closes while it is open, so that the work can end and be saved. A
+    second Ctrl-C stops at once, by KeyboardInterrupt; a second SIGTERM does not, since SLURM and torchrun both send
+    one.
 
     notice: said at the first signal, "" for nothing.
     """
@@ -67,11 +69,13 @@ def check(stage: Stage, run: RunConfig, world: World) -> None:
 
 @torch.no_grad()
 def blame(stage: Stage, steps: list[Step], run: RunConfig, world: World) -> str:
-    """Names of the samples whose loss is not finite, each asked alone; of the whole batch where only the gradient is not."""
+    """Names of the samples whose loss is not finite, each asked alone; of the whole batch where only the gradient is
+    not."""
     found: dict[str, bool] = {}
     for step in steps:
         # Every process asks for all of its samples, so that none waits for another's share of a base.
-        alone = [step] if getattr(stage, "whole_batch", False) else [replace(step, positions=range(p, p + 1)) for p in step.positions]
+        alone = [step] if getattr(stage, "whole_batch", False) else [replace(step, positions=range(p, p + 1))
+                                                                     for p in step.positions]
         for each in alone:
             with autocast(step.device, run.precision):
                 value = stage.loss(each)[0]
@@ -84,8 +88,8 @@ def blame(stage: Stage, steps: list[Step], run: RunConfig, world: World) -> str:
 def train(stage: Stage, config: Any, world: World) -> bool:
     """Run the stage from its last checkpoint (or from the start) to `config.run.max_steps`, then export.
 
-    Ctrl-C, SIGTERM and SIGHUP, to whichever process, let the micro-batch end in all, save and return False; a finished run
-    returns True. A step whose micro-batches did not all come to their end is done again by the resumed run.
+    Ctrl-C, SIGTERM and SIGHUP, to whichever process, let the micro-batch end in all, save and return False; a finished
+    run returns True. A step whose micro-batches did not all come to their end is done again by the resumed run.
     """
     run = config.run
     check(stage, run, world)
@@ -136,8 +140,10 @@ def train(stage: Stage, config: Any, world: World) -> bool:
             stopped = found is None
             if not stopped:
                 parts, norm = found
-                # One exchange a step: the mean loss, whether anything is not finite, a signal to any process, a disk that refuses.
-                *means, stopped, refused = world.mean([*parts.values(), float(signals.seen), float(bool(folder.problem))])
+                # One exchange a step: the mean loss, whether anything is not finite, a signal to any process, a disk
+                # that refuses.
+                *means, stopped, refused = world.mean([*parts.values(), float(signals.seen),
+                                                       float(bool(folder.problem))])
                 parts = dict(zip(parts, means))
                 if refused:
                     check_disk()
@@ -148,8 +154,8 @@ def train(stage: Stage, config: Any, world: World) -> bool:
                     skipped += 1
                     words = f"The loss or the gradient of step {number} is not finite; samples: {blame(stage, steps, run, world)}."
                     if run.on_nonfinite == "stop" or skipped > SKIPS:
-                        raise FloatingPointError(f"{words} {checkpoints.comfort()}; --run.on-nonfinite skip passes over up to {SKIPS} "
-                                                 "such steps in a row.")
+                        raise FloatingPointError(f"{words} {checkpoints.comfort()}; --run.on-nonfinite skip passes "
+                                                 f"over up to {SKIPS} such steps in a row.")
                     if world.main:
                         print(f"{words} The step is skipped.", flush=True)
                 learner.clear()

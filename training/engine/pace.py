@@ -14,7 +14,8 @@ class Pace:
     Before the first validation, or the first save, nothing is known of them, and they are left out.
     """
 
-    def __init__(self, max_steps: int, validate_every: int, save_every: int, effort: Callable[[int], float] = lambda number: 1.0):
+    def __init__(self, max_steps: int, validate_every: int, save_every: int,
+                 effort: Callable[[int], float] = lambda number: 1.0):
         self.max_steps, self.every, self.effort = max_steps, {"validation": validate_every, "save": save_every}, effort
         self.rates: deque[float] = deque(maxlen=64)  # seconds of the latest steps, each for a unit of effort
         self.seconds = {"validation": 0.0, "save": 0.0}

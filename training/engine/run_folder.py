@@ -1,4 +1,5 @@
-"""The run folder: the resolved configuration, a line of figures for every step, TensorBoard, pictures, and the console line."""
+"""The run folder: the resolved configuration, a line of figures for every step, TensorBoard, pictures, and the console
+line."""
 from __future__ import annotations
 
 import json
@@ -27,7 +28,8 @@ except ModuleNotFoundError:  # Windows
 
 
 def peak_memory(device: torch.device) -> float:
-    """Most memory held so far, GiB: the GPU's allocations, or the process's resident set on a CPU (0 where it is not told)."""
+    """Most memory held so far, GiB: the GPU's allocations, or the process's resident set on a CPU (0 where it is not
+    told)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
     unit = 1 if sys.platform == "darwin" else 1024
@@ -35,9 +37,9 @@ def peak_memory(device: torch.device) -> float:
 
 
 def cut_after(path: Path, step: int) -> int:
-    """Take the lines of later steps than `step` out of metrics.jsonl, so that a resumed run neither repeats nor contradicts itself.
-    A line torn by a kill goes too; one that is damaged goes to metrics.damaged.jsonl, and is said. Returns the step of the newest
-    validation that is left, -1 if there is none."""
+    """Take the lines of later steps than `step` out of metrics.jsonl, so that a resumed run neither repeats nor
+    contradicts itself. A line torn by a kill goes too; one that is damaged goes to metrics.damaged.jsonl, and is said.
+    Returns the step of the newest validation that is left, -1 if there is none."""
     if not path.exists():
         return -1
     validated, kept, damaged = -1, [], []
@@ -80,8 +82,8 @@ def duration(seconds: float) -> str:
 class RunFolder:
     """What a run writes beside its checkpoints; nothing at all in every process but the first.
 
-    A disk that refuses is told in `problem`, for the loop to end all processes alike: one that raised alone would leave the
-    others waiting.
+    A disk that refuses is told in `problem`, for the loop to end all processes alike: one that raised alone would leave
+    the others waiting.
     """
 
     def __init__(self, config: Any, name: str, start: int, main: bool, device: torch.device, pace: Pace):
@@ -117,8 +119,10 @@ class RunFolder:
         self.pace.other("save", time.perf_counter() - self.clock)
         self.restart_clock()
 
-    def step(self, done: int, parts: Mapping[str, float], norm: float, rates: Mapping[str, float], skipped: int) -> None:
-        """A line about the step that ended: metrics.jsonl always, the console and TensorBoard at every `log_every`-th."""
+    def step(self, done: int, parts: Mapping[str, float], norm: float, rates: Mapping[str, float],
+             skipped: int) -> None:
+        """A line about the step that ended: metrics.jsonl always, the console and TensorBoard at every
+        `log_every`-th."""
         now = time.perf_counter()
         took, self.clock = now - self.clock, now
         if not self.main:
@@ -138,7 +142,8 @@ class RunFolder:
               f"{run.batch / self.pace.usual(done - 1):.1f} samples/s  {values['memory_gib']:.1f} GiB  "
               f"{duration(self.pace.left(done))} left", flush=True)
 
-    def validation(self, step: int, figures: Mapping[str, float], pictures: Mapping[str, np.ndarray], seconds: float) -> None:
+    def validation(self, step: int, figures: Mapping[str, float], pictures: Mapping[str, np.ndarray],
+                   seconds: float) -> None:
         """Figures and pictures [H, W, 3] uint8 of a validation; once for each step."""
         self.restart_clock()
         self.pace.other("validation", seconds)
@@ -156,7 +161,8 @@ class RunFolder:
         shown = "  ".join(f"{k} {v:.4f}" for k, v in figures.items())
         print(f"{self.name} {step} validation  {shown}  ({duration(seconds)})", flush=True)
 
-    def draw(self, step: int, values: Mapping[str, float], pictures: Mapping[str, np.ndarray] = MappingProxyType({})) -> None:
+    def draw(self, step: int, values: Mapping[str, float],
+             pictures: Mapping[str, np.ndarray] = MappingProxyType({})) -> None:
         """Points and pictures in TensorBoard."""
         with self.writing():
             for key, value in values.items():

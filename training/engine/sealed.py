@@ -1,8 +1,8 @@
 """The folder of a checkpoint on disk: whole or absent, and told from everything else that may lie beside it.
 
-`step_<number>` with at least eight digits is a checkpoint; what has any other name belongs to somebody else and is left alone.
-A checkpoint is taken only if complete.json is what was written, of the step that the folder names, and each of its files is, to
-the bit, the one that complete.json names; otherwise the one before it is.
+`step_<number>` with at least eight digits is a checkpoint; what has any other name belongs to somebody else and is left
+alone. A checkpoint is taken only if complete.json is what was written, of the step that the folder names, and each of
+its files is, to the bit, the one that complete.json names; otherwise the one before it is.
 """
 from __future__ import annotations
 
@@ -96,14 +96,15 @@ def newest_whole(folder: Path) -> Path | None:
 def write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int | str]:
     """Write a safetensors file tensor by tensor, and hash it on the way: {"bytes", "sha256"}.
 
-    The library takes all tensors as copies on the CPU, which a training may have no room for, and the file would have to be read
-    again. Tied weights are written under each of their names. Raises OSError where the disk refuses.
+    The library takes all tensors as copies on the CPU, which a training may have no room for, and the file would have
+    to be read again. Tied weights are written under each of their names. Raises OSError where the disk refuses.
     """
     # The widest first, so that each begins at a multiple of its width.
     tensors = sorted(tensors, key=lambda item: (-item[1].element_size(), item[0]))
     head, end = {}, 0
     for name, tensor in tensors:
-        head[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [end, end + tensor.nbytes]}
+        head[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape),
+                      "data_offsets": [end, end + tensor.nbytes]}
         end += tensor.nbytes
     text = json.dumps(head).encode()
     text += b" " * (-len(text) % 8)

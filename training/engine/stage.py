@@ -1,7 +1,7 @@
 """What is trained, and the one step it is asked for.
 
-Everything random of a step is a pure function of (seed, stage, step, position in the global batch), so neither the number
-of processes, nor the size of a micro-batch, nor a resume changes a single draw.
+Everything random of a step is a pure function of (seed, stage, step, position in the global batch), so neither the
+number of processes, nor the size of a micro-batch, nor a resume changes a single draw.
 """
 from __future__ import annotations
 
@@ -46,12 +46,13 @@ class Step:
         return self.number / self.total
 
     def shared(self) -> torch.Generator:
-        """The CPU stream for choices of the whole step (a preset, a bucket): equal in every process and micro-batch, as long
-        as each draws the same things from it."""
+        """The CPU stream for choices of the whole step (a preset, a bucket): equal in every process and micro-batch, as
+        long as each draws the same things from it."""
         return self._shared
 
     def randn(self, *shape: int) -> Tensor:
-        """Normal numbers [len(positions), *shape], float32 on the device. Row i goes on with the stream of positions[i]."""
+        """Normal numbers [len(positions), *shape], float32 on the device. Row i goes on with the stream of
+        positions[i]."""
         return self._draw(lambda stream: stream.standard_normal(shape, np.float32), shape)
 
     def rand(self, *shape: int) -> Tensor:
@@ -79,11 +80,11 @@ class Step:
 class Stage(Protocol):
     """What is trained. `trainables` holds every parameter that may learn; frozen parts live outside it.
 
-    A stage may also have: `pictures()` -> {name: uint8 array [H, W, 3]} for validation/ and TensorBoard; `describe(step)`
-    -> names of the micro-batch's samples; `effort(number)` -> what a step costs in comparison with others (the square of its
-    resolution), for the time that is left; `report()` -> str, told before the first step; `frozen` -> {name: module} for
-    --dry-run; `whole_batch` = True where the loss compares the samples of a batch with one another, so that it can be
-    neither split nor shared.
+    A stage may also have: `pictures()` -> {name: uint8 array [H, W, 3]} for validation/ and TensorBoard;
+    `describe(step)` -> names of the micro-batch's samples; `effort(number)` -> what a step costs in comparison with
+    others (the square of its resolution), for the time that is left; `report()` -> str, told before the first step;
+    `frozen` -> {name: module} for --dry-run; `whole_batch` = True where the loss compares the samples of a batch with
+    one another, so that it can be neither split nor shared.
     """
 
     name: str
@@ -92,7 +93,8 @@ class Stage(Protocol):
     """What a resumed run must agree on (hashes of base, data plan, ...); shown key by key where it differs."""
 
     def loss(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean loss over the samples of the micro-batch, and its parts for the log. All randomness comes from the step."""
+        """Mean loss over the samples of the micro-batch, and its parts for the log. All randomness comes from the
+        step."""
 
     def scales(self, step: int) -> dict[str, float]:
         """Learning rates of children of the trainables as shares of the run's; those not named take 1. At 0 a child is

@@ -1,7 +1,7 @@
 """The processes of a run: alone, or as many as torchrun started, on one machine or on many.
 
-The trainables are replicated and their gradients averaged (DistributedDataParallel). A frozen base needs no averaging: it is
-replicated too or, where it does not fit, cut over the processes of one machine (FSDP2).
+The trainables are replicated and their gradients averaged (DistributedDataParallel). A frozen base needs no averaging:
+it is replicated too or, where it does not fit, cut over the processes of one machine (FSDP2).
 """
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from torch.distributed.fsdp import fully_shard
 TIMEOUT = timedelta(minutes=30)  # a process may wait this long for the others: one of them may be saving or exporting
 
 
-# The group lives as long as the process. A DDP module that holds the last reference to it frees it without letting go of
-# Python's lock, which a thread of gloo may be waiting for: a rare hang at the very end.
+# The group lives as long as the process. A DDP module that holds the last reference to it frees it without letting go
+# of Python's lock, which a thread of gloo may be waiting for: a rare hang at the very end.
 _joined: list = []
 
 
@@ -50,7 +50,8 @@ class World:
 
     @classmethod
     def start(cls, device: str = "auto") -> World:
-        """The world that torchrun describes in the environment, joined at the first call; a process on its own otherwise.
+        """The world that torchrun describes in the environment, joined at the first call; a process on its own
+        otherwise.
 
         device: auto, cpu or cuda (the GPU of this process's place on its machine).
         """
@@ -59,16 +60,17 @@ class World:
         picked = pick_device(device)
         if picked.type == "cuda" and picked.index is None:
             if place["LOCAL_WORLD_SIZE"] > torch.cuda.device_count():
-                raise ValueError(f"{place['LOCAL_WORLD_SIZE']} processes were started on a machine with {torch.cuda.device_count()} "
-                                 f"GPUs; give torchrun --nproc-per-node {torch.cuda.device_count()}.")
+                raise ValueError(f"{place['LOCAL_WORLD_SIZE']} processes were started on a machine with "
+                                 f"{torch.cuda.device_count()} GPUs; give torchrun --nproc-per-node "
+                                 f"{torch.cuda.device_count()}.")
             picked = torch.device("cuda", place["LOCAL_RANK"])
         if picked.type == "cuda":
             torch.cuda.set_device(picked)
         if place["WORLD_SIZE"] > 1 and not dist.is_initialized():
             if place["RANK"] == 0 and unsure_restarts():
-                print("torchrun lets restarted processes find the addresses of dead ones (pytorch issue 135712), and a restart may "
-                      "fail or hang: start it with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment, and with --standalone or "
-                      "--rdzv-backend c10d.", flush=True)
+                print("torchrun lets restarted processes find the addresses of dead ones (pytorch issue 135712), and "
+                      "a restart may fail or hang: start it with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the "
+                      "environment, and with --standalone or --rdzv-backend c10d.", flush=True)
             # Words among the processes (a signal, a checkpoint's name) go over gloo beside NCCL's stream.
             dist.init_process_group("cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo", timeout=TIMEOUT)
             _joined.append(dist.group.WORLD)
@@ -136,10 +138,11 @@ class World:
 
 
 def check_shardable(precision: str) -> None:
-    """Refuse to shard a quantised base: FSDP2 splits plain tensors only; torchao's int8 raises on the split, bitsandbytes' NF4
-    loses its state (pytorch/ao issues 1929 and 4837)."""
+    """Refuse to shard a quantised base: FSDP2 splits plain tensors only; torchao's int8 raises on the split,
+    bitsandbytes' NF4 loses its state (pytorch/ao issues 1929 and 4837)."""
     if precision in ("int8", "nf4"):
-        raise ValueError(f"A base in {precision} cannot be sharded; take precision bf16, or replicate the quantised base.")
+        raise ValueError(f"A base in {precision} cannot be sharded; take precision bf16, or replicate the "
+                         "quantised base.")
 
 
 def check_sharding(precision: str, world: World) -> None:
@@ -149,10 +152,11 @@ def check_sharding(precision: str, world: World) -> None:
     """
     check_shardable(precision)
     if world.local_size < 2:
-        raise ValueError("There is one process on this machine, so there is nothing to shard over; start more with torchrun, "
-                         "or do not shard the base.")
+        raise ValueError("There is one process on this machine, so there is nothing to shard over; start more with "
+                         "torchrun, or do not shard the base.")
     if world.size % world.local_size:
-        raise ValueError(f"{world.size} processes with {world.local_size} on this machine: sharding needs as many on each.")
+        raise ValueError(f"{world.size} processes with {world.local_size} on this machine: sharding needs as "
+                         "many on each.")
 
 
 def shard_base(flux: nn.Module, world: World) -> nn.Module:
