@@ -34,7 +34,8 @@ class Latents:
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [B, 3, H, W] in [0, 1] -> (mean, deviation) of their latents as Flux takes them, float32 [B, C, h, w]."""
+        """Images [B, 3, H, W] in [0, 1] -> (mean, deviation) of their latents as Flux takes them, float32 [B, C, h,
+        w]."""
         with torch.autocast(images.device.type, enabled=False):
             posterior = self.vae.encode((images * 2 - 1).to(self.vae.dtype)).latent_dist
         return (posterior.mean.float() - self.shift) * self.scale, posterior.std.float() * self.scale
@@ -59,15 +60,17 @@ def load_vae(path: Path, device: torch.device) -> Latents:
 
 
 def vae_of(path: Path, read: Callable[[Path], dict[str, Tensor]]) -> tuple[AutoencoderKL, dict[str, Tensor]]:
-    """(the VAE of a file without weights, on the meta device; its tensors by diffusers' names), which fit one another. read: as in
-    `base.skeleton`."""
+    """(the VAE of a file without weights, on the meta device; its tensors by diffusers' names), which fit one another.
+    read: as in `base.skeleton`."""
     if path.is_dir():
         folder = path / "vae" if (path / "vae").is_dir() else path
         if not (folder / "config.json").is_file():
-            raise ValueError(f"{path} has no vae/config.json; give the diffusers folder of FLUX.1-dev, or ae.safetensors.")
+            raise ValueError(f"{path} has no vae/config.json; give the diffusers folder of FLUX.1-dev, or "
+                             "ae.safetensors.")
         config, tensors = json.loads((folder / "config.json").read_text(encoding="utf-8")), folder_tensors(folder, read)
         if config.get("_class_name") != "AutoencoderKL":
-            raise ValueError(f"{path} holds a {config.get('_class_name')}, not Flux's AutoencoderKL; give the VAE of FLUX.1-dev.")
+            raise ValueError(f"{path} holds a {config.get('_class_name')}, not Flux's AutoencoderKL; give the VAE of "
+                             "FLUX.1-dev.")
     elif checkpoint.has_record(path):
         tensors, record = recorded(path, "vae", read)
         config = {"scaling_factor": 1.0, "shift_factor": 0.0, **record["config"]}
@@ -78,7 +81,8 @@ def vae_of(path: Path, read: Callable[[Path], dict[str, Tensor]]) -> tuple[Autoe
     try:
         vae.load_state_dict({k: v.to("meta") for k, v in tensors.items()}, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit the VAE it says it is ({str(error).splitlines()[1].strip()}); download it again.") from None
+        raise ValueError(f"{path} does not fit the VAE it says it is ({str(error).splitlines()[1].strip()}); download "
+                         "it again.") from None
     return vae, tensors
 
 
@@ -94,7 +98,8 @@ def from_single_file(path: Path, read: Callable[[Path], dict[str, Tensor]]) -> t
               "block_out_channels": [tensors[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)],
               "layers_per_block": len({k.split(".")[4] for k in tensors if k.startswith("encoder.down.0.block.")}),
               "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels,
-              "use_quant_conv": "quant_conv.weight" in tensors, "use_post_quant_conv": "post_quant_conv.weight" in tensors,
+              "use_quant_conv": "quant_conv.weight" in tensors,
+              "use_post_quant_conv": "post_quant_conv.weight" in tensors,
               "norm_num_groups": 32, **FLUX_VAE}
     return config, convert_ldm_vae_checkpoint(tensors, config)
 
@@ -115,7 +120,8 @@ def load_towers(files: tuple[Path, ...], ids: tuple[str, ...], device: torch.dev
 def with_ids(files: Sequence[Path], ids: Sequence[str]) -> list[tuple[Path, str]]:
     """Every file of a vision tower with its id, which is "" for all of them where no ids are given."""
     if ids and len(ids) != len(files):
-        raise ValueError(f"Vision towers and ids do not pair up ({len(files)} and {len(ids)}); give one id for each, \"\" for our own.")
+        raise ValueError(f"Vision towers and ids do not pair up ({len(files)} and {len(ids)}); give one id for each, "
+                         "\"\" for our own.")
     return list(zip(map(Path, files), ids or [""] * len(files)))
 
 
@@ -160,12 +166,13 @@ def check_towers(towers: Sequence[tuple[Path, str]], adapter: Path, record: dict
                              "give its file as well.")
     for (path, _), config in zip(towers, configs):
         if config.kind == "dinov2" and not tuned_together(path, config.id, record):
-            raise ValueError(f"{path} is not the '{config.id}' that was tuned with {adapter}; give the one exported with it.")
+            raise ValueError(f"{path} is not the '{config.id}' that was tuned with {adapter}; give the one "
+                             "exported with it.")
 
 
 def tuned_together(path: Path, name: str, record: dict) -> bool:
-    """Whether the file of the tower `name` is the one that an adapter's record asks for; it asks for none where training left
-    the tower as it was published."""
+    """Whether the file of the tower `name` is the one that an adapter's record asks for; it asks for none where
+    training left the tower as it was published."""
     if "dinov2_sha256" in record:
         return base_sha256(path) == record["dinov2_sha256"]
     if not record.get("towers", {}).get(name, "").startswith("tuned"):

@@ -19,7 +19,8 @@ def build_flux(config: dict) -> FluxTransformer2DModel:
         raise ValueError(f"hidden_size {config['hidden_size']} is not a multiple of num_heads {config['num_heads']}.")
     return FluxTransformer2DModel(
         patch_size=1, in_channels=config["in_channels"] * config["patch_size"] ** 2, num_layers=config["depth"],
-        num_single_layers=config["depth_single_blocks"], attention_head_dim=config["hidden_size"] // config["num_heads"],
+        num_single_layers=config["depth_single_blocks"],
+        attention_head_dim=config["hidden_size"] // config["num_heads"],
         num_attention_heads=config["num_heads"], joint_attention_dim=config["context_in_dim"],
         pooled_projection_dim=config["vec_in_dim"], guidance_embeds=config["guidance_embed"],
         axes_dims_rope=tuple(config["axes_dim"]),
@@ -46,8 +47,8 @@ def velocity(flux: FluxTransformer2DModel, x: Tensor, t: Tensor, context: Tensor
              guidance: Tensor | None = None) -> Tensor:
     """Predicted noise - x_0 of noisy latents x [B, C, H, W] at times t [B] under context [B, N, D] and pooled [B, P].
 
-    guidance [B]: the scale that a guidance-distilled Flux (FLUX.1-dev) is told; None for one without.
-    A Flux held in half precision computes in it from end to end, whatever autocast would do; x is mixed for `network_time` then.
+    guidance [B]: the scale that a guidance-distilled Flux (FLUX.1-dev) is told; None for one without. A Flux held in
+    half precision computes in it from end to end, whatever autocast would do; x is mixed for `network_time` then.
     """
     rows, cols = x.shape[-2] // 2, x.shape[-1] // 2
     dtype, device = flux.x_embedder.weight.dtype, x.device.type
@@ -115,7 +116,8 @@ _OUTSIDE = {"img_in": "x_embedder", "txt_in": "context_embedder", "final_layer.l
             "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
             "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
             "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2"}
-_FINAL_MODULATION = ("final_layer.adaLN_modulation.1", "norm_out.linear")  # (shift, scale) in BFL, (scale, shift) in diffusers
+# (shift, scale) in BFL, (scale, shift) in diffusers
+_FINAL_MODULATION = ("final_layer.adaLN_modulation.1", "norm_out.linear")
 
 
 def _blocks(state: dict, mark: str) -> int:

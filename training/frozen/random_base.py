@@ -10,8 +10,8 @@ from .flux import build_flux
 
 
 def random_flux(config: dict, precision: Precision, device: torch.device, seed: int = 0) -> FluxTransformer2DModel:
-    """A frozen Flux in eval mode. Layers are drawn on the device and quantised one after another, so it needs room for itself
-    and one layer. config: ComfyUI's field names, as `build_flux` takes them."""
+    """A frozen Flux in eval mode. Layers are drawn on the device and quantised one after another, so it needs room for
+    itself and one layer. config: ComfyUI's field names, as `build_flux` takes them."""
     check_precision(precision)
     with torch.device("meta"):
         flux = build_flux(config)
