@@ -1,8 +1,9 @@
-"""The eyes of judging: CLIP and DINO from local files, each with its own resize and normalisation. Nothing is ever downloaded.
+"""The eyes of judging: CLIP and DINO from local files, each with its own resize and normalisation. Nothing is ever
+downloaded.
 
-Three kinds of places are read: a folder as transformers saves one (config.json, model.safetensors, preprocessor_config.json,
-for a text half its tokenizer), a folder as open_clip publishes one (open_clip_config.json, open_clip_model.safetensors), and a
-vision tower's file of this pack.
+Three kinds of places are read: a folder as transformers saves one (config.json, model.safetensors,
+preprocessor_config.json, for a text half its tokenizer), a folder as open_clip publishes one (open_clip_config.json,
+open_clip_model.safetensors), and a vision tower's file of this pack.
 """
 from __future__ import annotations
 
@@ -60,13 +61,15 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def keys(self, picture: np.ndarray) -> Tensor:
-        """The last layer's keys [1, N, D] of a picture's tokens, all heads together. ValueError where there are none."""
+        """The last layer's keys [1, N, D] of a picture's tokens, all heads together. ValueError where there are
+        none."""
         names = [name for name, _ in self.model.named_modules() if name.endswith((".k_proj", ".attention.key"))]
         if not names or self.reads:
             raise ValueError(f"{self.weights} is no DINO, whose keys the structure distance reads: "
                              "give the folder of dino-vitb8.")
         caught = []
-        handle = self.model.get_submodule(names[-1]).register_forward_hook(lambda module, args, output: caught.append(output))
+        handle = self.model.get_submodule(names[-1]).register_forward_hook(lambda module, args,
+                                                                           output: caught.append(output))
         try:
             self._whole(picture)
         finally:
@@ -109,7 +112,8 @@ class TransformersEncoder(Encoder):
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
         here = {"local_files_only": True}
-        super().__init__(AutoModel.from_pretrained(folder, use_safetensors=True, **here), folder / "model.safetensors", device)
+        super().__init__(AutoModel.from_pretrained(folder, use_safetensors=True, **here), folder / "model.safetensors",
+                         device)
         self.processor = AutoImageProcessor.from_pretrained(folder, **here)
         self.reads = hasattr(self.model, "get_text_features")
         self.tokenizer = AutoTokenizer.from_pretrained(folder, **here) if self.reads else None
@@ -164,18 +168,21 @@ def _pooled(features) -> Tensor:
 
 
 def load_encoder(path: Path, device: torch.device) -> Encoder:
-    """The encoder of a folder or a file. ValueError in one sentence where there is none or its weights are no safetensors."""
+    """The encoder of a folder or a file. ValueError in one sentence where there is none or its weights are no
+    safetensors."""
     if path.is_file():
         return TowerEncoder(path, device)
     for mark, weights, kind in (("open_clip_config.json", "open_clip_model.safetensors", OpenClipEncoder),
                                 ("config.json", "model.safetensors", TransformersEncoder)):
         if (path / mark).is_file():
             if not (path / weights).is_file():
-                raise ValueError(f"{path} has no {weights}: download the model's safetensors, other weights are not read.")
+                raise ValueError(f"{path} has no {weights}: download the model's safetensors, other weights are "
+                                 "not read.")
             try:
                 return kind(path, device)
             except (OSError, KeyError, RuntimeError, ValueError) as error:
                 reason = str(error).splitlines()[0]
-                raise ValueError(f"The encoder in {path} cannot be read ({reason}): download its folder again.") from error
+                raise ValueError(f"The encoder in {path} cannot be read ({reason}): download its "
+                                 "folder again.") from error
     raise ValueError(f"There is no encoder at {path}: give a folder with config.json or open_clip_config.json, "
                      "or a tower's file.")

@@ -1,7 +1,7 @@
 """`sda evaluate`: pictures are repainted from their embeddings, edits are carried out, and both are measured and shown.
 
-The run folder holds `pictures/` (one folder for each sample), `results.json` and `index.html`. What is painted already is not
-painted again; the measures are taken anew each time, so that one can be added without painting.
+The run folder holds `pictures/` (one folder for each sample), `results.json` and `index.html`. What is painted already
+is not painted again; the measures are taken anew each time, so that one can be added without painting.
 """
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ from .painter import Files, Painter, seed_of
 from .samples import Edits, Pictures, Sample, Skipped
 
 VAE = "vae"  # the autoencoder's round trip: the ceiling
-COPY, NOTHING = "unedited", "source"  # the unedited embedding painted, and the source picture itself: what an edit must beat
+# the unedited embedding painted, and the source picture itself: what an edit must beat
+COPY, NOTHING = "unedited", "source"
 PROTOCOL = ("seed", "steps", "guidance", "resolution", "precision")  # what decides the pixels, beside the files
 SOFTWARE = ("torch", "diffusers", "transformers", "open_clip_torch", "torchmetrics", "lpips")
 
@@ -76,8 +77,8 @@ class Config:
     batch: int = 8
     """Pictures painted at once."""
     precision: Precision = "auto"
-    """Of Flux: bf16, fp32, int8 or nf4; auto: what the folder was begun with or, for a new one, bf16 where the device computes
-    it fast and fp32 elsewhere."""
+    """Of Flux: bf16, fp32, int8 or nf4; auto: what the folder was begun with or, for a new one, bf16 where the device
+    computes it fast and fp32 elsewhere."""
     device: str = "auto"
     clip: Path | None = None
     """CLIP of the measures: a folder of transformers or open_clip, or a tower's file."""
@@ -108,7 +109,8 @@ def tasks_of(config: Config) -> list[Task]:
         named_hierarchy(preset)  # refuses an unknown one before anything loads
     tasks = []
     if config.images:
-        tasks.append(Task("reconstruction", Pictures(config.images, config.resolution), (VAE, *config.presets), RECONSTRUCTION))
+        tasks.append(Task("reconstruction", Pictures(config.images, config.resolution), (VAE, *config.presets),
+                          RECONSTRUCTION))
     if config.edits:
         for key in ("editor", "text"):
             if getattr(config, key) is None:
@@ -137,7 +139,8 @@ def judge(config: Config, tasks: list[Task]) -> None:
     config = resolve_precisions(config, device, began)
     print(f"Flux paints in {config.precision} on {device.type}", flush=True)
     eyes = Judge({name: getattr(config, name) for name in ("clip", "dino", "structure", "lpips")}, device)
-    painter = Painter(Files(**{field.name: getattr(config, field.name) for field in fields(Files)}), device, config.precision)
+    painter = Painter(Files(**{field.name: getattr(config, field.name) for field in fields(Files)}), device,
+                      config.precision)
     protocol = {key: getattr(config, key) for key in PROTOCOL} | painter.describe()
     agree(agreed, began, protocol)
     if painter.editor is not None:
@@ -169,13 +172,15 @@ def carry_out(task: Task, config: Config, painter: Painter, eyes: Judge) -> dict
                          "give other pictures or a lower --resolution.")
     names = list(found[0]["values"])
     means = {name: {measure: summary([it["values"][name][measure] for it in found if measure in it["values"][name]])
-                    for measure in task.measures if any(measure in it["values"][name] for it in found)} for name in names}
+                    for measure in task.measures if any(measure in it["values"][name] for it in found)}
+                    for name in names}
     return {"set": task.samples.describe(), "count": len(found), "missing": eyes.missing(task.measures),
             "skipped": [vars(each) for each in skipped], "means": means, "samples": found}
 
 
 def batches(samples: Pictures, config: Config, skipped: list[Skipped]) -> Iterator[list[Sample]]:
-    """Samples of one size, at most `batch` of them; the same picture twice counts once. What is left out goes to `skipped`."""
+    """Samples of one size, at most `batch` of them; the same picture twice counts once. What is left out goes to
+    `skipped`."""
     waiting: dict[tuple, list[Sample]] = {}
     seen: dict[str, str] = {}
     for sample in samples:
@@ -238,7 +243,8 @@ def make_writable(folder: Path) -> None:
 
 
 def agree(file: Path, before: dict, now: dict) -> None:
-    """Refuses a folder whose pictures another protocol has painted; files that were not needed so far may come to it."""
+    """Refuses a folder whose pictures another protocol has painted; files that were not needed so far may come to
+    it."""
     for key in before.keys() & now.keys():
         if before[key] != now[key]:
             raise ValueError(f"{file.parent} holds pictures of another {key} ({before[key]}, now {now[key]}): "

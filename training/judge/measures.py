@@ -15,7 +15,8 @@ from .samples import Sample
 
 @dataclass(frozen=True)
 class Measure:
-    """label and better ("higher" or "lower") are for the page; needs: the key of the configuration whose file it takes."""
+    """label and better ("higher" or "lower") are for the page; needs: the key of the configuration whose file it
+    takes."""
 
     label: str
     better: str
@@ -25,15 +26,19 @@ class Measure:
 
 _TO_SOURCE = "the same against the source: how much was kept"
 MEASURES = {
-    "dino": Measure("DINO-I", "higher", "dino", "cosine of DINO's class tokens; for edits against the true edited picture"),
-    "clip_i": Measure("CLIP-I", "higher", "clip", "cosine of CLIP's image features; for edits against the true edited picture"),
-    "structure": Measure("Structure", "lower", "structure", "squared difference of the self-similarities of DINO's keys"),
+    "dino": Measure("DINO-I", "higher", "dino",
+                    "cosine of DINO's class tokens; for edits against the true edited picture"),
+    "clip_i": Measure("CLIP-I", "higher", "clip",
+                      "cosine of CLIP's image features; for edits against the true edited picture"),
+    "structure": Measure("Structure", "lower", "structure",
+                         "squared difference of the self-similarities of DINO's keys"),
     "lpips": Measure("LPIPS", "lower", "lpips", "learned perceptual distance"),
     "ssim": Measure("SSIM", "higher", "", "structural similarity, Gaussian window"),
     "psnr": Measure("PSNR, dB", "higher", "", "peak signal-to-noise ratio; equal pictures are counted apart"),
     "l1": Measure("L1", "lower", "", "mean absolute difference, 0..1; for edits against the true edited picture"),
     "clip_dir": Measure("CLIP-dir", "higher", "clip", "cosine of the change of the picture and of its caption"),
-    "clip_t": Measure("CLIP-T", "higher", "clip", "cosine of the edit's image feature and the target caption's text feature"),
+    "clip_t": Measure("CLIP-T", "higher", "clip",
+                      "cosine of the edit's image feature and the target caption's text feature"),
     "clip_i_source": Measure("CLIP-I src", "higher", "clip", _TO_SOURCE),
     "dino_source": Measure("DINO src", "higher", "dino", _TO_SOURCE),
     "l1_source": Measure("L1 src", "lower", "", _TO_SOURCE),
@@ -43,7 +48,8 @@ RECONSTRUCTION = ("dino", "clip_i", "structure", "lpips", "ssim", "psnr")
 EDITS = ("clip_dir", "clip_i", "dino", "l1", "clip_t", "clip_i_source", "dino_source", "l1_source", "structure_source")
 # key of the configuration -> what to download for the measures that lack it
 FILES = {
-    "clip": "a CLIP with both halves as a folder (of transformers or open_clip); MagicBrush takes openai/clip-vit-base-patch32",
+    "clip": "a CLIP with both halves as a folder (of transformers or open_clip); MagicBrush takes "
+    "openai/clip-vit-base-patch32",
     "dino": "a DINO as a folder; DreamBooth and MagicBrush take facebook/dino-vits16",
     "structure": "a DINO as a folder; Splice takes facebook/dino-vitb8",
     "lpips": "the safetensors of torchvision's AlexNet, SqueezeNet 1.1 or VGG-16",
@@ -51,7 +57,8 @@ FILES = {
 
 
 class Judge:
-    """Measures pictures with the networks that were given; `missing` says which measures have to be left out, and why."""
+    """Measures pictures with the networks that were given; `missing` says which measures have to be left out, and
+    why."""
 
     def __init__(self, files: dict[str, Path | None], device: torch.device):
         self.device, self.networks = device, {}
@@ -66,7 +73,8 @@ class Judge:
         return {name: network.describe() for name, network in self.networks.items()}
 
     def missing(self, names: tuple[str, ...]) -> list[dict[str, str]]:
-        """[{"measure", "key", "needs"}] of those among `names` for which no file was given or whose file lacks a half."""
+        """[{"measure", "key", "needs"}] of those among `names` for which no file was given or whose file lacks a
+        half."""
         found = []
         for name in names:
             key, label = MEASURES[name].needs, MEASURES[name].label
@@ -77,7 +85,8 @@ class Judge:
         return found
 
     def reconstruction(self, source: np.ndarray, painted: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
-        """RECONSTRUCTION's measures of pictures [H, W, 3] uint8 against their source, by the name of what painted them."""
+        """RECONSTRUCTION's measures of pictures [H, W, 3] uint8 against their source, by the name of what painted
+        them."""
         names, pictures = list(painted), [source, *painted.values()]
         values = self._against(source, pictures[1:], RECONSTRUCTION, self._features(pictures), 0)
         return dict(zip(names, values))
@@ -90,12 +99,14 @@ class Judge:
         kept = tuple(name for name in EDITS if name.endswith("_source"))
         to_source = self._against(sample.source, pictures[2:], kept, features, 0)
         said = self._said(sample.captions, features, len(painted))
-        return {name: target | source | words for name, target, source, words in zip(painted, to_target, to_source, said)}
+        return {name: target | source | words
+                for name, target, source, words in zip(painted, to_target, to_source, said)}
 
     def _features(self, pictures: list[np.ndarray]) -> dict[str, Tensor]:
         return {name: self.networks[name].images(pictures) for name in ("clip", "dino") if name in self.networks}
 
-    def _against(self, truth: np.ndarray, pictures: list[np.ndarray], names: tuple[str, ...], features: dict[str, Tensor],
+    def _against(self, truth: np.ndarray, pictures: list[np.ndarray], names: tuple[str, ...],
+                 features: dict[str, Tensor],
                  place: int) -> list[dict[str, float]]:
         """Measures `names` of pictures, the last rows of the features, against `truth`, row `place` of the features."""
         a, b = to_tensor([truth] * len(pictures)).to(self.device), to_tensor(pictures).to(self.device)
@@ -110,7 +121,8 @@ class Judge:
                 if "structure" in self.networks:
                     keys = self.networks["structure"].keys
                     reference = keys(truth)
-                    found[name] = torch.cat([metrics.structure_distance(keys(picture), reference) for picture in pictures])
+                    found[name] = torch.cat([metrics.structure_distance(keys(picture), reference)
+                                             for picture in pictures])
             elif what == "lpips":
                 if "lpips" in self.networks:
                     found[name] = self.networks["lpips"](a, b)

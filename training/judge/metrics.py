@@ -1,7 +1,8 @@
-"""The measures of judging: how alike two pictures are, in pixels, to trained eyes, in structure, and in what has changed.
+"""The measures of judging: how alike two pictures are, in pixels, to trained eyes, in structure, and in what has
+changed.
 
-Pictures are tensors [B, 3, H, W] float32 in [0, 1], features are rows [B, D]; every function gives one number per row, [B].
-Networks stay outside (encoders.py), so that every formula here can be checked by hand.
+Pictures are tensors [B, 3, H, W] float32 in [0, 1], features are rows [B, D]; every function gives one number per row,
+[B]. Networks stay outside (encoders.py), so that every formula here can be checked by hand.
 """
 from __future__ import annotations
 
@@ -25,9 +26,10 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Structural similarity (Wang et al. 2004): Gaussian window of deviation 1.5 px, 11 px wide, mean over the channels and
-    over the places where the whole window lies in the picture; 1 is equal."""
-    _, full = structural_similarity_index_measure(a, b, data_range=1.0, sigma=1.5, reduction="none", return_full_image=True)
+    """Structural similarity (Wang et al. 2004): Gaussian window of deviation 1.5 px, 11 px wide, mean over the channels
+    and over the places where the whole window lies in the picture; 1 is equal."""
+    _, full = structural_similarity_index_measure(a, b, data_range=1.0, sigma=1.5, reduction="none",
+                                                  return_full_image=True)
     # Releases of torchmetrics differ in whether their own mean counts the rim, where the window sees reflections.
     return full[..., 5:-5, 5:-5].mean((1, 2, 3))
 
@@ -43,8 +45,8 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 def directional(source: Tensor, edited: Tensor, source_text: Tensor, edited_text: Tensor) -> Tensor:
-    """CLIP-directional similarity (StyleGAN-NADA, arXiv 2108.00946): the cosine between the change of the picture and the
-    change of its caption, of features of unit length; 0 where nothing has changed."""
+    """CLIP-directional similarity (StyleGAN-NADA, arXiv 2108.00946): the cosine between the change of the picture and
+    the change of its caption, of features of unit length; 0 where nothing has changed."""
     features = (source, edited, source_text, edited_text)
     before, after, said_before, said_after = (F.normalize(x.float(), dim=-1) for x in features)
     return cosine(after - before, said_after - said_before)
@@ -63,7 +65,8 @@ def structure_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Lpips(nn.Module):
-    """LPIPS (Zhang et al., arXiv 1801.03924) version 0.1 by the `lpips` library: its own heads on a backbone from a local file.
+    """LPIPS (Zhang et al., arXiv 1801.03924) version 0.1 by the `lpips` library: its own heads on a backbone from a
+    local file.
 
     path: safetensors of torchvision's AlexNet, SqueezeNet 1.1 or VGG-16 trained on ImageNet (`features.*`), which the
     file's own tensors tell apart. ValueError for any other file.
@@ -106,8 +109,9 @@ def backbone_of(state: dict[str, Tensor], path: Path) -> str:
 
 
 def summary(values: Sequence[float]) -> dict[str, float | int | None]:
-    """{"mean", "error", "count", "infinite"}: the mean, its standard error (None for a single value) and how many values
-    it is over. Infinite ones (the PSNR of equal pictures) are counted apart: one of them would hide all others."""
+    """{"mean", "error", "count", "infinite"}: the mean, its standard error (None for a single value) and how many
+    values it is over. Infinite ones (the PSNR of equal pictures) are counted apart: one of them would hide all
+    others."""
     finite = [value for value in values if math.isfinite(value)]
     count = len(finite)
     mean = sum(finite) / count if count else None

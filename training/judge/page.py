@@ -104,8 +104,10 @@ def _task(name: str, task: dict) -> str:
     measures = measures_of(task)
     rows = [("", [_method(method), *(_mean(means, m) for m in measures)]) for method, means in task["means"].items()]
     parts = [f"<h2>{TITLES[name]}: means of {task['count']}</h2>", _table(["", *_head(measures)], rows),
-             "<p class='soft'>With the standard error of the mean. &uarr; higher is better, &darr; lower is better.</p>"]
-    for items, words in ((task["missing"], "Measures left out for want of a file"), (task["skipped"], "Pictures left out")):
+             "<p class='soft'>With the standard error of the mean. &uarr; higher is better, &darr; lower is "
+             "better.</p>"]
+    for items, words in ((task["missing"], "Measures left out for want of a file"),
+                         (task["skipped"], "Pictures left out")):
         lines = [f"<b>{escape(i['measure'])}</b>: give <code>--{i['key']}</code> {escape(i['needs'])}" if "measure" in i
                  else f"<b>{escape(i['name'])}</b>: {escape(i['reason'])}" for i in items]
         if lines:
@@ -141,11 +143,13 @@ def _published(tasks: dict) -> str:
                         _cell(escape(row.source) + (" (second hand)" if row.read == "secondary" else ""), "text")])
                   for row in it.rows]
         parts += [f"<h3>{escape(it.title)} <span class='tag'>another protocol</span></h3>",
-                  f"<p class='soft'>Theirs: {escape(it.protocol)}.</p>", _table(["", *_head(measures), SOURCE], ours + theirs)]
+                  f"<p class='soft'>Theirs: {escape(it.protocol)}.</p>",
+                  _table(["", *_head(measures), SOURCE], ours + theirs)]
     if not parts:
         return ""
-    return ("<h2 id='published'>Beside published figures</h2><p>None of these was measured as ours were: data, sizes and the "
-            "encoders of the measures differ, and so do the tables among themselves. Read them as orders of magnitude.</p>"
+    return ("<h2 id='published'>Beside published figures</h2><p>None of these was measured as ours were: data, "
+            "sizes and the encoders of the measures differ, and so do the tables among themselves. Read them as "
+            "orders of magnitude.</p>"
             + "".join(parts))
 
 
@@ -184,7 +188,8 @@ def _card(place: int, sample: dict, folder: Path, measures: list[str]) -> str:
 
 def _figure(name: str, file: Path, values: dict, measures: list[str]) -> str:
     label = escape(NAMES.get(name, name))
-    listed = "".join(f"<span>{escape(MEASURES[m].label)} <b>{number(values[m])}</b></span>" for m in measures if m in values)
+    listed = "".join(f"<span>{escape(MEASURES[m].label)} <b>{number(values[m])}</b></span>" for m in measures
+                     if m in values)
     return (f"<figure><img src='{_inline(file)}' alt='{label}'><figcaption>{label}</figcaption>"
             f"<div class='values'>{listed}</div></figure>")
 

@@ -18,10 +18,11 @@ from ..data.sources import files_of
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One picture, or one edit. key: 16 hex digits of its content's hash; name: for people; source, target: [H, W, 3] uint8.
+    """One picture, or one edit. key: 16 hex digits of its content's hash; name: for people; source, target: [H, W, 3]
+    uint8.
 
-    Of an edit, `instruction` is what was asked, `target` the true edited picture, `captions` what the set says about the
-    two pictures ("" where it says nothing).
+    Of an edit, `instruction` is what was asked, `target` the true edited picture, `captions` what the set says about
+    the two pictures ("" where it says nothing).
     """
 
     key: str
