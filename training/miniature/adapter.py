@@ -70,7 +70,8 @@ class AdapterStage:
         self.objective = AdapterObjective(flux, attention, adapter, self.towers, config.objective)
         if config.run.compile:
             compile_blocks(adapter.layers, flux.transformer_blocks, flux.single_transformer_blocks)
-        # The tower's last blocks are trainables from the start, so that checkpoints never change shape; they learn late.
+        # The tower's last blocks are trainables from the start, so that checkpoints never change shape; they learn
+        # late.
         self.tuned = nn.ParameterList(self.objective.unlock())
         self.trainables = nn.ModuleDict({"adapter": adapter, "tuned": self.tuned})
         self.frozen = {"flux": flux, "vae": self.vae, **self.towers}
@@ -88,7 +89,8 @@ class AdapterStage:
 
     def loss(self, step: Step):
         index = np.random.default_rng([step.seed, 7, step.number]).integers(self.config.scenes, size=step.batch)[step.positions]
-        return self.objective.loss(Batch(take(self.latents, index, self.device), unit_images("train", index, self.device)), step)
+        return self.objective.loss(Batch(take(self.latents, index, self.device),
+                                         unit_images("train", index, self.device)), step)
 
     def validate(self) -> dict[str, float]:
         truth = [scene("validation", i) for i in range(VALIDATED)]

@@ -1,8 +1,8 @@
 """Stage 2b: the tiny text encoder and the tiny Flux, trained together from captions (and instructions) to latents.
 
 Beside the flow loss a linear head on the image stream of a middle block names what each patch shows: representation
-alignment (REPA, arXiv 2410.06940) with the scene's own truth as the teacher. A second head tells the patch's own row and
-column, which rotary positions alone give a patch no direct way to know. Flux's file has neither.
+alignment (REPA, arXiv 2410.06940) with the scene's own truth as the teacher. A second head tells the patch's own row
+and column, which rotary positions alone give a patch no direct way to know. Flux's file has neither.
 """
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ FLUX = dict(hidden_size=192, num_heads=3, depth=3, depth_single_blocks=6, axes_d
             latent={"channels": 8, "scale": 1.0, "shift": 0.0, "downsample": 8}, sampling_shift_mu=0.5)
 VALIDATED = 48  # scenes of a validation
 TAPPED = 1  # the single block whose image stream the alignment head reads
-FINE = 0.7  # share of places said as coordinates: they leave less to chance than words do, so there is more to learn from them
+# share of places said as coordinates: they leave less to chance than words do, so there is more to learn from them
+FINE = 0.7
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ def _labels(index: int) -> np.ndarray:
 
 
 def labels_of(index) -> Tensor:
-    """What the patches of training scenes show, [N, 64, 15]; remembered, since drawing them again costs time every epoch."""
+    """What the patches of training scenes show, [N, 64, 15]; remembered, since drawing them again costs time every
+    epoch."""
     return torch.from_numpy(np.stack([_labels(int(i)) for i in index]))
 
 
@@ -110,7 +112,8 @@ def name_loss(named: Tensor, labels: Tensor, told: Tensor | None = None) -> Tens
     """Cross-entropy of predicted against true patch labels, [B, 64, 15] both (scenes.patch_labels), over samples whose
     scene the model was `told` ([B] bool; None: all)."""
     colours, shapes = named.float().split([10, 5], -1)
-    entropy = -(labels[..., :10] * colours.log_softmax(-1)).sum(-1) - (labels[..., 10:] * shapes.log_softmax(-1)).sum(-1)
+    entropy = -(labels[..., :10] * colours.log_softmax(-1)).sum(-1) - (labels[..., 10:]
+                                                                       * shapes.log_softmax(-1)).sum(-1)
     return entropy.mean() if told is None else (entropy.mean(1) * told).mean()
 
 
@@ -193,9 +196,11 @@ class BaseStage:
         truth = [scene("validation", i) for i in range(VALIDATED)]
         words = [caption(s) for s in truth]
         with autocast(self.device, self.config.run.precision):
-            pictures = sample_text(self.flux, self.trainables["text"], self.vae, words, self.device, cfg=2.0, mu=self.config.mu)
+            pictures = sample_text(self.flux, self.trainables["text"], self.vae, words, self.device, cfg=2.0,
+                                   mu=self.config.mu)
         found = [parse(p) for p in pictures]
-        self.figures = {"f1_colour_place": f1(truth, found, colour_place), "f1_shape_place": f1(truth, found, shape_place)}
+        self.figures = {"f1_colour_place": f1(truth, found, colour_place),
+                        "f1_shape_place": f1(truth, found, shape_place)}
         return self.figures
 
     def export(self, step: int) -> None:
@@ -210,8 +215,9 @@ class BaseStage:
 @torch.no_grad()
 def sample(flux, contexts: list[tuple[Tensor, Tensor]], weights: list[float], noise: Tensor, steps: int = 20,
            mu: float = 0.5, start: float = 1.0) -> Tensor:
-    """Euler sampling: noise [B, 8, 16, 16] at time `start` -> latents, along the sum of weights x velocities of contexts
-    (context [B, N, D], pooled [B, P]); classifier-free guidance s is weights [s, 1 - s] over (prompt, empty)."""
+    """Euler sampling: noise [B, 8, 16, 16] at time `start` -> latents, along the sum of weights x velocities of
+    contexts (context [B, N, D], pooled [B, P]); classifier-free guidance s is weights [s, 1 - s] over (prompt,
+    empty)."""
     times = shifted(torch.linspace(1, 0, steps + 1).clamp(min=1e-9), mu)
     times[-1] = 0
     times = torch.cat([torch.tensor([start]), times[times < start]])

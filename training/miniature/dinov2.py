@@ -1,4 +1,5 @@
-"""Stage 3b: a tiny DINOv2, trained to paint masked patches (SimMIM, arXiv 2111.09886) and to name what each patch shows.
+"""Stage 3b: a tiny DINOv2, trained to paint masked patches (SimMIM, arXiv 2111.09886) and to name what each patch
+shows.
 
 DINOv2's own self-distillation needs more images than a laptop has; what the adapter wants of this tower is the same:
 dense features that say what is where.
@@ -50,7 +51,8 @@ class Dinov2Stage:
         patches = F.unfold(x, DINOV2.patch, stride=DINOV2.patch).transpose(1, 2)
         painted = (self.trainables["paint"](features).float() - patches).abs().mean()
         colours, shapes = self.trainables["name"](features).float().split([10, 5], -1)
-        named = -(labels[..., :10] * colours.log_softmax(-1)).sum(-1) - (labels[..., 10:] * shapes.log_softmax(-1)).sum(-1)
+        named = -(labels[..., :10] * colours.log_softmax(-1)).sum(-1) - (labels[..., 10:]
+                                                                         * shapes.log_softmax(-1)).sum(-1)
         return painted, named.mean()
 
     def loss(self, step: Step):

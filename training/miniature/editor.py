@@ -1,6 +1,8 @@
-"""Stage 5: the miniature's edit decoder on random instructions, with the adapter's embedding of the edited scene as target.
+"""Stage 5: the miniature's edit decoder on random instructions, with the adapter's embedding of the edited scene as
+target.
 
-The decoder that ships is T5's; stage `editor-llm` trains a small causal LLM on the same samples, to be compared with it.
+The decoder that ships is T5's; stage `editor-llm` trains a small causal LLM on the same samples, to be compared with
+it.
 """
 from __future__ import annotations
 
@@ -62,8 +64,10 @@ class Config:
         if self.stack == "t5":
             return T5EditDecoderConfig(dim, dim, hierarchy, self.width, self.heads, self.layers)
         return LLMEditDecoderConfig(dim, dim, hierarchy, {
-            "model_type": self.stack, "hidden_size": self.width, "num_attention_heads": self.heads, "num_key_value_heads": self.heads,
-            "head_dim": self.width // self.heads, "num_hidden_layers": self.layers, "intermediate_size": self.feed_forward})
+            "model_type": self.stack, "hidden_size": self.width, "num_attention_heads": self.heads,
+            "num_key_value_heads": self.heads,
+            "head_dim": self.width // self.heads, "num_hidden_layers": self.layers,
+            "intermediate_size": self.feed_forward})
 
 
 def change_of(split: str, index: int, seed: int = 0, operation: str | None = None) -> Edit:
@@ -76,7 +80,8 @@ def augmented(change: Edit, kind: str, rng: np.random.Generator) -> Edit:
     """The edit as it is ("plain"), turned round ("reversed": back from its target, by coordinates) or without an effect
     ("identity": no instruction, or one that asks for what is so already)."""
     if kind == "reversed":
-        return replace(change, instruction=inverse_instruction(change, fine=True), source=change.target, target=change.source,
+        return replace(change, instruction=inverse_instruction(change, fine=True), source=change.target,
+                       target=change.source,
                        subject=change.result, result=change.subject)
     if kind == "identity":
         return Edit(kind, nothing_to_do(change, rng), change.source, change.source, None, None)
@@ -135,7 +140,8 @@ class EditorStage:
         index = (step.rand() * config.scenes).long().tolist()
         preset = config.presets[int(torch.randint(len(config.presets), (), generator=step.shared()))]
         kinds = [config.augmentation.kind(draw) for draw in step.rand().tolist()]
-        changes = [augmented(change_of("train", i), kind, generator_of("train", i, purpose=32)) for i, kind in zip(index, kinds)]
+        changes = [augmented(change_of("train", i), kind, generator_of("train", i, purpose=32))
+                   for i, kind in zip(index, kinds)]
         return self.losses(changes, preset, step)
 
     def scales(self, step: int) -> dict[str, float]:

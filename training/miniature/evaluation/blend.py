@@ -1,10 +1,10 @@
 """Blend: does the painted scene move evenly from A to B while the embedding does?
 
-Nine amounts from 0 to 1, slerp (the node's default), one noise for all nine. Every picture is parsed, and its scene X has
-the progress p = (1 + similarity(X, B) - similarity(X, A)) / 2 towards the true scenes A and B. Progress is rescaled so that
-the pictures of amounts 0 and 1 lie at 0 and 1. A perfectly even path makes eight steps of 1/8. The evenness of a pair is
-1 - (largest step - 1/8) / (1 - 1/8), kept within 0..1: 1 is perfectly even, 0 is one jump over the whole way (or more). A pair
-whose two ends are less than 0.1 of progress apart has not moved and counts 0.
+Nine amounts from 0 to 1, slerp (the node's default), one noise for all nine. Every picture is parsed, and its scene X
+has the progress p = (1 + similarity(X, B) - similarity(X, A)) / 2 towards the true scenes A and B. Progress is rescaled
+so that the pictures of amounts 0 and 1 lie at 0 and 1. A perfectly even path makes eight steps of 1/8. The evenness of
+a pair is 1 - (largest step - 1/8) / (1 - 1/8), kept within 0..1: 1 is perfectly even, 0 is one jump over the whole way
+(or more). A pair whose two ends are less than 0.1 of progress apart has not moved and counts 0.
 """
 from __future__ import annotations
 
