@@ -1,7 +1,8 @@
-"""More from every edit: nothing to do (identity), and the way back (the instruction reversed, source and target swapped).
+"""More from every edit: nothing to do (identity), and the way back (the instruction reversed, source and target
+swapped).
 
-Identity teaches what to leave alone: without it a decoder has never seen an instruction that changes nothing. The way back
-doubles the instructions: who learns "add X" from a picture learns "remove X" from the same.
+Identity teaches what to leave alone: without it a decoder has never seen an instruction that changes nothing. The way
+back doubles the instructions: who learns "add X" from a picture learns "remove X" from the same.
 """
 from __future__ import annotations
 
@@ -35,8 +36,8 @@ class Augmentation:
 
     def __post_init__(self):
         if not (0 <= self.identity and 0 <= self.reversed and self.identity + self.reversed <= 1):
-            raise ValueError(f"identity {self.identity} and reversed {self.reversed} are shares of the samples; they add up to "
-                             "at most 1.")
+            raise ValueError(f"identity {self.identity} and reversed {self.reversed} are shares of the samples; they "
+                             f"add up to at most 1.")
 
     def kind(self, draw: float) -> str:
         """"identity", "reversed" or "plain", for a number drawn uniformly from [0, 1)."""
@@ -70,7 +71,8 @@ def _with_article(thing: str) -> str:
 def augmented(sample: tuple[T, T, str], draw: float, word: float, shares: Augmentation) -> tuple[T, T, str]:
     """(source, target, instruction) as it is, without an effect, or back from its target.
 
-    draw, word: uniform from [0, 1); the second picks the words that ask for nothing. What cannot be turned round stays as it is.
+    draw, word: uniform from [0, 1); the second picks the words that ask for nothing. What cannot be turned round stays
+    as it is.
     """
     source, target, text = sample
     kind = shares.kind(draw)
