@@ -1,9 +1,9 @@
 """What an adapter training costs, from the shapes alone: parameters, FLOPs and memory of one step. Checked against what
 PyTorch counts (tests) and against what the machine at hand takes (`run.py bench plan`).
 
-FLOPs follow torchtitan's correction for Flux: a token passes through one stream of each double block, so it meets about 6.5
-of the 12 billion weights, and the modulation is computed once for a sample. The base is frozen: its backward computes the
-gradient of inputs but not of weights, so a step costs twice the forward, three times with checkpointing.
+FLOPs follow torchtitan's correction for Flux: a token passes through one stream of each double block, so it meets about
+6.5 of the 12 billion weights, and the modulation is computed once for a sample. The base is frozen: its backward
+computes the gradient of inputs but not of weights, so a step costs twice the forward, three times with checkpointing.
 """
 from __future__ import annotations
 
@@ -15,15 +15,19 @@ from ...kernels.adapter import AdapterConfig
 from ...kernels.vision.towers import TowerConfig
 from ..frozen.base import is_quantised
 
-FLUX1_DEV = dict(hidden_size=3072, num_heads=24, depth=19, depth_single_blocks=38, axes_dim=[16, 56, 56], context_in_dim=4096,
+FLUX1_DEV = dict(hidden_size=3072, num_heads=24, depth=19, depth_single_blocks=38, axes_dim=[16, 56, 56],
+                 context_in_dim=4096,
                  vec_in_dim=768, in_channels=16, patch_size=2, guidance_embed=True)
 FLUX1_VAE = dict(latent_channels=16, block_out_channels=[128, 256, 512, 512], layers_per_block=2)
 VAE_PARAMETERS = 83_819_683
 T5_PARAMETERS = 4_762_310_656  # the encoder of T5 v1.1 XXL
-LEARNING = 16  # bytes of a checkpoint for each number that learns: itself, its average and Adam's two moments, in float32
-# Bytes of a weight. int8: one bf16 scale a row; nf4: half a byte, one byte a block of 64 for its scale and 1/64 of that again.
+# bytes of a checkpoint for each number that learns: itself, its average and Adam's two moments, in float32
+LEARNING = 16
+# Bytes of a weight. int8: one bf16 scale a row; nf4: half a byte, one byte a block of 64 for its scale and 1/64 of that
+# again.
 BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "nf4": 0.5 + 1 / 64 + 4 / 256 / 64}
-# Bytes that a block of each kind keeps for its backward, for each token and channel, in bf16 (measured by saved-tensor hooks).
+# Bytes that a block of each kind keeps for its backward, for each token and channel, in bf16 (measured by saved-tensor
+# hooks).
 KEPT = {"double": 40, "single": 34}
 
 
@@ -50,7 +54,8 @@ class Flops:
 def flux_flops(flux, patches: int, tokens: int, checkpointing: bool, pooled: bool = True) -> tuple[float, float, float]:
     """(forward, backward, recomputed) FLOPs of one sample through a frozen Flux.
 
-    flux: a FluxTransformer2DModel.config. pooled: whether the pooled vector learns, so that a gradient passes the modulation.
+    flux: a FluxTransformer2DModel.config. pooled: whether the pooled vector learns, so that a gradient passes the
+    modulation.
     """
     h, s = flux.num_attention_heads * flux.attention_head_dim, patches + tokens
     doubles, singles = flux.num_layers, flux.num_single_layers
@@ -82,7 +87,8 @@ def adapter_flops(config: AdapterConfig, queries: int) -> float:
 
 def tower_layers(config: TowerConfig) -> int:
     shape = config.architecture.get("vision_cfg", config.architecture)
-    return shape.get("num_hidden_layers") or shape.get("layers") or 27  # open_clip names a SigLIP by timm's name; so400m has 27
+    # open_clip names a SigLIP by timm's name; so400m has 27
+    return shape.get("num_hidden_layers") or shape.get("layers") or 27
 
 
 def tower_parameters(config: TowerConfig) -> float:
@@ -126,7 +132,8 @@ def base_bytes(flux: nn.Module, precision: str) -> float:
 
 
 def activation_bytes(flux, patches: int, tokens: int, micro: int, checkpointing: bool) -> float:
-    """Of a micro-batch, at most: what the blocks keep for the backward, or with checkpointing their inputs and one block."""
+    """Of a micro-batch, at most: what the blocks keep for the backward, or with checkpointing their inputs and one
+    block."""
     h = flux.num_attention_heads * flux.attention_head_dim
     one = micro * (patches + tokens) * h
     if checkpointing:
@@ -135,10 +142,12 @@ def activation_bytes(flux, patches: int, tokens: int, micro: int, checkpointing:
 
 
 def adapter_activation_bytes(config: AdapterConfig, micro: int) -> float:
-    """Of a micro-batch: what the adapter's layers keep under autocast, about 60 bytes a query and 14 a patch and channel."""
+    """Of a micro-batch: what the adapter's layers keep under autocast, about 60 bytes a query and 14 a patch and
+    channel."""
     queries = sum(r * c * t for r, c, t in config.hierarchy)
     patches = config.towers[0].grid[0] * config.towers[0].grid[1]
-    return micro * config.width * (60 * config.layers * queries + (14 * config.layers + 20 * len(config.towers)) * patches)
+    return micro * config.width * (60 * config.layers * queries + (14 * config.layers + 20 * len(config.towers))
+                                   * patches)
 
 
 def parameters(module: nn.Module) -> int:
