@@ -33,8 +33,8 @@ class Outlines:
 
 
 def check(config: Config, world: World, absent: bool = False) -> Outlines:
-    """Refuse in one sentence what cannot be: settings, processes, libraries, and files that are missing or unfit, of which no more
-    than the headers are read. absent: whether a file may be missing still. ValueError."""
+    """Refuse in one sentence what cannot be: settings, processes, libraries, and files that are missing or unfit, of
+    which no more than the headers are read. absent: whether a file may be missing still. ValueError."""
     base, vision = config.base, config.vision.named()
     check_settings(config)
     check_base(base, world)
@@ -68,7 +68,8 @@ def prepared(url: str) -> bool:
 
 
 def pictures_of(config: Config) -> tuple[Index, Index, Plan]:
-    """(pictures to train on, those held out, the plan of the batches). ValueError where they do not do for the configuration."""
+    """(pictures to train on, those held out, the plan of the batches). ValueError where they do not do for the
+    configuration."""
     index = Index.read(config.data.index)
     if index.kind != "pictures":
         raise ValueError(f"{config.data.index} holds edits, not pictures; prepare pictures with `sda prepare`.")

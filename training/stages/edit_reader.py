@@ -1,4 +1,5 @@
-"""Samples of `sda train editor`: the two pictures of an edit, what the towers see in them where that is cached, and the words."""
+"""Samples of `sda train editor`: the two pictures of an edit, what the towers see in them where that is cached, and the
+words."""
 from __future__ import annotations
 
 import torch
@@ -18,8 +19,8 @@ Side = tuple[Tensor, dict[str, Tensor]]
 class EditReader:
     """(index, row, bucket) -> (source, target, instruction), both of them a Side.
 
-    cache: the folder that `sda cache` filled, "" for none; with one, nobody needs the pictures but the flow loss. Raises
-    ValueError where the cache lacks a sample, CorruptSample where one cannot be read.
+    cache: the folder that `sda cache` filled, "" for none; with one, nobody needs the pictures but the flow loss.
+    Raises ValueError where the cache lacks a sample, CorruptSample where one cannot be read.
     """
 
     def __init__(self, index: Index, cache: str, vision: Vision, resolutions: tuple[int, ...], pictures: bool):
@@ -36,7 +37,8 @@ class EditReader:
         return (source, self.features(row, bucket, "")), (target, self.features(row, bucket, "target")), text
 
     def features(self, row: int, bucket: tuple[int, int], member: str) -> dict[str, Tensor]:
-        return {tower: cache.read(row, self.resolution[bucket], member)["features"].float() for tower, cache in self.caches.items()}
+        return {tower: cache.read(row, self.resolution[bucket], member)["features"].float()
+                for tower, cache in self.caches.items()}
 
 
 def sent(sides: list[Side], device: torch.device) -> Side:

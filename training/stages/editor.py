@@ -1,4 +1,5 @@
-"""`sda train editor`: the edit decoder on prepared edits, towards a frozen adapter's embedding of the edited picture."""
+"""`sda train editor`: the edit decoder on prepared edits, towards a frozen adapter's embedding of the edited
+picture."""
 from __future__ import annotations
 
 import numpy as np
@@ -63,7 +64,8 @@ class EditorStage:
         config, device = self.config, self.device
         half = frozen_dtype(device, config.run.precision)
         self.towers = {} if config.data.cache else load_towers(config.vision.files, config.vision.ids, device, half)
-        self.text = load_instruction_encoder(config.text.path, device, config.text.tokenizer, config.text.length, config.text.precision)
+        self.text = load_instruction_encoder(config.text.path, device, config.text.tokenizer, config.text.length,
+                                             config.text.precision)
         space = self.adapter.config.out_dim, self.text.width, self.adapter.config.hierarchy
         self.decoder = new_decoder(config.decoder, space, half).to(device).train()
         if config.decoder.start is None:
@@ -94,7 +96,8 @@ class EditorStage:
     def fingerprint(self) -> dict:
         config = self.config
         begun = config.decoder.llm or config.decoder.start
-        return {"data": self.plan.hash, "held_out": self.held.hash, "adapter": file_hash(config.adapter), "text": self.text.hash,
+        return {"data": self.plan.hash, "held_out": self.held.hash, "adapter": file_hash(config.adapter),
+                "text": self.text.hash,
                 "towers": {tower_config(path, name).id: base_sha256(path) for path, name in config.vision.named()},
                 "base": self.record["base_sha256"], "begun_from": base_sha256(begun) if begun else None,
                 "decoder": self.decoder.config.to_json()}
@@ -175,12 +178,14 @@ class EditorStage:
 
     @torch.no_grad()
     def pictures(self) -> dict[str, np.ndarray]:
-        """Held-out edits of one shape, one a row: source, what the written embedding paints, what the true one paints, target."""
+        """Held-out edits of one shape, one a row: source, what the written embedding paints, what the true one paints,
+        target."""
         if self.flow is None:
             return {}
         settings, world = self.config.validation, self.validation.world
         own: dict[int, np.ndarray] = {}
-        for share in self.validation.batches(settings.pictures, min(self.config.run.micro or 16, -(-settings.pictures // world.size))):
+        for share in self.validation.batches(settings.pictures,
+                                             min(self.config.run.micro or 16, -(-settings.pictures // world.size))):
             rows = self.painted(*self.batch(share.samples), share.rows)
             if share.counts:
                 own |= zip(share.rows, rows.mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy())
@@ -198,7 +203,8 @@ class EditorStage:
         regions = regions_for(hierarchy, (height // side, width // side), self.device) if self.flow.masked else None
         with autocast(self.device, self.config.run.precision):
             written = self.decoder.generate(tokens, hierarchy.boxes(), hierarchy.level_ids(), self.text(texts))
-            found = [paint(self.flow.flux, self.flow.vae, each, pooled, regions, height, width, seeds, settings.steps, settings.guidance)
+            found = [paint(self.flow.flux, self.flow.vae, each, pooled, regions, height, width, seeds, settings.steps,
+                           settings.guidance)
                      for each in (written, truth)]
         return torch.cat([source[0], *found, target[0]], 3)
 

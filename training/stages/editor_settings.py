@@ -52,7 +52,8 @@ class Decoder:
     llm: Path | None = None
     """The folder of a causal LLM (config.json and safetensors), such as Qwen3's base models."""
     start: Path | None = None
-    """An edit decoder's file to go on from, for the same adapter: what an earlier run exported. Its sizes are its own."""
+    """An edit decoder's file to go on from, for the same adapter: what an earlier run exported. Its sizes are its
+    own."""
     lora_rank: int = 64
     """Of the LoRA on the LLM, which is frozen; 0 trains the whole LLM."""
     lora_alpha: float = 64.0
@@ -113,7 +114,8 @@ def check(config: Config, world: World) -> None:
     decoder, base = config.decoder, config.base
     if decoder.llm and (decoder.architecture == "t5" or decoder.start):
         raise ValueError("decoder.llm is given for a T5; set decoder.architecture to causal_lm, or leave the LLM out."
-                         if decoder.architecture == "t5" else "decoder.start has an LLM of its own; leave decoder.llm out.")
+                         if decoder.architecture == "t5"
+                         else "decoder.start has an LLM of its own; leave decoder.llm out.")
     if decoder.architecture == "causal_lm" and not (decoder.llm or decoder.start):
         raise ValueError("decoder.llm is missing: give the folder of a causal LLM such as Qwen3.")
     if not config.presets:
@@ -135,8 +137,8 @@ def check(config: Config, world: World) -> None:
 
 
 def new_decoder(settings: Decoder, space: tuple, dtype: torch.dtype) -> EditDecoder:
-    """The decoder before its training, frozen where it does not learn. space: (dim, text_dim, hierarchy) of the adapter and
-    the text encoder; dtype: of a frozen LLM."""
+    """The decoder before its training, frozen where it does not learn. space: (dim, text_dim, hierarchy) of the adapter
+    and the text encoder; dtype: of a frozen LLM."""
     if settings.start:
         decoder = read_decoder(settings, space)
     elif settings.architecture == "t5":
@@ -154,12 +156,14 @@ def new_decoder(settings: Decoder, space: tuple, dtype: torch.dtype) -> EditDeco
 
 
 def read_decoder(settings: Decoder, space: tuple) -> EditDecoder:
-    """The decoder in `settings.start`. ValueError where it is of another architecture or space (dim, text_dim, hierarchy)."""
+    """The decoder in `settings.start`. ValueError where it is of another architecture or space (dim, text_dim,
+    hierarchy)."""
     decoder, _ = load_editor(settings.start, torch.device("cpu"))
     config = decoder.config
     if config.architecture != settings.architecture:
-        raise ValueError(f"{settings.start} is a {config.architecture} and decoder.architecture says {settings.architecture}; "
-                         "make them the same.")
+        raise ValueError(f"{settings.start} is a {config.architecture} and decoder.architecture says "
+                         f"{settings.architecture}; make them the same.")
     if (config.dim, config.text_dim, config.hierarchy) != space:
-        raise ValueError(f"{settings.start} was made for another adapter or text encoder; start from one of this adapter.")
+        raise ValueError(f"{settings.start} was made for another adapter or text encoder; start from one of "
+                         "this adapter.")
     return decoder.train().requires_grad_(True)

@@ -16,7 +16,8 @@ from .settings import Data
 
 def plan_of(index: Index, run: RunConfig, data: Data) -> Plan:
     """The batches of a run, whose resolutions change by phase."""
-    return Plan(index, run.batch, run.seed, {str(i): dict.fromkeys(map(int, p[1:]), 1.0) for i, p in enumerate(data.resolutions)})
+    return Plan(index, run.batch, run.seed,
+                {str(i): dict.fromkeys(map(int, p[1:]), 1.0) for i, p in enumerate(data.resolutions)})
 
 
 def captions_of(index: Index) -> list[str]:
@@ -39,18 +40,20 @@ class Share:
     rows: list[int]
     samples: list[Any]
     counts: bool
-    """False for one that is only computed because a base that is cut over the processes has to be asked equally often by each."""
+    """False for one that is only computed because a base that is cut over the processes has to be asked equally often
+    by each."""
 
 
 class Held:
-    """The held-out samples of a run, by batches of one bucket, each looked at by one process. A sample that cannot be read stops the
-    run, or is named once and left out from then on, as `data.on_corrupt` says. An edit of a held-out picture may itself be smaller than
-    the resolution; it is left out and counted in `small`.
+    """The held-out samples of a run, by batches of one bucket, each looked at by one process. A sample that cannot be
+    read stops the run, or is named once and left out from then on, as `data.on_corrupt` says. An edit of a held-out
+    picture may itself be smaller than the resolution; it is left out and counted in `small`.
 
     read: (index, row, bucket) -> a sample.
     """
 
-    def __init__(self, index: Index, resolution: int, on_corrupt: str, world: World, read: Callable[[Index, int, tuple], Any]):
+    def __init__(self, index: Index, resolution: int, on_corrupt: str, world: World,
+                 read: Callable[[Index, int, tuple], Any]):
         self.index, self.on_corrupt, self.world, self.read = index, on_corrupt, world, read
         sizes = [tuple(map(int, size)) for size in index.buckets(resolution)]
         self.buckets = {row: size for row, size in enumerate(sizes) if all(size)}
@@ -65,11 +68,12 @@ class Held:
         return f"{len(self)} {what} held out{small}"
 
     def batches(self, count: int, most: int) -> Iterator[Share]:
-        """This process's batches, at most `most` samples each, of the first `count` held-out samples, bucket by bucket. What a batch
-        holds does not depend on the number of processes, and all of them get equally many."""
+        """This process's batches, at most `most` samples each, of the first `count` held-out samples, bucket by bucket.
+        What a batch holds does not depend on the number of processes, and all of them get equally many."""
         rows = list(self.buckets)[:count]
         cut = [group[start:start + most] for bucket in sorted({self.buckets[row] for row in rows})
-               for group in [[row for row in rows if self.buckets[row] == bucket]] for start in range(0, len(group), most)]
+               for group in [[row for row in rows if self.buckets[row] == bucket]]
+               for start in range(0, len(group), most)]
         for first in range(0, len(cut), self.world.size):
             number = first + self.world.rank
             found = self.readable(cut[number] if number < len(cut) else [])
@@ -109,8 +113,8 @@ class Held:
         return samples
 
     def none(self) -> ValueError:
-        return ValueError(f"None of the {len(self)} held-out samples of {self.index.url} can be read any more; restore its shards or "
-                          "prepare the set again.")
+        return ValueError(f"None of the {len(self)} held-out samples of {self.index.url} can be read any more; "
+                          f"restore its shards or prepare the set again.")
 
     def gathered(self, own: dict[int, Any]) -> dict[int, Any]:
         """What each process found out about its rows, or batches, in their order, in all processes."""

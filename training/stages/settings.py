@@ -19,12 +19,12 @@ class Base:
     vae: Path
     """Its VAE: ae.safetensors, or a diffusers folder."""
     text: Path
-    """What its text encoder's outputs are like: the file that `sda statistics` wrote, or any exported adapter of the same base; or the
-    text encoder itself, which reads some of the captions once, on the CPU: a diffusers folder with text_encoder_2 and tokenizer_2, or
-    ComfyUI's t5xxl_fp16.safetensors beside a tokenizer."""
+    """What its text encoder's outputs are like: the file that `sda statistics` wrote, or any exported adapter of the
+    same base; or the text encoder itself, which reads some of the captions once, on the CPU: a diffusers folder with
+    text_encoder_2 and tokenizer_2, or ComfyUI's t5xxl_fp16.safetensors beside a tokenizer."""
     precision: Precision = "auto"
-    """Of the frozen weights. auto: bf16 where the device computes it fast, fp32 elsewhere. nf4 and int8 are for cards that
-    bf16 (24 GB) does not fit."""
+    """Of the frozen weights. auto: bf16 where the device computes it fast, fp32 elsewhere. nf4 and int8 are for cards
+    that bf16 (24 GB) does not fit."""
     sharded: bool = free(False)
     """Cut the base over the processes of each machine; it is replicated otherwise, which is faster where it fits."""
     checkpointing: bool = free(True)
@@ -36,15 +36,15 @@ class Data:
     index: str = free("")
     """The folder that `sda prepare` filled, or its fsspec URL."""
     cache: str = free("")
-    """The folder that `sda cache` filled, or its URL: what it holds of the VAE and of the towers is not computed again. It
-    keeps the latents' distributions, so that each visit draws anew, in float16."""
+    """The folder that `sda cache` filled, or its URL: what it holds of the VAE and of the towers is not computed again.
+    It keeps the latents' distributions, so that each visit draws anew, in float16."""
     resolutions: tuple[tuple, ...] = ((1.0, 512),)
     """Phases as (end, px, px, ...): until this share of the run each batch has one of these resolutions."""
     held_out: int = 32
     """Pictures kept from training for the validation, the same ones whatever the order of the set."""
     on_corrupt: Literal["stop", "skip"] = free("stop")
-    """A picture that can no longer be read: stop and name it, or take another one of its bucket. One that was held out is left
-    out then."""
+    """A picture that can no longer be read: stop and name it, or take another one of its bucket. One that was held out
+    is left out then."""
     ahead: int = free(4)
     """Batches that are decoded ahead, by a thread each."""
 
@@ -62,7 +62,8 @@ class Vision:
     files: tuple[Path, ...]
     """The vision towers' safetensors files, or their folders; a DINOv2 among them."""
     ids: tuple[str, ...] = ()
-    """Which published encoder each file is (kernels/vision/known.py); "" for a file of this pack, which says it itself."""
+    """Which published encoder each file is (kernels/vision/known.py); "" for a file of this pack, which says it
+    itself."""
 
     def named(self) -> list[tuple[Path, str]]:
         """Every file with its id."""
@@ -115,8 +116,8 @@ def check_settings(config: Config) -> None:
     if base.sharded:
         check_shardable(base.precision)
     if config.run.compile and base.precision in ("int8", "nf4"):
-        raise ValueError(f"torch.compile cannot train through a base in {base.precision} (its compiler refuses the quantised weights); "
-                         "give --run.no-compile, or --base.precision bf16.")
+        raise ValueError(f"torch.compile cannot train through a base in {base.precision} (its compiler refuses the "
+                         f"quantised weights); give --run.no-compile, or --base.precision bf16.")
     check_phases(objective.growth, "objective.growth", str)
     check_data(config.data)
     table = named_hierarchy(config.adapter.table)
@@ -125,7 +126,8 @@ def check_settings(config: Config) -> None:
 
 
 def check_base(base, world: World) -> None:
-    """base: with a precision and whether it is sharded. ValueError where the library is missing or the processes do not fit."""
+    """base: with a precision and whether it is sharded. ValueError where the library is missing or the processes do not
+    fit."""
     check_precision(base.precision)
     if base.sharded:
         check_sharding(base.precision, world)
@@ -151,5 +153,5 @@ def check_phases(phases: tuple[tuple, ...], key: str, choice: type) -> None:
     if (len(ends) < len(phases) or ends != sorted(set(ends)) or not ends or ends[0] <= 0 or ends[-1] != 1
             or any(len(phase) < 2 for phase in phases) or any(type(each) is not choice for each in choices)):
         kind = "a name" if choice is str else "pixels"
-        raise ValueError(f"{key} is a list of [end, choice, ...] with rising ends up to 1.0 and {kind} for each choice, not "
-                         f"{[list(p) for p in phases]}.")
+        raise ValueError(f"{key} is a list of [end, choice, ...] with rising ends up to 1.0 and {kind} for each "
+                         f"choice, not {[list(p) for p in phases]}.")
