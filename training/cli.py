@@ -26,7 +26,8 @@ COMMANDS = {
 }
 # stage of the miniature -> (module, TOML file), in the order in which they build on one another
 STAGES = {
-    "scenes": ("preview", "scenes"), "vae": ("vae", "vae"), "text": ("reader", "text"), "base": ("base", "base"), "clip": ("clip", "clip"),
+    "scenes": ("preview", "scenes"), "vae": ("vae", "vae"), "text": ("reader", "text"), "base": ("base", "base"),
+    "clip": ("clip", "clip"),
     "dinov2": ("dinov2", "dinov2"), "adapter": ("adapter", "adapter"), "editor": ("editor", "editor"),
     "adapter-unmasked": ("adapter", "adapter_unmasked"), "adapter-global64": ("adapter", "adapter_global64"),
 }

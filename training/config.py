@@ -1,7 +1,8 @@
 """Configuration: frozen dataclasses, filled from a TOML file, overridden by dotted flags on the command line.
 
-Values are strict: a number in quotes is no number, true is no whole number, and a number is finite. pydantic checks them, as it
-does the records of files (kernels/schema.py); what is wrong is one sentence with the file, the key and what was expected.
+Values are strict: a number in quotes is no number, true is no whole number, and a number is finite. pydantic checks
+them, as it does the records of files (kernels/schema.py); what is wrong is one sentence with the file, the key and what
+was expected.
 """
 from __future__ import annotations
 
@@ -39,8 +40,8 @@ T = TypeVar("T")
 
 
 def free(default: Any = dataclasses.MISSING) -> Any:
-    """A field that a resumed run may change, since it changes neither what is learnt nor from which samples. (So may a Path:
-    where a file lies is free, what it holds is for the stage's identity.)"""
+    """A field that a resumed run may change, since it changes neither what is learnt nor from which samples. (So may a
+    Path: where a file lies is free, what it holds is for the stage's identity.)"""
     return field(default=default, metadata={"free": True})
 
 
@@ -51,7 +52,8 @@ class RunConfig:
     out: Annotated[Path, tyro.conf.arg(aliases=("--out",))]
     """Run folder: config.toml, metrics.jsonl, TensorBoard events, validation/, checkpoints/."""
     max_steps: Annotated[Count, tyro.conf.arg(aliases=("--max-steps",))] = free()
-    """The run ends after this many steps; more of them extend the plateau of the learning rate, and the last of its phases."""
+    """The run ends after this many steps; more of them extend the plateau of the learning rate, and the last of its
+    phases."""
     plan_steps: Whole = 0
     """The steps of which growth, unlocking and resolutions name shares. 0: the max_steps that the run began with."""
     batch: Count = 32
@@ -70,8 +72,8 @@ class RunConfig:
     ema: Decay = 0.999
     """Decay of the averaged weights, the ones that are validated and exported."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """bf16 is by autocast; auto takes it where the device computes it fast, and fp32 elsewhere: a GPU before Ampere would need
-    fp16, whose gradients vanish without a loss scaler. A resumed run keeps what it began with."""
+    """bf16 is by autocast; auto takes it where the device computes it fast, and fp32 elsewhere: a GPU before Ampere
+    would need fp16, whose gradients vanish without a loss scaler. A resumed run keeps what it began with."""
     device: str = free("auto")
     threads: Whole = free(0)
     """CPU threads; 0 leaves PyTorch's choice."""
@@ -109,7 +111,8 @@ def from_toml(kind: type[T], path: Path, **overrides: Any) -> T:
 def build(kind: type[T], data: dict, where: str) -> T:
     """The dataclass `kind` of a JSON-like table. where: begins the sentence of the ValueError."""
     try:
-        # As JSON, because strict pydantic takes lists for tuples, strings for paths and tables for dataclasses only there.
+        # As JSON, because strict pydantic takes lists for tuples, strings for paths and tables for dataclasses only
+        # there.
         return _adapter(kind).validate_json(json.dumps([data], default=str))[0]
     except ValidationError as error:
         found = error.errors(include_url=False)
@@ -163,7 +166,8 @@ def _table(kind: type, key: str) -> type | None:
 
 
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
-_WANTED = {"bool_type": "true or false", "int_type": "a whole number", "int_from_float": "a whole number", "float_type": "a number",
+_WANTED = {"bool_type": "true or false", "int_type": "a whole number", "int_from_float": "a whole number",
+           "float_type": "a number",
            "finite_number": "a finite number", "string_type": "a text", "path_type": "a path", "tuple_type": "a list",
            "dataclass_type": "a table", "none_required": "left out"}
 
@@ -175,8 +179,8 @@ def _wanted(error: dict) -> str:
 
 
 def resolve_precisions(config: Any, device: torch.device, began: dict) -> Any:
-    """The configuration with every `precision` of "auto", its own and those of its tables, as `began` (an earlier copy by
-    `to_dict`, or {}) has it or, where that says nothing, as the device computes fast."""
+    """The configuration with every `precision` of "auto", its own and those of its tables, as `began` (an earlier copy
+    by `to_dict`, or {}) has it or, where that says nothing, as the device computes fast."""
     changes = {}
     for known in dataclasses.fields(config):
         value, earlier = getattr(config, known.name), began.get(known.name)

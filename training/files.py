@@ -38,12 +38,14 @@ def folder_tensors(folder: Path, read: Callable[[Path], dict[str, Tensor]] = che
 
 
 def outline(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file on the meta device: what `checkpoint.load_tensors` gives, with nothing read but the header
-    and the few bytes in which ComfyUI says how a layer is quantised. ValueError for a file or a dtype that PyTorch has not."""
+    """The tensors of a safetensors file on the meta device: what `checkpoint.load_tensors` gives, with nothing read but
+    the header and the few bytes in which ComfyUI says how a layer is quantised. ValueError for a file or a dtype that
+    PyTorch has not."""
     entries, found = header.read(path).tensors, {}
     for name, entry in entries.items():
         if entry.dtype not in STORED:
-            raise ValueError(f"{path} has {name} in {entry.dtype}, which is not read here; give the bf16, fp16 or fp8 file.")
+            raise ValueError(f"{path} has {name} in {entry.dtype}, which is not read here; give the bf16, fp16 or "
+                             "fp8 file.")
         found[name] = torch.empty(entry.shape, dtype=STORED[entry.dtype], device="meta")
     if words := [name for name in entries if name.endswith(".comfy_quant")]:
         with safe_open(path, framework="pt") as file:
