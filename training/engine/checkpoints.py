@@ -1,4 +1,5 @@
-"""Checkpoints that are whole or absent: staged beside, sealed by complete.json with every file's hash, renamed once."""
+"""Checkpoints that are whole or absent: written to a staging folder, sealed by complete.json with every file's hash,
+and then renamed."""
 from __future__ import annotations
 
 import contextlib
@@ -35,16 +36,16 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasse
 
 
 def began_with(run: RunConfig) -> dict:
-    """The configuration that the checkpoints of a run tell of; {} for a new one."""
+    """The configuration in the checkpoints of a run; {} for a new run."""
     for _, folder in reversed(found(run.out / "checkpoints")):
-        with contextlib.suppress(ValueError, FileNotFoundError):  # torn: another one will do
+        with contextlib.suppress(ValueError, FileNotFoundError):  # a torn checkpoint is passed over for another one
             return read_record(folder)["config"]
     return {}
 
 
 def settle(config: Any, device: torch.device) -> Any:
-    """The configuration of a stage with all that it leaves open decided: `plan_steps` and every precision are those
-    that the run began with or, in a new one, all of its steps and what the device computes fast."""
+    """The configuration of a stage with every open choice decided. In a resumed run `plan_steps` and every precision
+    are those that the run began with. In a new run they are all of its steps and what the device computes fast."""
     run, began = config.run, began_with(config.run)
     first = began.get("run", {})
     steps = run.plan_steps or first.get("plan_steps") or first.get("max_steps") or run.max_steps
@@ -96,7 +97,7 @@ class Checkpoints:
         return record["step"]
 
     def comfort(self) -> str:
-        """What can be said of the checkpoints where a run ends early."""
+        """A sentence about the checkpoints for a run that ends early."""
         return f"The last checkpoint in {self.folder} is good" if found(self.folder) else "There is no checkpoint yet"
 
     def compare(self, record: dict) -> None:
@@ -105,7 +106,7 @@ class Checkpoints:
             raise ValueError(f"{self.folder} holds a run of '{record['stage']}', not of '{stage.name}'; give another "
                              "--run.out.")
         new, fields = flat(to_dict(self.config)), list(leaves(self.config))
-        # What an older checkpoint has no word of, it had at its default.
+        # A key that an older checkpoint lacks had its default value.
         old = {k: f.default for k, _, f in fields if k in new and f.default is not dataclasses.MISSING}
         old = {**plain(old), **flat(record["config"])}
         old["run.plan_steps"] = old["run.plan_steps"] or old["run.max_steps"]
@@ -138,7 +139,7 @@ class Checkpoints:
 
     def save(self, step: int) -> None:
         """Write the checkpoint of a step and remove those no longer kept. Raises OSError in every process where the
-        disk refuses; the checkpoints that were there stay as they are."""
+        disk refuses. The earlier checkpoints then stay as they are."""
         problem = None
         if self.world.main:
             staged = self.folder / f".writing_{step:08d}"
@@ -168,15 +169,15 @@ class Checkpoints:
             "processes": self.world.size, "identity": learner.stage.identity, "config": to_dict(self.config)})
         sync(staged)
         target = self.folder / f"step_{step:08d}"
-        shutil.rmtree(target, ignore_errors=True)  # only one that was passed over as damaged can be here
+        shutil.rmtree(target, ignore_errors=True)  # an existing folder was passed over as damaged
         staged.rename(target)
         sync(self.folder)
 
     def remove_old(self, step: int) -> None:
         run = self.config.run
-        steps = [n for n, _ in found(self.folder) if n <= step]  # beyond: passed over
+        steps = [n for n, _ in found(self.folder) if n <= step]  # later ones were passed over
         for old in steps[:-run.keep]:
             if not (run.keep_every and old % run.keep_every == 0):
-                # Under another name first: a kill in between must not leave half of one under a checkpoint's name.
+                # Rename first: a kill in between must not leave half a folder under a checkpoint's name.
                 gone = (self.folder / f"step_{old:08d}").rename(self.folder / f".removing_{old:08d}")
                 shutil.rmtree(gone)

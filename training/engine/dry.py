@@ -1,5 +1,4 @@
-"""--dry-run: what a run would be. Settings, parameters and memory by part, buckets, and one step; nothing is
-written."""
+"""--dry-run: print settings, parameters and memory by part, and buckets; run one step; write nothing."""
 from __future__ import annotations
 
 import time
@@ -24,7 +23,7 @@ def parts_of(stage: Stage) -> Iterator[tuple[str, nn.Module, bool]]:
 
 
 def table(stage: Stage) -> str:
-    """Parameters and memory of each part: weights, and for what learns its gradient, Adam's two moments and the
+    """Parameters and memory of each part. A part that learns also needs its gradient, Adam's two moments and the
     average."""
     lines = [f"{'part':24}{'parameters':>16}{'learning':>16}{'weights':>14}{'training':>14}"]
     total = [0, 0, 0, 0]
@@ -45,7 +44,7 @@ def line(name: str, row: list[int]) -> str:
 
 
 def dry_run(stage: Stage, config: Any, world: World) -> bool:
-    """Print all of it, on the first process; every process runs the step."""
+    """Print everything on the first process. Every process runs the step."""
     say = print if world.main else lambda *words: None
     say(to_toml(config))
     say(table(stage))
