@@ -1,4 +1,4 @@
-"""What looks at the pictures: the vision towers and Flux's VAE, from files, offline and frozen."""
+"""The encoders of pictures: the vision towers and Flux's VAE, from files, offline and frozen."""
 from __future__ import annotations
 
 import json
@@ -28,7 +28,8 @@ class Latents:
 
     def __init__(self, vae: AutoencoderKL):
         self.vae = vae
-        vae.enable_slicing()  # picture by picture: the convolutions of a batch of large ones would outweigh all else
+        # one picture at a time: the convolutions of a batch of large ones would need most of the memory
+        vae.enable_slicing()
         self.scale, self.shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
         self.channels, self.downsample = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
 
@@ -51,7 +52,7 @@ class Latents:
 def load_vae(path: Path, device: torch.device) -> Latents:
     """Flux's VAE from `ae.safetensors`, from a diffusers folder (`vae/` or its parent), or from one of our files.
 
-    In the dtype of `frozen_dtype`. Raises ValueError where the file is no VAE.
+    Its dtype is that of `frozen_dtype`. Raises ValueError where the file is not a VAE.
     """
     vae, tensors = vae_of(Path(path), checkpoint.load_tensors)
     dtype = frozen_dtype(device)
@@ -60,7 +61,8 @@ def load_vae(path: Path, device: torch.device) -> Latents:
 
 
 def vae_of(path: Path, read: Callable[[Path], dict[str, Tensor]]) -> tuple[AutoencoderKL, dict[str, Tensor]]:
-    """(the VAE of a file without weights, on the meta device; its tensors by diffusers' names), which fit one another.
+    """(the VAE of a file without weights, on the meta device; its tensors by diffusers' names). The two fit one
+    another. read: as in `base.skeleton`.
     read: as in `base.skeleton`."""
     if path.is_dir():
         folder = path / "vae" if (path / "vae").is_dir() else path
@@ -107,8 +109,8 @@ def from_single_file(path: Path, read: Callable[[Path], dict[str, Tensor]]) -> t
 def load_towers(files: tuple[Path, ...], ids: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> dict[str, VisionTower]:
     """Frozen vision towers by their ids, in the order of the files.
 
-    ids: for each file the id of a published encoder (kernels/vision/known.py), "" where the file says it itself; may be
-    left out for files that all do. A file may also be a folder with the published safetensors weights.
+    ids: for each file the id of a published encoder (kernels/vision/known.py), "" where the file's record has it. ids
+    may be left out where every file has it. A file may also be a folder with the published safetensors weights.
     """
     towers = [load_one(path, name) for path, name in with_ids(files, ids)]
     found = {tower.config.id: tower.to(device, dtype).requires_grad_(False) for tower in towers}
@@ -118,7 +120,7 @@ def load_towers(files: tuple[Path, ...], ids: tuple[str, ...], device: torch.dev
 
 
 def with_ids(files: Sequence[Path], ids: Sequence[str]) -> list[tuple[Path, str]]:
-    """Every file of a vision tower with its id, which is "" for all of them where no ids are given."""
+    """Every file of a vision tower with its id; "" for all of them where no ids are given."""
     if ids and len(ids) != len(files):
         raise ValueError(f"Vision towers and ids do not pair up ({len(files)} and {len(ids)}); give one id for each, "
                          "\"\" for our own.")
@@ -126,7 +128,7 @@ def with_ids(files: Sequence[Path], ids: Sequence[str]) -> list[tuple[Path, str]
 
 
 def tower_config(path: Path, name: str) -> TowerConfig:
-    """Which encoder a file is: the published one of this id or, for "", what the file's own record says."""
+    """The encoder of a file: the published one of this id or, for "", the one in the file's own record."""
     if name:
         if name not in KNOWN_TOWERS:
             raise ValueError(f"There is no vision tower '{name}'; the known ones are {', '.join(KNOWN_TOWERS)}.")
@@ -144,7 +146,7 @@ def load_one(path: Path, name: str) -> VisionTower:
 
 
 def check_tower(path: Path, name: str) -> TowerConfig:
-    """Which encoder a file is. ValueError where it is not the one that it is said to be; its weights are not read."""
+    """The encoder of a file. ValueError where the file does not fit the id. Its weights are not read."""
     config = tower_config(path, name)
     if path.is_dir():
         load_tower(config, folder_tensors(path, outline))
@@ -154,7 +156,8 @@ def check_tower(path: Path, name: str) -> TowerConfig:
 
 
 def check_towers(towers: Sequence[tuple[Path, str]], adapter: Path, record: dict) -> None:
-    """Refuse towers that an adapter was not trained with. ValueError where one is missing or its DINOv2 is another one.
+    """Refuse towers that an adapter was not trained with. ValueError where one is missing or its DINOv2 is a different
+    one.
 
     towers: files with their ids, as `with_ids` pairs them. record: of the adapter's file.
     """
@@ -171,8 +174,8 @@ def check_towers(towers: Sequence[tuple[Path, str]], adapter: Path, record: dict
 
 
 def tuned_together(path: Path, name: str, record: dict) -> bool:
-    """Whether the file of the tower `name` is the one that an adapter's record asks for; it asks for none where
-    training left the tower as it was published."""
+    """Whether the file of the tower `name` is the one that an adapter's record asks for. The record asks for none where
+    training left the tower as published."""
     if "dinov2_sha256" in record:
         return base_sha256(path) == record["dinov2_sha256"]
     if not record.get("towers", {}).get(name, "").startswith("tuned"):

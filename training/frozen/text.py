@@ -1,6 +1,6 @@
-"""Instructions as Flux's T5 encodes them: what the edit decoder reads in training is what the nodes hand it.
+"""Instructions as Flux's T5 encodes them: the edit decoder reads the same in training as in the nodes.
 
-Texts are padded to a fixed length whose padding nothing masks, as in Flux; ComfyUI pads to 256 tokens.
+Texts are padded to a fixed length. As in Flux, the padding is not masked. ComfyUI pads to 256 tokens.
 """
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 
 
 class InstructionEncoder:
-    """texts -> their encoding [B, L, width] on the encoder's device; `hash` says which encoder it is."""
+    """texts -> their encoding [B, L, width] on the encoder's device. `hash` identifies the encoder."""
 
     def __init__(self, model: nn.Module, ids: Callable[[list[str]], Tensor], hash: str):
         self.model, self.ids, self.hash = model.eval().requires_grad_(False), ids, hash
@@ -37,7 +37,7 @@ class InstructionEncoder:
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Tensor:
         ids = self.ids(list(texts)).to(self.model.device)
-        # An explicit mask of ones: without it some versions of transformers mask the pads on their own.
+        # The mask of ones is explicit: without it some versions of transformers mask the padding on their own.
         return self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
 
 
@@ -88,10 +88,10 @@ def encoder_place(path: Path) -> Path:
 
 
 def load_tokenizer(path: Path, vocabulary: int, folder: Path | None = None):
-    """T5's tokenizer, called as transformers' are: the one in `folder` or, for None, in or beside the encoder at
-    `path`.
+    """T5's tokenizer, called as transformers' are. It is the one in `folder` or, for None, the one in or beside the
+    encoder at `path`.
 
-    vocabulary: words that the encoder knows. ValueError where there is none, or one of more words.
+    vocabulary: number of words that the encoder has. ValueError where there is no tokenizer, or one with more words.
     """
     from transformers import AutoTokenizer
 
