@@ -44,8 +44,8 @@ def merged_state(decoder: EditDecoder) -> dict[str, Tensor]:
 
 
 class Learned(nn.Module):
-    """The parameters of a module that may learn, and its buffers, without its frozen weights: what a checkpoint
-    holds."""
+    """The parameters of a module that may learn, and its buffers, without its frozen weights: the content of a
+    checkpoint."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
