@@ -1,5 +1,4 @@
-"""`sda plan`: parameters, memory by part, FLOPs, speed and cost of an adapter training, before anything is bought or
-loaded."""
+"""`sda plan`: parameters, memory, FLOPs, speed and cost of an adapter training, before anything is bought or loaded."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -29,7 +28,7 @@ class Card:
     peak: float
     """Dense bf16 TFLOP/s with fp32 sums, from the maker's data sheet."""
     price: float
-    """US dollars an hour to rent, a round figure; --price says yours."""
+    """Rent in US dollars per hour, a round figure. --price gives another."""
     link: float
     """GB/s between the cards of one machine, each way."""
 
@@ -42,23 +41,23 @@ NETWORK = 25.0  # GB/s of one card to other machines
 # report; int8 and NF4, which cannot be compiled, by their ratio to it in unsloth's FLUX LoRA figures on one B200 (bf16
 # 4.12 steps/s; int8 2.14; NF4 1.81), which fits SimpleTuner's 1 to 1.5 s a step of NF4 on a 4090.
 SHARE = {"bf16": 0.40, "int8": 0.21, "nf4": 0.18, "fp32": 0.05}
-EAGER = 0.8  # of a compiled step's speed, in bf16 and fp32
+EAGER = 0.8  # share of a compiled step's speed, in bf16 and fp32
 RESERVE = 2.0  # GB for CUDA itself and what the allocator cannot use
 
 
 @dataclass(frozen=True)
 class Config(settings.Config):
     gpus: int = 1
-    """How many, over all machines."""
+    """Number of GPUs, over all machines."""
     gpu: Literal[tuple(CARDS)] = "h100"
     per_machine: int = 8
     price: float = 0.0
-    """US dollars an hour for one card; 0: a round figure for its kind."""
+    """US dollars per hour for one card. 0: a round figure for its kind."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A share of the run at one resolution. bytes: by part. seconds: of one step of the whole world."""
+    """A share of the run at one resolution. bytes: by part. seconds: of one step of all GPUs together."""
 
     resolution: int
     share: float
@@ -68,10 +67,10 @@ class Phase:
 
 
 class Estimate:
-    """All that a configuration says of its cost. Files that are not there yet are taken to be FLUX.1-dev's."""
+    """All figures of a configuration's cost. Files that are not there yet are assumed to be FLUX.1-dev's."""
 
     def __init__(self, config: Config):
-        if config.base.precision == "auto":  # every card of the list computes it fast
+        if config.base.precision == "auto":  # every card in the list computes bf16 fast
             config = replace(config, base=replace(config.base, precision="bf16"))
         self.config, self.card = config, CARDS[config.gpu]
         self.local = min(config.gpus, config.per_machine)
@@ -122,7 +121,7 @@ class Estimate:
         weights = costs.base_bytes(self.flux, config.base.precision)
         if config.base.sharded:
             block = weights / (flux.num_layers + flux.num_single_layers)
-            weights = weights / self.local + 3 * block  # its share, and the blocks that are gathered
+            weights = weights / self.local + 3 * block  # the card's shard, and the blocks that are gathered
         learning = self.learning
         return {
             "frozen base": weights,
@@ -141,7 +140,7 @@ class Estimate:
     def step_seconds(self, flops: costs.Flops) -> float:
         config = self.config
         reached = self.card.peak * 1e12 * self.reached
-        # Towers, VAE and adapter are compiled with nothing and quantised with nothing: half of the usual share.
+        # Towers, VAE and adapter are neither compiled nor quantised, so they reach half of the usual share.
         rest = self.card.peak * 1e12 * 0.25
         samples = config.run.batch / config.gpus
         seconds = samples * (flops.base / reached + (flops.encoders + flops.adapter) / rest)
@@ -155,7 +154,7 @@ class Estimate:
 
     @property
     def reached(self) -> float:
-        """Share of the card's peak that the base is taken to reach."""
+        """Share of the card's peak that the base is assumed to reach."""
         precision = self.config.base.precision
         return SHARE[precision] * (EAGER if precision in ("bf16", "fp32") and not self.config.run.compile else 1)
 
@@ -165,16 +164,16 @@ class Estimate:
 
     @property
     def starting(self) -> float:
-        """GB of one card at the fullest moment before the first step: all weights, and one layer that has yet to be
-        quantised. The text encoder is read on the CPU."""
+        """Peak GB of one card before the first step: all weights, and one layer that has yet to be quantised. The text
+        encoder is read on the CPU."""
         parts, largest = self.phases[0].bytes, max(p.numel() for p in self.flux.parameters())
         whole = 0.0 if self.config.base.sharded else costs.base_bytes(self.flux, self.config.base.precision) + 4.0 * largest
         return (whole + parts["vision towers and VAE"] + 4.0 * self.learning) / 1e9 + RESERVE
 
     @property
     def host(self) -> dict[str, float]:
-        """GB of a machine's own memory that the start takes, by part; the parts come one after the other. float32 where
-        its CPU computes no bfloat16 fast takes twice as much."""
+        """GB of a machine's own memory that the start takes, by part. The parts come one after the other. Where the CPU
+        does not compute bfloat16 fast, float32 takes twice as much."""
         text = 0.0 if is_statistics(self.config.base.text) else 2.0 * costs.T5_PARAMETERS
         base = self.local * costs.base_bytes(self.flux, "bf16") if self.config.base.sharded else 0.0
         return {"text encoder, once, by the first process": text / 1e9,
@@ -182,7 +181,7 @@ class Estimate:
 
     @property
     def graphs(self) -> tuple[int, int]:
-        """(buckets, numbers of tokens) of the run: a compiled block has a graph for each pair."""
+        """(buckets, numbers of tokens) of the run. A compiled block has a graph for each pair."""
         shapes = ({b for groups in self.plan.groups.values() for b, rows in groups.items()
                    if len(rows) >= self.config.run.batch}
                   if self.plan else {b for pixels in self.config.data.pixels() for b in buckets(pixels)})
@@ -190,7 +189,7 @@ class Estimate:
 
     @property
     def most(self) -> float:
-        """GB of a card at the fullest moment, of the start or of a phase."""
+        """Peak GB of a card, over the start and every phase."""
         return max(self.starting, *(sum(phase.bytes.values()) / 1e9 for phase in self.phases))
 
     @property
@@ -262,7 +261,7 @@ class Estimate:
 
 
 def run(config: Config) -> None:
-    """Print the plan; ValueError for whatever `sda train adapter` refuses, and, after the table that shows why, where
+    """Print the plan. ValueError for whatever `sda train adapter` refuses and, after the table that shows why, where
     the training does not fit the card."""
     estimate = Estimate(config)
     print(estimate.report())
