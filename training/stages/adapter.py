@@ -55,7 +55,8 @@ class AdapterStage:
         self.validation = Held(self.held, config.validation.resolution, config.data.on_corrupt, world, decode)
 
     def place(self, adapter: Adapter, world: World) -> None:
-        """Put the adapter's outputs where the text encoder's are; a run that goes on has that in its checkpoint."""
+        """Give the adapter's outputs the text encoder's mean and deviation. A run that is resumed has them in its
+        checkpoint."""
         config = self.config
         if config.run.resume == "auto" and not config.run.dry_run and found(config.run.out / "checkpoints"):
             return
@@ -70,11 +71,11 @@ class AdapterStage:
         return feed_of(self.plan, config.run, data, world, self.reader)
 
     def kept_out(self, name: str) -> int:
-        """How many of a tower's last blocks learn, so that no cache can hold what they make."""
+        """How many of a tower's last blocks learn. A cache cannot hold their outputs."""
         return self.config.objective.unlock_blocks if self.objective.towers[name].config.kind == "dinov2" else 0
 
     def through_flux(self, adapter: Adapter, towers: dict[str, VisionTower], world: World) -> None:
-        """Load the base, the largest part, after all else has proved to fit."""
+        """Load the base, the largest part, after everything else has been checked."""
         config, base = self.config, self.config.base
         flux = load_flux(base.flux, base.precision, "cpu" if base.sharded else self.device)
         attention = attend_by_region(flux)
@@ -130,8 +131,8 @@ class AdapterStage:
             return self.objective.embed(Batch(images, images), named_hierarchy(self.config.validation.preset))
 
     def validate(self) -> dict[str, float]:
-        """The flow loss at each of the fixed times, with the same noise for a picture at every validation, and their
-        mean."""
+        """The flow loss at each of the fixed times, and their mean. A picture gets the same noise at every
+        validation."""
         settings, hierarchy = self.config.validation, named_hierarchy(self.config.validation.preset)
         own: dict[int, list[float]] = {}
         for share in self.validation.batches(len(self.held), self.config.run.micro or 4):

@@ -28,7 +28,7 @@ from .held_out import Held, feed_of, plan_of
 
 __all__ = ["Config", "EditorStage", "run"]
 
-MEASURED = 256  # pictures that the statistics of the adapter's tokens are of
+MEASURED = 256  # pictures over which the statistics of the adapter's tokens are taken
 
 
 class EditorStage:
@@ -38,7 +38,7 @@ class EditorStage:
         self.config, self.device = config, device
         world = World.start(config.run.device)
         check(config, world)
-        # The towers also where a cache stands in for them: it holds what any other DINOv2 saw just as well.
+        # The towers are checked even where a cache replaces them: it may hold the features of another DINOv2.
         self.adapter, self.record = load_adapter(config.adapter, device)
         check_towers(config.vision.named(), config.adapter, self.record)
         self.data(world)
@@ -161,7 +161,7 @@ class EditorStage:
         return {}
 
     def validate(self) -> dict[str, float]:
-        """The parts of the loss over the held-out edits, with the same noise and times at every validation."""
+        """The parts of the loss over the held-out edits. Noise and times are the same at every validation."""
         own: dict[int, tuple[int, dict[str, float]]] = {}
         self.decoder.eval()
         with autocast(self.device, self.config.run.precision):
@@ -178,8 +178,8 @@ class EditorStage:
 
     @torch.no_grad()
     def pictures(self) -> dict[str, np.ndarray]:
-        """Held-out edits of one shape, one a row: source, what the written embedding paints, what the true one paints,
-        target."""
+        """Held-out edits of one shape, one per row: source, painted from the written embedding, painted from the true
+        one, target."""
         if self.flow is None:
             return {}
         settings, world = self.config.validation, self.validation.world
@@ -193,7 +193,7 @@ class EditorStage:
         return {"edits": np.concatenate([row for row in rows if row.shape == rows[0].shape])} if rows else {}
 
     def painted(self, source: Side, target: Side, texts: list[str], seeds: list[int]) -> Tensor:
-        """[B, 3, H, 4 W] in [0, 1]: a row of `pictures` each."""
+        """[B, 3, H, 4 W] in [0, 1]: one row of `pictures` per edit."""
         settings, hierarchy = self.config.validation, named_hierarchy(self.config.validation.preset)
         height, width = source[0].shape[-2:]
         tokens, pooled = self.embed([source, target], hierarchy)

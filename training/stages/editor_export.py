@@ -16,7 +16,7 @@ from .editor_settings import Config, new_decoder
 
 def write_editor(config: Config, identity: dict, decoder: EditDecoder, step: int, to: Path | None = None,
                  dtype: str | None = None) -> Path:
-    """Write edit_decoders/<run>.safetensors, an LLM's LoRA worked in. Returns its path.
+    """Write edit_decoders/<run>.safetensors, with an LLM's LoRA merged. Returns its path.
 
     identity: of the stage. dtype: bf16 unless another is asked for.
     """
@@ -32,7 +32,7 @@ def write_editor(config: Config, identity: dict, decoder: EditDecoder, step: int
 
 
 def export_editor(folder: Path, record: dict, to: Path, dtype: str | None) -> Path:
-    """Write the averaged weights of a checkpoint; of what the run read, only the LLM or the file that it began from is
+    """Write the averaged weights of a checkpoint. Of the run's inputs, only the LLM or the file that it began from is
     needed."""
     config = build(Config, record["config"], str(folder))
     shape = read_config(record["identity"]["decoder"])

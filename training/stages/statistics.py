@@ -1,5 +1,4 @@
-"""`sda statistics`: what the outputs of FLUX.1's T5 are like, as a file of 32 KB that stands in for the encoder's 9.5
-GB.
+"""`sda statistics`: a file of 32 KB with the statistics of FLUX.1's T5 outputs. It replaces the encoder's 9.5 GB.
 
 Without a prepared set it reads the prompts of `frozen/text_statistics.py`, so that anyone gets the same file from the
 same encoder.
@@ -38,7 +37,7 @@ def run(config: Config) -> bool:
     captions = captions_of(Index.read(config.data)) if config.data else []
     mean, deviation = text_statistics(config.text, captions)
     with replacing(config.to) as temporary:
-        # One entry, since safetensors writes several in any order.
+        # The metadata is one entry, because safetensors writes several in any order.
         source = {"text_encoder_sha256": base_sha256(encoder_place(config.text)), "captions": len(captions),
                   "data": config.data}
         save_file({"text_mean": mean, "text_std": deviation}, temporary, metadata={"source": json.dumps(source)})
