@@ -1,4 +1,4 @@
-"""`sda cache`: what the frozen encoders make of a prepared set, computed once, on the GPUs where there are any."""
+"""`sda cache`: the frozen encoders' outputs for a prepared set, computed once, on the GPUs where there are any."""
 from __future__ import annotations
 
 import posixpath
@@ -23,7 +23,7 @@ from .prefetch import Prefetch
 from .read_cache import ENTRIES, Part, keys_of
 
 SHARD = 128
-"""Samples to a shard, all of one bucket."""
+"""Samples per shard, all of one bucket."""
 Encode = Callable[[Tensor], dict[str, Tensor]]
 """images [B, 3, H, W] float32 in [0, 1] -> {name: [B, ...]}"""
 
@@ -33,29 +33,30 @@ class Config:
     data: str
     """The folder that `sda prepare` or `sda prepare-edits` filled."""
     out: str
-    """Folder of the caches; several encoders and sets may share it."""
+    """Folder of the caches. Several encoders and sets may share it."""
     vae: Path | None = None
     """Flux's VAE: ae.safetensors or a diffusers folder. Mean and deviation of its latents are kept, in float16."""
     towers: tuple[Path, ...] = field(default=())
     """Vision towers: safetensors files or folders. Their features are kept, in float16."""
     tower_ids: tuple[str, ...] = ()
-    """For each file the id of a published encoder, "" where the file says it itself; left out where all do."""
+    """For each file the id of a published encoder, "" where the file's record has it. Left out where every file has
+    it."""
     unlock_blocks: int = 0
-    """DINOv2's last blocks that the training will unlock (objective.unlock_blocks): of it the hidden state before them
-    is kept."""
+    """Number of DINOv2's last blocks that the training will unlock (objective.unlock_blocks). The hidden state before
+    them is kept."""
     resolutions: tuple[int, ...] = ()
-    """In pixels; empty: all of the prepared set."""
+    """In pixels. Empty: all resolutions of the prepared set."""
     batch: int = 8
     workers: int = 0
-    """Processes where there is no GPU; 0: one for each core. With GPUs: one for each of them."""
+    """Number of processes where there is no GPU. 0: one for each core. With GPUs: one for each of them."""
     ray: bool = False
     """Start Ray, or use the one to which the process is connected."""
     ray_address: str = ""
-    """A running Ray cluster; every node must have this pack and see data, out and the encoders."""
+    """Address of a running Ray cluster. Every node must have this pack and see data, out and the encoders."""
 
 
 def parts_of(config: Config) -> list[tuple[Part, dict]]:
-    """(what is kept, how a worker loads its encoder), the VAE first."""
+    """(what is cached, how a worker loads its encoder), the VAE first."""
     from ..frozen.base import base_sha256
     from ..frozen.encoders import tower_config, with_ids
 
@@ -75,7 +76,7 @@ def parts_of(config: Config) -> list[tuple[Part, dict]]:
 
 
 def load_encoder(part: Part, file: str, tower: str | None, device: torch.device) -> Encode:
-    """In the dtype of `frozen_dtype`."""
+    """The encoder of a part, in the dtype of `frozen_dtype`."""
     from ..frozen.encoders import load_towers, load_vae
 
     if part.name == "vae":
@@ -88,11 +89,11 @@ def load_encoder(part: Part, file: str, tower: str | None, device: torch.device)
 
 
 class Fill:
-    """A worker: one encoder, from decoded samples to shards."""
+    """A worker with one encoder: it turns decoded samples into shards."""
 
     def __init__(self, data: str, out: str, batch: int, part: dict, load: dict, slot: int = 0):
         self.index, self.batch, self.part, self.out = Index.read(data), batch, Part(**part), out
-        gpus = torch.cuda.device_count()  # Ray shows a worker its own one only
+        gpus = torch.cuda.device_count()  # Ray shows a worker only its own GPU
         self.device = torch.device("cuda", slot % gpus) if gpus else torch.device("cpu")
         self.encode = load_encoder(self.part, device=self.device, **load)
 
@@ -122,7 +123,7 @@ class Fill:
 
 
 def wanted(index: Index, resolutions: tuple[int, ...]) -> dict[bytes, tuple[int, str]]:
-    """{key: (row, member)} of all that an index asks for, each content once."""
+    """{key: (row, member)} of all that an index needs, each content once."""
     found: dict[bytes, tuple[int, str]] = {}
     for resolution in resolutions:
         for member in ("", "target") if index.kind == EDITS else ("",):
@@ -133,7 +134,7 @@ def wanted(index: Index, resolutions: tuple[int, ...]) -> dict[bytes, tuple[int,
 
 
 def tasks_of(missing: dict[bytes, tuple[int, str]], part: Part) -> list[dict]:
-    """Shards of one bucket each, named after what they hold."""
+    """Tasks for shards of one bucket each, named after their content."""
     by_bucket: dict[tuple[int, int], list[bytes]] = {}
     for key in missing:
         by_bucket.setdefault(tuple(np.frombuffer(key[32:], "<i2").tolist()), []).append(key)
@@ -150,7 +151,7 @@ def tasks_of(missing: dict[bytes, tuple[int, str]], part: Part) -> list[dict]:
 
 def fill(made: Workers, config: Config, index: Index, entries: dict[bytes, tuple[int, str]], part: Part,
          load: dict) -> None:
-    """Encode what the cache lacks and then write its index, which makes it valid."""
+    """Encode the missing entries and then write the cache's index, which makes it valid."""
     out = absolute(config.out)
     fs, root = locate(out)
     folder = posixpath.join(root, part.folder)
@@ -160,7 +161,7 @@ def fill(made: Workers, config: Config, index: Index, entries: dict[bytes, tuple
         old = read_table(fs, posixpath.join(folder, NAME))
         whole = np.array([there.get(e["shard"]) == e["size"] for e in old.select(["shard", "size"]).to_pylist()], bool)
         for shard in set(old.filter(pa.array(~whole)).column("shard").to_pylist()):
-            there.pop(shard, None)  # cut short since: made again
+            there.pop(shard, None)  # the shard was cut short since, so it is made again
         old = old.filter(pa.array(whole))
     known = set(old.column("key").to_pylist())
     missing = {k: v for k, v in entries.items() if k not in known}
@@ -178,7 +179,7 @@ def fill(made: Workers, config: Config, index: Index, entries: dict[bytes, tuple
 
 
 def check_room(config: Config, entries: dict[bytes, tuple[int, str]], parts: list[tuple[Part, dict]]) -> None:
-    """Say what the cache will take, and refuse a local disk that lacks it. ValueError."""
+    """Print the size of the cache, and refuse a local disk without room for it. ValueError."""
     from ..frozen.encoders import tower_config
 
     pixels = sum(int(np.prod(np.frombuffer(key[32:], "<i2").astype(int))) for key in entries)

@@ -1,4 +1,4 @@
-"""`sda prepare-edits`: (source, target, instruction) sets, as InstructPix2Pix, MagicBrush and UltraEdit publish them,
+"""`sda prepare-edits`: from (source, target, instruction) sets, laid out as InstructPix2Pix, MagicBrush or UltraEdit,
 to shards."""
 from __future__ import annotations
 
@@ -31,23 +31,24 @@ LAYOUTS = {
 @dataclass(frozen=True)
 class Config:
     source: str
-    """Parquet files: a folder of them, one file, or a glob; also of an object store. Which of the sets they are is told
-    by their columns."""
+    """Parquet files: a folder of them, one file, or a glob, also of an object store. Their columns tell which set they
+    are."""
     out: str
     """Folder of the shards and the index, local or of an object store."""
     resolutions: tuple[int, ...] = (512, 768, 1024)
-    """In pixels. Pairs whose shorter side is below the least are dropped."""
+    """In pixels. Pairs whose shorter side is below the smallest are dropped."""
     shard_mb: int = 256
     workers: int = 0
-    """Processes on this machine; 0: one for each core."""
+    """Number of processes on this machine. 0: one for each core."""
     ray: bool = False
     """Start Ray, or use the one to which the process is connected."""
     ray_address: str = ""
-    """A running Ray cluster, as in `auto` or `host:6379`; every node must have this pack and see source and out."""
+    """Address of a running Ray cluster, `auto` or `host:6379`. Every node must have this pack and see source and
+    out."""
 
 
 def columns_of(name: str, found: list[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """({member: column}, {text: column}) of a file with these columns. Raises ValueError where it is none of the
+    """({member: column}, {text: column}) of a file with these columns. Raises ValueError where it is not one of the
     sets."""
     for members, texts in LAYOUTS.values():
         if {members[""], members["target"], texts["caption"]} <= set(found):

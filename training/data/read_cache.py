@@ -1,8 +1,7 @@
-"""What an encoder made of the samples of a set, read back row by row: safetensors shards with a parquet index beside
-them.
+"""An encoder's outputs for a set, read row by row: safetensors shards with a parquet index.
 
-An entry's key is its content: the sha256 of the picture and the bucket it was cropped to. A folder's name is the
-encoder, the hash of its weights and the version of the decoding, so what is stale is never found.
+An entry's key is its content: the sha256 of the picture and the bucket it was cropped to. A folder's name has the
+encoder, the hash of its weights and the version of the decoding, so a stale cache is never found.
 """
 from __future__ import annotations
 
@@ -95,7 +94,7 @@ class Cache:
                              f"{wrong[0]}; {remedy}.")
 
     def read(self, row: int, resolution: int, member: str = "") -> dict[str, Tensor]:
-        """The tensors of one row at a resolution, on the CPU in the dtype they are stored in. member: "" or
+        """The tensors of one row at a resolution, on the CPU in the dtype in which they are stored. member: "" or
         "target"."""
         entry = int(self.where[resolution, member][row])
         if entry < 0:
@@ -116,7 +115,7 @@ class Cache:
         return found
 
     def _header(self, path: str) -> tuple[int, dict]:
-        """(where the data begin, {tensor: dtype, shape, offsets}) of a safetensors file."""
+        """(offset of the data, {tensor: dtype, shape, offsets}) of a safetensors file."""
         if path not in self.headers:
             length, = struct.unpack("<Q", self.fs.cat_file(path, 0, 8))
             record = json.loads(self.fs.cat_file(path, 8, 8 + length))
