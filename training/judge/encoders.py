@@ -1,8 +1,7 @@
-"""The eyes of judging: CLIP and DINO from local files, each with its own resize and normalisation. Nothing is ever
-downloaded.
+"""The encoders of judging: CLIP and DINO from local files, each with its own resize and normalisation. No download.
 
 Three kinds of places are read: a folder as transformers saves one (config.json, model.safetensors,
-preprocessor_config.json, for a text half its tokenizer), a folder as open_clip publishes one (open_clip_config.json,
+preprocessor_config.json, and a tokenizer for a text half), a folder as open_clip publishes one (open_clip_config.json,
 open_clip_model.safetensors), and a vision tower's file of this pack.
 """
 from __future__ import annotations
@@ -34,7 +33,7 @@ def to_pixels(pictures: Tensor) -> np.ndarray:
 
 
 class Encoder(nn.Module):
-    """A frozen encoder. `weights` is its file; `reads` says whether it has a text half."""
+    """A frozen encoder. `weights` is its file. `reads` says whether it has a text half."""
 
     reads = False
 
@@ -44,7 +43,7 @@ class Encoder(nn.Module):
         self.device = device
 
     def describe(self) -> dict:
-        """What the protocol says about it."""
+        """The protocol's entry for it."""
         return {"kind": type(self.model).__name__, "file": str(self.weights), "sha256": file_hash(self.weights)}
 
     @torch.no_grad()
@@ -83,7 +82,7 @@ class Encoder(nn.Module):
         raise NotImplementedError
 
     def _whole(self, picture: np.ndarray) -> None:
-        """Look at a picture whose aspect is kept where the network allows it."""
+        """Encode a picture and keep its aspect where the network allows it."""
         self._images([picture])
 
 
@@ -131,19 +130,19 @@ class TransformersEncoder(Encoder):
         return _pooled(self.model.get_text_features(**words.to(self.device)))
 
     def _whole(self, picture: np.ndarray) -> None:
-        """As Splice does: the short side to 224 px, the long one at most 480, ImageNet's normalisation."""
+        """Splice's preprocessing: the short side to 224 px, the long one at most 480, ImageNet's normalisation."""
         height, width = picture.shape[:2]
         scale = min(SHORT / min(height, width), LONG / max(height, width))
         size = (round(height * scale), round(width * scale))
         pixels = F.interpolate(to_tensor([picture]), size, mode="bilinear", antialias=True)
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (_MEAN, _STD))
-        # DINOv2's classes always interpolate their position table and know no such word.
+        # DINOv2's classes always interpolate their position table and do not take this argument.
         extra = {} if self.model.config.model_type.startswith("dinov2") else {"interpolate_pos_encoding": True}
         self.model(pixel_values=((pixels - mean) / std).to(self.device), **extra)
 
 
 class OpenClipEncoder(Encoder):
-    """A whole CLIP of open_clip from a folder in its published layout."""
+    """A complete CLIP of open_clip from a folder in its published layout."""
 
     reads = True
 
@@ -163,12 +162,12 @@ class OpenClipEncoder(Encoder):
 
 
 def _pooled(features) -> Tensor:
-    """transformers 5 wraps what transformers 4 gave as it is."""
+    """The features of transformers 5, which wraps them, or of transformers 4, which does not."""
     return features if isinstance(features, Tensor) else features.pooler_output
 
 
 def load_encoder(path: Path, device: torch.device) -> Encoder:
-    """The encoder of a folder or a file. ValueError in one sentence where there is none or its weights are no
+    """The encoder of a folder or a file. ValueError in one sentence where there is none or its weights are not
     safetensors."""
     if path.is_file():
         return TowerEncoder(path, device)

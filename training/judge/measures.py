@@ -1,4 +1,4 @@
-"""Which measures a reconstruction and an edit get, under which names, and which files they need."""
+"""The measures of a reconstruction and of an edit: their names and the files they need."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from .samples import Sample
 
 @dataclass(frozen=True)
 class Measure:
-    """label and better ("higher" or "lower") are for the page; needs: the key of the configuration whose file it
-    takes."""
+    """One measure. label and better ("higher" or "lower") are for the page. needs: the key of the configuration whose
+    file it takes."""
 
     label: str
     better: str
@@ -46,7 +46,7 @@ MEASURES = {
 }
 RECONSTRUCTION = ("dino", "clip_i", "structure", "lpips", "ssim", "psnr")
 EDITS = ("clip_dir", "clip_i", "dino", "l1", "clip_t", "clip_i_source", "dino_source", "l1_source", "structure_source")
-# key of the configuration -> what to download for the measures that lack it
+# key of the configuration -> the download for the measures that lack it
 FILES = {
     "clip": "a CLIP with both halves as a folder (of transformers or open_clip); MagicBrush takes "
     "openai/clip-vit-base-patch32",
@@ -57,8 +57,7 @@ FILES = {
 
 
 class Judge:
-    """Measures pictures with the networks that were given; `missing` says which measures have to be left out, and
-    why."""
+    """Measure pictures with the networks that were given. `missing` says which measures are left out, and why."""
 
     def __init__(self, files: dict[str, Path | None], device: torch.device):
         self.device, self.networks = device, {}
@@ -67,7 +66,8 @@ class Judge:
             if files.get(name) is not None:
                 self.networks[name] = load(files[name], device)
         if "structure" in self.networks:
-            self.networks["structure"].keys(np.zeros((64, 64, 3), np.uint8))  # refuses what has no keys before the work
+            # refuses a network without keys before the work
+            self.networks["structure"].keys(np.zeros((64, 64, 3), np.uint8))
 
     def describe(self) -> dict:
         return {name: network.describe() for name, network in self.networks.items()}
@@ -85,14 +85,14 @@ class Judge:
         return found
 
     def reconstruction(self, source: np.ndarray, painted: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
-        """RECONSTRUCTION's measures of pictures [H, W, 3] uint8 against their source, by the name of what painted
-        them."""
+        """RECONSTRUCTION's measures of pictures [H, W, 3] uint8 against their source, by the name of the method that
+        painted them."""
         names, pictures = list(painted), [source, *painted.values()]
         values = self._against(source, pictures[1:], RECONSTRUCTION, self._features(pictures), 0)
         return dict(zip(names, values))
 
     def edits(self, sample: Sample, painted: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
-        """EDITS' measures by the name of what painted them."""
+        """EDITS' measures, by the name of the method that painted."""
         pictures = [sample.source, sample.target, *painted.values()]
         features = self._features(pictures)
         to_target = self._against(sample.target, pictures[2:], ("clip_i", "dino", "l1"), features, 1)
@@ -131,7 +131,8 @@ class Judge:
         return [{name: float(values[i]) for name, values in found.items()} for i in range(len(pictures))]
 
     def _said(self, captions: tuple[str, str], features: dict[str, Tensor], count: int) -> list[dict[str, float]]:
-        """What needs captions (of source and target) of the pictures whose features are the last `count`."""
+        """The measures that need captions (of source and target), for the pictures whose features are the last
+        `count`."""
         before, after = captions
         if "clip" not in features or not self.networks["clip"].reads or not after:
             return [{}] * count

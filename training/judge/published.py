@@ -1,7 +1,7 @@
-"""Published figures beside which ours are shown: facts, each with its source and with what it was measured on.
+"""Published figures to compare with: each with its source and with what it was measured on.
 
-None of them was measured by this protocol, and the tables not by one another's: within a table figures can be compared,
-across tables only their order of magnitude. `read` says whether a figure was read in the paper's own text or code
+None of them was measured by this protocol, and each table has its own. Figures can be compared within a table; across
+tables only their order of magnitude can. `read` says whether a figure was read in the paper's own text or code
 ("primary") or in another paper's table or a model card ("secondary"). Measures are named as in
 `training/judge/measures.py`.
 """
@@ -20,8 +20,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """task: "reconstruction" or "edits", whose means are shown above the rows. protocol: what was measured, and on
-    what."""
+    """A published table. task: "reconstruction" or "edits", whose means are shown above the rows. protocol: what was
+    measured, and on what."""
 
     title: str
     task: str
