@@ -1,10 +1,10 @@
-"""Measures the shipped miniature on scenes that it was never trained on.
+"""Measure the shipped miniature on scenes that it was never trained on.
 
     python3 run.py eval [--scenes N] [--seed S] [--json] [--dump DIR]
     python3 run.py eval kit [--scenes N] [--seed S] [--json]
 
-Reconstruction, locality, editing and blend, or the artist's kit, as the modules of `evaluation/` define them. A run
-over 256 scenes replaces benchmarks/miniature.md, one of the kit over 64 benchmarks/kit.md.
+The parts are reconstruction, locality, editing and blend, or the artist's kit, as the modules of `evaluation/` define
+them. A run over 256 scenes replaces benchmarks/miniature.md. A run of the kit over 64 replaces benchmarks/kit.md.
 """
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .scenes import render
 
 
 def painted_in_all(count: int, absent: Sequence[str] = ()) -> int:
-    """Pictures that Flux paints for `count` scenes where some adapters are absent; `copy` costs none."""
+    """Number of pictures that Flux paints for `count` scenes where some adapters are absent. `copy` costs none."""
     variants = [name for name, variant in VARIANTS.items() if variant.adapter not in absent]
     swapped = [name for name in locality.VARIANTS.values() if name in variants]
     return (count * (len(variants) + reconstruction.PAINTED + len(editing.DECODERS) - 1) + len(swapped)
@@ -77,9 +77,9 @@ def run_kit(system: Miniature, count: int, seed: int) -> tuple[dict, dict, dict]
 
 @dataclass(frozen=True)
 class Part:
-    """What can be measured: on how many scenes by default (`fewer` on a CPU that computes float32 fastest, so that it
-    takes no longer there), with which adapters, how many pictures that paints (of a number of scenes, without some
-    adapters), and where its page goes."""
+    """One part of the evaluation: its number of scenes by default (`fewer` on a CPU that computes float32 fastest, so
+    that it takes no longer there), its adapters, the pictures that it paints (for a number of scenes, without some
+    adapters), and its page."""
 
     scenes: int
     fewer: int
@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--dump keeps the pictures of the system, not of the kit; leave one of the two out.")
     try:
         if options.dump:
-            options.dump.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+            options.dump.mkdir(parents=True, exist_ok=True)  # this fails before the work, not after it
         absent = {name: command for name, command in left_out(options.assets).items() if name in part.adapters}
         for name, command in absent.items():
             print(f"left out, since it is not there: {name} (`{command}` trains it)", file=sys.stderr)

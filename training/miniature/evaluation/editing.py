@@ -19,8 +19,8 @@ from .reconstruction import parse_all
 from .system import Miniature
 
 DECODERS = ("autoregressive", "parallel", "oracle", "copy", "sdedit")
-REACH = 12.0  # px: how far from where it should be (or was) a thing still counts as there
-STARTS = (0.6, 0.75, 0.85, 0.95)  # SDEdit's strengths to choose from: the times it may begin at
+REACH = 12.0  # px: a thing within this distance of its place counts as there
+STARTS = (0.6, 0.75, 0.85, 0.95)  # SDEdit's strengths to choose from: the times at which it may begin
 TRIALS = 30  # validation scenes on which it is chosen
 
 
@@ -69,9 +69,9 @@ def fulfilled(change: Edit, found: Scene) -> bool:
 
 
 def judge(change: Edit, found: Scene) -> Verdict:
-    """The verdict on one picture. Untouched are all things of the source scene but the one that the instruction names;
-    one is kept if colour and shape are right and the centre is within 6 px. Strange are the things that are neither
-    kept nor within 12 px of where the edit takes place: what happens there is a matter of success."""
+    """The verdict on one picture. Untouched are all things of the source scene except the one in the instruction. An
+    untouched thing is kept if colour and shape are right and the centre is within 6 px. Strange are the things that are
+    neither kept nor within 12 px of the place of the edit: what happens there belongs to success."""
     untouched = tuple(thing for thing in change.source.things if thing != change.subject)
     kept = matches(Scene(change.source.ground, untouched), found, same_and_near)
     explained = {id(thing) for _, thing in kept}
@@ -128,7 +128,7 @@ def sdedit(system: Miniature, changes: Sequence[Edit], sources: np.ndarray, nois
 
 
 def trials(count: int) -> int:
-    """How many validation scenes SDEdit's strength is chosen on, for `count` test scenes."""
+    """Number of validation scenes for the choice of SDEdit's strength, for `count` test scenes."""
     return min(count, TRIALS)
 
 

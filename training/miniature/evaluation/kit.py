@@ -14,8 +14,8 @@ place               a scene of large things placed into the middle of another of
                     as the small ones (the base has never painted smaller ones): F1 on colour and shape of the middle,
                     enlarged to a whole picture, the centre within 16 px of it
 
-Beside compose and place stand what the same measure gives the true picture (the ceiling) and the picture that nothing
-was put into (the floor).
+Compose and place also get the same measure of the true picture (the ceiling) and of the picture into which nothing was
+put (the floor).
 """
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ PAINTED = 1 + 1 + 1 + 2 + 3 + len(STRENGTHS)  # pictures for each scene
 
 
 def partners(scenes: Sequence[Scene], seed: int, sizes: Sequence[str] = tuple(RADII)) -> list[Scene]:
-    """For every scene another test scene of the same ground, so that the join shows in the things alone; all of them of
-    `sizes`."""
+    """For every scene another test scene of the same ground, so that the join shows in the things alone. All of its
+    things have one of `sizes`."""
     found = []
     for number, each in enumerate(scenes):
         rng = generator("test", number, purpose=53, seed=seed)
@@ -109,7 +109,7 @@ def joined(system: Miniature, scenes: Sequence[Scene], own: SemanticEmbedding, n
 
 def prompted(system: Miniature, total: int, noise: Tensor, seed: int) -> dict[str, float]:
     """Share of regional prompts whose thing is found in the half that their words name, at guidance 2.5 against empty
-    prompts in the same boxes, by the boxes: "in_box" (each its half), "without boxes" (the whole picture),
+    prompts in the same boxes. By the boxes: "in_box" (each its half), "without boxes" (the whole picture),
     "exchanged"."""
     named, grounds = [], []
     for number in range(total):
@@ -176,7 +176,7 @@ def steady(system: Miniature, own: SemanticEmbedding, edited: SemanticEmbedding,
 
 
 def run(system: Miniature, changes: Sequence[Edit], sources: np.ndarray, noise: Tensor, seed: int) -> tuple[dict, dict]:
-    """(every figure, as `--json` prints them; figures beside them, for the page)."""
+    """(every figure, as `--json` prints them; further figures for the page)."""
     scenes = [change.source for change in changes]
     own = system.embed(sources, "tree128")
     edited = system.edit(own, [change.instruction for change in changes], "parallel")

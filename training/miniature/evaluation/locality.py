@@ -22,13 +22,13 @@ from .system import Miniature
 
 CHANGED = 0.1 * 255
 WIDER = 8  # px: half a patch
-# One hierarchy with the mask, and the ablation that was trained without.
+# One hierarchy with the mask, and the ablation that was trained without it.
 VARIANTS = {"masked": "tree64", "unmasked": "tree64_unmasked"}
 PAIRS = 64
 
 
 def pairs(count: int) -> int:
-    """How many of `count` scenes are measured."""
+    """Number of scenes, of `count`, that are measured."""
     return min(count, PAIRS)
 
 
@@ -61,8 +61,8 @@ def share(counts: Sequence[tuple[int, int]]) -> float | None:
 
 def locality(system: Miniature, scenes: Sequence[Scene], sources: np.ndarray, noise: Tensor,
              painted: dict[str, np.ndarray]) -> tuple[dict[str, float | None], ...]:
-    """The shares by name of VARIANTS, as far as they are loaded: over all pairs; over those whose two scenes have the
-    same ground; and over all, of the pixels in the quadrant or within WIDER px of it.
+    """The shares by name of VARIANTS that are loaded: over all pairs; over those whose two scenes have the same ground;
+    and over all pairs, of the pixels in the quadrant or within WIDER px of it.
 
     painted: the reconstructions before the swap, by variant.
     """

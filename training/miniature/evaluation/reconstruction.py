@@ -71,7 +71,7 @@ def same_name(a: Thing, b: Thing) -> bool:
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Of two uint8 pictures, in dB. Equal ones get 58.9: the error of rounding to 8 bits, 1/12, is the least there
-    is."""
+    """PSNR of two uint8 pictures, in dB. Equal ones get 58.9: the error of rounding to 8 bits, 1/12, is the least
+    possible."""
     error = np.square(a.astype(np.float32) - b).mean()
     return float(10 * np.log10(255 ** 2 / max(error, 1 / 12)))

@@ -1,7 +1,7 @@
 """The trained miniature, loaded to be measured: pictures to embeddings, embeddings and texts to pictures.
 
-Everything works in batches of 32, in what the device computes fast; on a CPU every core paints batches of its own,
-which at this width is faster than all cores on one. The noise of a picture is a pure function of (split, seed, scene),
+Everything works in batches of 32, in what the device computes fast. On a CPU every core paints its own batches, which
+at this width is faster than all cores on one batch. The noise of a picture is a pure function of (split, seed, scene),
 so two decoders of one scene start from the same noise.
 """
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Encoder:
 
 
 class Attention(RegionAttention):
-    """Flux's attention for painting: without gradients the fused kernel with a mask is the fastest at these lengths (on
+    """Flux's attention for painting. Without gradients the fused kernel with a mask is the fastest at these lengths (on
     a CPU 15% of the whole forward)."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -104,8 +104,8 @@ def noise_of(split: str, indices: Sequence[int], seed: int, shape: tuple[int, in
 
 
 def _read(assets: Path, file: tuple[str, str], load: Callable):
-    """load(path) of one of the files; ValueError in one sentence, with the command, where it is missing or does not
-    fit."""
+    """load(path) of one of the files. ValueError in one sentence, with the command, where the file is missing or does
+    not fit."""
     path, command = assets / f"{file[0]}.safetensors", f"`sda miniature {file[1]}`"
     remedy = f"get the repository's file back or train it with {command}."
     if not path.is_file():
@@ -113,14 +113,14 @@ def _read(assets: Path, file: tuple[str, str], load: Callable):
     try:
         return load(path)
     except ValueError as error:
-        reason = str(error).split(": ")[0].rstrip(".")  # its own remedy is for files that are shared one by one
+        reason = str(error).split(": ")[0].rstrip(".")  # its remedy is for files that are shared singly
         raise ValueError(f"{reason if str(path) in reason else f'{path}: {reason}'}: {remedy}") from error
     except (RuntimeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} does not fit this version of the pack: {remedy}") from error
 
 
 class Miniature:
-    """Every network of the miniature, frozen, with those `adapters` that are named. `progress(pictures)` is called as
+    """Every network of the miniature, frozen, with the adapters in `adapters`. `progress(pictures)` is called as
     pictures are painted."""
 
     def __init__(self, assets: Path, device: torch.device, progress: Callable[[int], object] = lambda pictures: None,
@@ -166,7 +166,7 @@ class Miniature:
 
     @torch.no_grad()
     def edit(self, source: SemanticEmbedding, instructions: Sequence[str], mode: str) -> SemanticEmbedding:
-        """The edit decoder's embeddings of the instructions, one for each source; mode as EditDecoder.generate takes
+        """The edit decoder's embeddings of the instructions, one for each source. mode: as EditDecoder.generate takes
         it."""
         tokens = []
         for first in range(0, len(instructions), BATCH):
@@ -205,7 +205,7 @@ class Miniature:
 
     @torch.no_grad()
     def latents(self, pictures: Sequence[np.ndarray]) -> Tensor:
-        """[N, C, h, w] float32 on the CPU: what the autoencoder makes of pictures."""
+        """[N, C, h, w] float32 on the CPU: the autoencoder's latents of pictures."""
         means = []
         for first in range(0, len(pictures), BATCH):
             x = to_tensor(list(pictures[first:first + BATCH])).to(self.device, memory_format=torch.channels_last)

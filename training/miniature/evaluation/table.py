@@ -37,7 +37,7 @@ def rows(head: list[str], lines: list[list[str]]) -> list[str]:
 
 
 def page(results: dict, asides: dict, scenes: int, seed: int, command: str, precision: str, minutes: float) -> str:
-    """results: what `--json` prints. asides: figures beside them, {"chance", "same_ground", "widened", "sdedit_start",
+    """results: what `--json` prints. asides: further figures, {"chance", "same_ground", "widened", "sdedit_start",
     "edits", "locality_pairs", "blend_pairs"} (see evaluate.run), and "left_out" where ablations are absent."""
     reconstruction = [[name, *(number(values[key]) for key in COLUMNS)]
                       for name, values in (results["reconstruction"] | {"(chance)": asides["chance"]}).items()]
@@ -95,7 +95,7 @@ def page(results: dict, asides: dict, scenes: int, seed: int, command: str, prec
 
 
 def kit_page(results: dict, asides: dict, scenes: int, seed: int, command: str, precision: str, minutes: float) -> str:
-    """results: what `eval kit --json` prints. asides: figures beside them, by part and name."""
+    """results: what `eval kit --json` prints. asides: further figures, by part and name."""
     beside = {part: ", ".join(f"{name} {number(value)}" for name, value in values.items())
               for part, values in asides.items()}
     return "\n".join([
