@@ -27,8 +27,6 @@ class Choice:
     kept: [K] numbers, ascending. sizes: [K] bytes. lends: {kept number: an equal sample's number, whose caption it
     takes}. same: {dropped number: the kept one that it equals}. reasons: how many were dropped for each reason, most
     frequent first. captioned, silent: how many kept ones have a caption, and how many have one that could not be read.
-    same: {dropped number: the kept one that it equals}. reasons: how many were dropped for what, most frequent first.
-    captioned, silent: how many kept ones have a caption, and how many have one that could not be read.
     """
 
     fs: object

@@ -31,8 +31,7 @@ class Part:
 
     name    "vae" (tensors "mean" and "std" of Flux's latents) or a vision tower's id ("features", or "hidden")
     hash    sha256 of the encoder's weights
-    before  0, or the number of a tower's last blocks that stay out: what is kept is then the hidden state that enters
-    them
+    before  0, or the number of a tower's last blocks that stay out; the cache then has the hidden state before them
     """
 
     name: str
