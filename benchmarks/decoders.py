@@ -1,12 +1,12 @@
-"""Compares the edit decoders on the miniature: T5 token by token, T5 in one pass, and a causal LLM of the same size.
+"""Compare the edit decoders on the miniature: T5 token by token, T5 in one pass, and a causal LLM of the same size.
 
     python3 run.py bench decoders --train STEPS [--scenes N] [--json]
     python3 run.py bench decoders --t5 FILE --llm FILE [--scenes N] [--json]
 
---train trains both on the same samples, one after the other (stages `editor` and `editor-llm`; a run that was stopped
-goes on), into runs/decoders. Success and preservation are those of the evaluation, on scenes that no decoder was
-trained on. Times are ratios to T5 in one pass: the decoders take turns, and the ratio is the median over the turns. A
-run over the default scenes replaces benchmarks/decoders.md.
+--train trains both on the same samples, one after the other (stages `editor` and `editor-llm`), into runs/decoders. A
+stopped run continues. Success and preservation are those of the evaluation, on scenes that no decoder was trained on.
+Times are ratios to T5 in one pass: the decoders take turns, and the ratio is the median over the turns. A run over the
+default scenes replaces benchmarks/decoders.md.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ TURNS = 9
 MANY = 32  # edits at once, beside one
 PRESET = "tree128"
 STAGES = {"t5": "editor", "llm": "editor-llm"}
-# What is compared -> (its file, the mode it writes in). Times are ratios to the first.
+# A compared way -> (its file, the mode it writes in). Times are ratios to the first.
 WAYS = {
     "T5, parallel": ("t5", "parallel"),
     "T5, autoregressive": ("t5", "autoregressive"),
@@ -62,7 +62,7 @@ class Trained:
 
 
 def train(steps: int) -> dict[str, Path]:
-    """Both decoders after so many steps; ends the program where a run was stopped."""
+    """Train both decoders for so many steps. The program ends where a run was stopped."""
     files = {name: RUNS / f"{name}.safetensors" for name in STAGES}
     for name, stage in STAGES.items():
         flags = ["--run.max-steps", str(steps), "--run.out", str(RUNS / name), "--export", str(files[name])]

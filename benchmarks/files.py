@@ -2,9 +2,8 @@
 
     python3 run.py bench files [--mutants 10000] [--seed 0]
 
-Small files of every kind, each changed in one way, are loaded as the nodes load them, with core building the base's
-networks. How they are changed, sealed and judged stands in tests/kernels/fuzz.py. A run of the default number replaces
-benchmarks/files.md.
+Small files of every kind, each changed in one way, are loaded as the nodes load them. Core builds the base's networks.
+tests/kernels/fuzz.py changes, seals and judges them. A run of the default number replaces benchmarks/files.md.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""How far `sda plan` is off on the machine at hand: the miniature's adapter step, predicted and measured.
+"""The error of `sda plan` on the machine at hand: the miniature's adapter step, predicted and measured.
 
     python3 run.py bench plan [--steps 6] [--json]
 
-The plan divides FLOPs by a speed. Here one case gives the speed, and the others show what is left as the model's own
+The plan divides FLOPs by a speed. Here one case gives the speed. The others show the model's own error: how well FLOPs
+alone say how the time grows with tokens, patches, samples and checkpointing. Small cases are slower than their FLOPs. A
+run of the default steps replaces benchmarks/plan.md.
 error: how well FLOPs alone say how the time grows with tokens, patches, samples and checkpointing. Small cases are
 slower than their FLOPs. A run of the default steps replaces benchmarks/plan.md.
 """

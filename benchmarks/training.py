@@ -1,13 +1,12 @@
 """Speed and memory of the adapter's training step through FLUX.1's full shape, with random weights.
 
-python3 run.py bench training [--device cuda] [--recipes flux1_dev_24gb flux1_dev_80gb] [--sizes 512 1024] [--steps 8]
-[--json]
+    python3 run.py bench training [--device cuda] [--recipes flux1_dev_24gb flux1_dev_80gb] [--sizes 512 1024]
+                                  [--steps 8] [--json]
 
-One step is what the recipe says: its precision, checkpointing, compiler, micro-batch and adapter; the towers' features
-and the latents are random, so it is Flux and the adapter that are timed. TFLOP/s counts the FLOPs of `sda plan`; MFU is
-their share of the card's bf16 peak. `predicted` is what the plan says of the same step: predicted / measured seconds is
-the plan's error. A run on a GPU over all recipes and sizes replaces benchmarks/training.md; on a CPU only a toy shape
-is run.
+One step is the recipe's: its precision, checkpointing, compiler, micro-batch and adapter. The towers' features and the
+latents are random, so Flux and the adapter are timed. TFLOP/s counts the FLOPs of `sda plan`. MFU is their share of the
+card's bf16 peak. `predicted` is the plan's figure for the same step, and predicted / measured seconds is the plan's
+error. A run on a GPU over all recipes and sizes replaces benchmarks/training.md. On a CPU only a toy shape is run.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ torchtitan's full Flux-dev on four GB200: 491 TFLOP/s and 21.8% MFU a GPU. None 
 
 
 def card() -> tuple[str, plan.Card] | None:
-    """The plan's card that this GPU is, None where it knows none."""
+    """The plan's card for this GPU; None where the plan has none."""
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name().lower()
@@ -64,7 +63,7 @@ class Case:
         if toy:
             config = replace(config, adapter=replace(config.adapter, width=64, heads=2, layers=2),
                              run=replace(config.run, compile=False))
-            if config.base.precision == "bf16":  # a CPU need not have it
+            if config.base.precision == "bf16":  # a CPU may lack fast bf16
                 config = replace(config, base=replace(config.base, precision=resolve("auto", device)))
         self.config, self.size, self.device = config, size, device
         self.flux = random_flux(TOY if toy else costs.FLUX1_DEV, config.base.precision, device)
@@ -95,7 +94,7 @@ class Case:
         return float(loss.detach())
 
     def flops(self) -> tuple[float, float]:
-        """(base, adapter) of one sample."""
+        """FLOPs (base, adapter) of one sample."""
         tokens = named_hierarchy(self.config.adapter.table).token_count
         recipe = self.config
         base = costs.flux_flops(self.flux.config, (self.size // 16) ** 2, tokens, recipe.base.checkpointing,
@@ -105,7 +104,7 @@ class Case:
 
 def measure(recipe: str, size: int, device: torch.device, steps: int, toy: bool) -> dict:
     case = Case(recipe, size, device, toy)
-    for number in range(2 if toy else 3):  # the compiler, the kernels' choices, the optimizer's state
+    for number in range(2 if toy else 3):  # warm-up: the compiler, the kernels' choices, the optimizer's state
         loss = case.step(number)
     synchronise(device)
     if device.type == "cuda":
