@@ -5,8 +5,6 @@
 The plan divides FLOPs by a speed. Here one case gives the speed. The others show the model's own error: how well FLOPs
 alone say how the time grows with tokens, patches, samples and checkpointing. Small cases are slower than their FLOPs. A
 run of the default steps replaces benchmarks/plan.md.
-error: how well FLOPs alone say how the time grows with tokens, patches, samples and checkpointing. Small cases are
-slower than their FLOPs. A run of the default steps replaces benchmarks/plan.md.
 """
 
 from __future__ import annotations

@@ -62,8 +62,7 @@ def load_vae(path: Path, device: torch.device) -> Latents:
 
 def vae_of(path: Path, read: Callable[[Path], dict[str, Tensor]]) -> tuple[AutoencoderKL, dict[str, Tensor]]:
     """(the VAE of a file without weights, on the meta device; its tensors by diffusers' names). The two fit one
-    another. read: as in `base.skeleton`.
-    read: as in `base.skeleton`."""
+    another. read: as in `base.skeleton`."""
     if path.is_dir():
         folder = path / "vae" if (path / "vae").is_dir() else path
         if not (folder / "config.json").is_file():
