@@ -72,8 +72,8 @@ def blame(stage: Stage, steps: list[Step], run: RunConfig, world: World) -> str:
     found: dict[str, bool] = {}
     for step in steps:
         # Every process computes all of its samples, so that none waits for another's shard of the base.
-        alone = [step] if getattr(stage, "whole_batch", False) else [replace(step, positions=range(p, p + 1))
-                                                                     for p in step.positions]
+        alone = ([step] if getattr(stage, "whole_batch", False)
+                 else [replace(step, positions=range(p, p + 1)) for p in step.positions])
         for each in alone:
             with autocast(step.device, run.precision):
                 value = stage.loss(each)[0]

@@ -67,8 +67,8 @@ class Encoder(nn.Module):
             raise ValueError(f"{self.weights} is no DINO, whose keys the structure distance reads: "
                              "give the folder of dino-vitb8.")
         caught = []
-        handle = self.model.get_submodule(names[-1]).register_forward_hook(lambda module, args,
-                                                                           output: caught.append(output))
+        handle = self.model.get_submodule(names[-1]).register_forward_hook(
+            lambda module, args, output: caught.append(output))
         try:
             self._whole(picture)
         finally:

@@ -112,8 +112,8 @@ def name_loss(named: Tensor, labels: Tensor, told: Tensor | None = None) -> Tens
     """Cross-entropy of predicted against true patch labels, [B, 64, 15] both (scenes.patch_labels), over samples whose
     scene the model was `told` ([B] bool; None: all)."""
     colours, shapes = named.float().split([10, 5], -1)
-    entropy = -(labels[..., :10] * colours.log_softmax(-1)).sum(-1) - (labels[..., 10:]
-                                                                       * shapes.log_softmax(-1)).sum(-1)
+    entropy = (-(labels[..., :10] * colours.log_softmax(-1)).sum(-1)
+               - (labels[..., 10:] * shapes.log_softmax(-1)).sum(-1))
     return entropy.mean() if told is None else (entropy.mean(1) * told).mean()
 
 

@@ -50,8 +50,8 @@ class Dinov2Stage:
         patches = F.unfold(x, DINOV2.patch, stride=DINOV2.patch).transpose(1, 2)
         painted = (self.trainables["paint"](features).float() - patches).abs().mean()
         colours, shapes = self.trainables["name"](features).float().split([10, 5], -1)
-        named = -(labels[..., :10] * colours.log_softmax(-1)).sum(-1) - (labels[..., 10:]
-                                                                         * shapes.log_softmax(-1)).sum(-1)
+        named = (-(labels[..., :10] * colours.log_softmax(-1)).sum(-1)
+                 - (labels[..., 10:] * shapes.log_softmax(-1)).sum(-1))
         return painted, named.mean()
 
     def loss(self, step: Step):

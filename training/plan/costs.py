@@ -147,8 +147,8 @@ def adapter_activation_bytes(config: AdapterConfig, micro: int) -> float:
     patch and channel."""
     queries = sum(r * c * t for r, c, t in config.hierarchy)
     patches = config.towers[0].grid[0] * config.towers[0].grid[1]
-    return micro * config.width * (60 * config.layers * queries + (14 * config.layers + 20 * len(config.towers))
-                                   * patches)
+    return micro * config.width * (60 * config.layers * queries
+                                   + (14 * config.layers + 20 * len(config.towers)) * patches)
 
 
 def parameters(module: nn.Module) -> int:
