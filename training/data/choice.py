@@ -59,9 +59,7 @@ class Choice:
         numbers = self.kept[first:end]
         chunks = np.searchsorted(self.starts, numbers, "right") - 1
         for chunk in np.unique(chunks).tolist():
-            places = numbers[chunks == chunk] - self.starts[chunk]
-            parts = np.split(places, np.flatnonzero(np.diff(places) != 1) + 1)
-            yield chunk, [(int(part[0]), int(part[-1]) + 1) for part in parts]
+            yield chunk, ranges(numbers[chunks == chunk] - self.starts[chunk])
 
     def borrowed(self, first: int, end: int) -> dict[str, str]:
         """{place in kept[first:end]: caption} of the samples that take another's caption."""
@@ -95,6 +93,12 @@ class Choice:
             texts = read_table(self.fs, self.marks[chunk], [column]).column(column)
             found |= {number: texts[number - int(self.starts[chunk])].as_py() for number in wanted}
         return found
+
+
+def ranges(numbers: np.ndarray) -> Runs:
+    """numbers: ascending, at least one."""
+    parts = np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1)
+    return [(int(part[0]), int(part[-1]) + 1) for part in parts]
 
 
 def choose(fs, marks: list[str]) -> Choice:

@@ -166,6 +166,10 @@ def _picture_chunks(infos: dict[str, dict], place: dict, pictures: list[str], no
 
 def _table_chunks(fs, root: str, place: dict, name: str, mark: list, path_column: str,
                   caption_column: str) -> list[dict]:
+    """Chunks of a table: its row groups where it holds the pictures. Where it holds paths, the chunks carry them: their
+    order is that of the sorted paths, which decides the bytes of the shards, and no part of a table tells its share of
+    it. Ranges of rows in the table's order would change existing sets; ranges of the sorted one would have every worker
+    read and sort the whole table."""
     with fs.open(posixpath.join(root, name), "rb") as stream:
         file = pq.ParquetFile(stream)
         fields = {field.name: field.type for field in file.schema_arrow}

@@ -1,10 +1,14 @@
 """`sda cache`: latents and features as the encoders give them, found by content, complete or refused."""
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 for package in ("diffusers", "open_clip", "pyarrow"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install -e '.[training]'")
@@ -15,6 +19,7 @@ from semantic_diffusion_adapter.kernels import checkpoint  # noqa: E402
 from semantic_diffusion_adapter.training.data import fill_cache as command  # noqa: E402
 from semantic_diffusion_adapter.training.data import prepare_edits  # noqa: E402
 from semantic_diffusion_adapter.training.data.batches import Plan  # noqa: E402
+from semantic_diffusion_adapter.training.data.choice import ranges  # noqa: E402
 from semantic_diffusion_adapter.training.data.decode import decode, send  # noqa: E402
 from semantic_diffusion_adapter.training.data.index import Index  # noqa: E402
 from semantic_diffusion_adapter.training.data.pool import Pool  # noqa: E402
@@ -22,7 +27,7 @@ from semantic_diffusion_adapter.training.data.read_cache import Cache, Part  # n
 from semantic_diffusion_adapter.training.frozen.base import base_sha256  # noqa: E402
 from semantic_diffusion_adapter.training.frozen.encoders import load_towers, load_vae  # noqa: E402
 
-from .conftest import jpeg  # noqa: E402
+from .conftest import jpeg, table_of  # noqa: E402
 
 CPU = torch.device("cpu")
 SIZES = ((64, 64), (70, 64), (64, 128), (96, 96), (100, 200), (130, 128))
@@ -35,11 +40,17 @@ def encoders(miniature) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def fill():
-    """fill(configuration): what `sda cache` does, in one worker process for all tests here: it is slow to start."""
-    pool = Pool(1)
-    yield lambda config: command.fill_all(pool, config)
-    pool.close()
+def pool():
+    """One worker process for all tests here: it is slow to start."""
+    made = Pool(1)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def fill(pool):
+    """fill(configuration): what `sda cache` does."""
+    return lambda config: command.fill_all(pool, config)
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +114,82 @@ def test_only_what_is_missing_is_computed(fill, filled, encoders, written, tmp_p
         Cache(config.out, index, part, (64, 96))
     fill(command.Config(config.data, config.out, encoders["vae"]))
     assert "of 9 entries computed" in capsys.readouterr().out and cache.read(5, 96)["mean"].isfinite().all()
+
+
+def asked_by_hand(index: Index, resolutions) -> dict[tuple[int, int], dict[bytes, tuple[int, bool]]]:
+    """{bucket: {content: (row, whether it is the target)}}, row by row."""
+    found: dict = {}
+    for resolution in resolutions:
+        for prefix in ("", "target_") if index.kind == "edits" else ("",):
+            for number, row in enumerate(index):
+                bucket = tuple(row[f"bucket_{resolution}"])
+                if bucket != (0, 0):
+                    found.setdefault(bucket, {}).setdefault(row[f"{prefix}sha256"], (number, bool(prefix)))
+    return found
+
+
+SIDES = st.sampled_from((48, 64, 70, 96, 128, 200))
+EMPTY = {name: 0 for name in ("target_offset", "target_length", "mask_offset", "mask_length")} | {
+    name: "" for name in ("source_caption", "target_caption")}
+
+
+@given(st.lists(st.tuples(SIDES, SIDES, st.integers(0, 5), st.integers(0, 5)), max_size=30), st.booleans(),
+       st.integers(1, 4), st.randoms(use_true_random=False))
+def test_entries_are_numbered_by_the_index_alone(samples, edits, most, random):
+    sizes, count = [sample[:2] for sample in samples], len(samples)
+    shas, targets = ([bytes([sample[at]]) * 32 for sample in samples] for at in (2, 3))
+    more = {name: [value] * count for name, value in EMPTY.items()} | {"target_sha256": targets} if edits else {}
+    index = Index("memory://set", table_of(sizes, (64, 96), "edits" if edits else "pictures", sha256=shas, **more))
+    entries, by_hand = command.wanted(index, (96, 64)), asked_by_hand(index, (96, 64))
+    found: dict = {}
+    for number, key in enumerate(entries.keys.to_pylist()):
+        of_bucket = found.setdefault(entries.bucket(number), {})
+        of_bucket[key[:32]] = int(entries.rows[number]), bool(entries.targets[number])
+    assert found == by_hand and list(found) == sorted(by_hand)
+    in_order = [list(by_hand[bucket]) for bucket in found]
+    assert [list(part) for part in found.values()] == in_order
+    missing = np.array([n for n in range(len(entries.rows)) if random.random() < 0.7], np.int64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "SHARD", most)
+        shards = list(entries.cut(missing))
+    assert [n for shard in shards for n in shard.tolist()] == missing.tolist()
+    assert all(len(shard) <= most and len({entries.bucket(n) for n in shard}) == 1 for shard in shards)
+    assert all(command.spread(ranges(shard)).tolist() == shard.tolist() for shard in shards)
+
+
+class Watched:
+    """Workers of which the tasks are seen."""
+
+    def __init__(self, workers: Pool):
+        self.workers, self.tasks = workers, []
+
+    def run(self, work, tasks, setup):
+        self.tasks += tasks
+        return self.workers.run(work, tasks, setup)
+
+
+def test_a_task_is_ranges_of_numbers(pool, filled, encoders, tmp_path):
+    config, watched = command.Config(filled[2].data, str(tmp_path), encoders["vae"]), Watched(pool)
+    command.fill_all(watched, config)
+    assert all(set(task) == {"runs", "shard", "about", "size"} and len(task["runs"]) == 1 for task in watched.tasks)
+    assert sum(task["size"] for task in watched.tasks) == 9
+    command.fill_all(watched, config)
+    assert sum(task["size"] for task in watched.tasks) == 9  # Nothing is missing, so nothing is given out.
+
+
+OTHER = [(64, 64, 9), *((*size, seed) for seed, size in enumerate(SIZES[1:], 1))]
+
+
+@pytest.mark.parametrize("now", [OTHER, [(64, 64, 0)]], ids=["another picture", "fewer pictures"])
+def test_a_worker_that_numbers_another_set_refuses(now, pool, filled, encoders, written, tmp_path):
+    watched = Watched(pool)
+    command.fill_all(watched, command.Config(filled[2].data, str(tmp_path / "cache"), encoders["vae"]))
+    written(str(tmp_path / "set"), [jpeg(*picture) for picture in now], (64, 96))
+    (part, load), = command.parts_of(command.Config("", "", encoders["vae"]))
+    worker = command.Fill(str(tmp_path / "set"), str(tmp_path / "cache"), (64, 96), 2, asdict(part), load)
+    with pytest.raises(ValueError, match="set has changed while it was being cached; leave the set alone"):
+        for task in watched.tasks:
+            worker(task)
 
 
 def test_weights_that_do_not_fit_are_a_sentence(fill, filled, encoders, tmp_path):
