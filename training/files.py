@@ -28,7 +28,8 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def folder_tensors(folder: Path, read: Callable[[Path], dict[str, Tensor]] = checkpoint.load_tensors) -> dict[str, Tensor]:
+def folder_tensors(folder: Path,
+                   read: Callable[[Path], dict[str, Tensor]] = checkpoint.load_tensors) -> dict[str, Tensor]:
     """The tensors of a model folder as diffusers and transformers write it: one safetensors file, or several parts."""
     files = sorted(folder.glob("*.safetensors"), key=lambda p: (len(p.name), p.name))
     if not files:

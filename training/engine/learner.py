@@ -98,7 +98,8 @@ class Learner:
         return [Step(number, run.planned, run.seed, self.stage.name, self.world.device, positions, run.batch)
                 for positions in self.micro]
 
-    def gradients(self, steps: list[Step], stop: Callable[[], bool] = lambda: False) -> tuple[dict[str, float], float] | None:
+    def gradients(self, steps: list[Step],
+                  stop: Callable[[], bool] = lambda: False) -> tuple[dict[str, float], float] | None:
         """Forward and backward of the micro-batches. Returns (this process's mean loss and its parts, the gradient norm
         over all processes before clipping). `stop` is asked before each micro-batch and answers the same in all
         processes. Where it says so, the result is None and the weights are those of the step before."""

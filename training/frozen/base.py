@@ -86,7 +86,8 @@ def skeleton(path: Path, read: Callable[[Path], dict[str, Tensor]] = checkpoint.
     return flux, state
 
 
-def from_file(path: Path, read: Callable[[Path], dict[str, Tensor]]) -> tuple[FluxTransformer2DModel, dict[str, Tensor]]:
+def from_file(path: Path,
+              read: Callable[[Path], dict[str, Tensor]]) -> tuple[FluxTransformer2DModel, dict[str, Tensor]]:
     if checkpoint.has_record(path):
         tensors, record = recorded(path, "flux", read)
         config = record["config"]
@@ -112,7 +113,8 @@ def from_file(path: Path, read: Callable[[Path], dict[str, Tensor]]) -> tuple[Fl
         raise ValueError(f"{path} lacks {error}: it is cut or of another model; download it again.") from None
 
 
-def from_folder(path: Path, read: Callable[[Path], dict[str, Tensor]]) -> tuple[FluxTransformer2DModel, dict[str, Tensor]]:
+def from_folder(path: Path,
+                read: Callable[[Path], dict[str, Tensor]]) -> tuple[FluxTransformer2DModel, dict[str, Tensor]]:
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     if not (folder / "config.json").is_file():
         raise ValueError(f"{path} has no transformer/config.json: give the diffusers folder of FLUX.1-dev, or its "

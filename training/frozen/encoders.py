@@ -105,7 +105,8 @@ def from_single_file(path: Path, read: Callable[[Path], dict[str, Tensor]]) -> t
     return config, convert_ldm_vae_checkpoint(tensors, config)
 
 
-def load_towers(files: tuple[Path, ...], ids: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> dict[str, VisionTower]:
+def load_towers(files: tuple[Path, ...], ids: tuple[str, ...], device: torch.device,
+                dtype: torch.dtype) -> dict[str, VisionTower]:
     """Frozen vision towers by their ids, in the order of the files.
 
     ids: for each file the id of a published encoder (kernels/vision/known.py), "" where the file's record has it. ids

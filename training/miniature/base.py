@@ -230,7 +230,8 @@ def sample(flux, contexts: list[tuple[Tensor, Tensor]], weights: list[float], no
 
 
 @torch.no_grad()
-def sample_text(flux, text, vae, prompts: list[str], device, cfg: float, mu: float, seed: int = 0, steps: int = 20) -> np.ndarray:
+def sample_text(flux, text, vae, prompts: list[str], device, cfg: float, mu: float, seed: int = 0,
+                steps: int = 20) -> np.ndarray:
     """Pictures [B, 128, 128, 3] uint8 of the prompts."""
     noise = torch.randn(len(prompts), 8, 16, 16, generator=torch.Generator().manual_seed(seed)).to(device)
     contexts, weights = [encode(text, token_ids(prompts, device))], [cfg]

@@ -132,7 +132,8 @@ class EditorStage:
                 features = {name: torch.cat([known[name] for _, known in sides]) for name in sides[0][1]}
             return self.adapter(features, hierarchy)
 
-    def losses(self, source: Side, target: Side, texts: list[str], preset: str, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, source: Side, target: Side, texts: list[str], preset: str,
+               step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         hierarchy, count = named_hierarchy(preset), len(texts)
         tokens, pooled = self.embed([source, target], hierarchy)
         flow = None

@@ -164,7 +164,8 @@ def kept_outside(system: Miniature, changes: Sequence[Edit], own: SemanticEmbedd
     return tuple(figures[1][name] - figures[0][name] for name in ("preservation", "success"))
 
 
-def steady(system: Miniature, own: SemanticEmbedding, edited: SemanticEmbedding, noise: Tensor) -> tuple[float | None, float]:
+def steady(system: Miniature, own: SemanticEmbedding, edited: SemanticEmbedding,
+           noise: Tensor) -> tuple[float | None, float]:
     """(share of the edits that change the picture of which it moves away from the source's at every step of the
     strength; share of the edits that change the picture at all)."""
     pictures = [system.paint_regions(own, [edited.tokens, own.tokens], [s, 1 - s], noise).astype(np.float32)

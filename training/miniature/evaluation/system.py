@@ -192,7 +192,8 @@ class Miniature:
         self.attention.regions = None if layout is None else self._visibility(layout, tokens[0].shape[1])
         return self._paint(contexts, weights, noise)
 
-    def paint_text(self, prompts: Sequence[str], noise: Tensor, latents: Tensor | None = None, start: float = 1.0) -> np.ndarray:
+    def paint_text(self, prompts: Sequence[str], noise: Tensor, latents: Tensor | None = None,
+                   start: float = 1.0) -> np.ndarray:
         """Pictures [N, 128, 128, 3] uint8 of prompts at guidance 2.5. With latents [N, C, h, w]: SDEdit (arXiv
         2108.01073), which begins at time `start` from the latents with that much noise."""
         def contexts(rows: slice):
