@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 def free(default: Any = dataclasses.MISSING) -> Any:
     """A field that a resumed run may change, because it affects neither what is learnt nor from which samples. A Path
-    may be such a field: where a file lies is free, and the stage's identity holds its content.
+    may change without this: where a file lies is free, and the stage's identity holds its content.
     Path: where a file lies is free, what it holds is for the stage's identity.)"""
     return field(default=default, metadata={"free": True})
 

@@ -10,7 +10,7 @@ SAMPLED = 256  # at most this many of the coming steps are asked for their effor
 
 
 class Pace:
-    """Times of a run with `max_steps`. effort(number) is the relative cost of a step, counted from 0.
+    """Times of a run with `max_steps`. effort(number) is the relative cost of step `number`, which counts from 0.
 
     Validations and saves count only after the first of them was timed.
     """

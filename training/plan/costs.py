@@ -143,8 +143,8 @@ def activation_bytes(flux, patches: int, tokens: int, micro: int, checkpointing:
 
 
 def adapter_activation_bytes(config: AdapterConfig, micro: int) -> float:
-    """Bytes of a micro-batch that the adapter's layers keep under autocast: about 60 per query and channel, 14 per
-    patch and channel."""
+    """Bytes of a micro-batch that the adapter's layers keep under autocast: per layer and channel about 60 for a query
+    and 14 for a patch."""
     queries = sum(r * c * t for r, c, t in config.hierarchy)
     patches = config.towers[0].grid[0] * config.towers[0].grid[1]
     return micro * config.width * (60 * config.layers * queries
