@@ -3,8 +3,8 @@
     python3 run.py bench attention [--device cpu|cuda] [--patches N ...] [--json]
 
 Times are ratios to the plain, unmasked attention over the same sequence. The routes take turns, and the ratio is the
-median over the turns, so that whatever else the machine does hits all of them alike. Peak memory is what one call adds
-to its inputs, its result included. The error is the largest absolute difference from float64 over some queries of some
+median over the turns, so that other load on the machine affects all of them alike. Peak memory is what one call adds to
+its inputs, its result included. The error is the largest absolute difference from float64 over some queries of some
 heads. A run over all sizes replaces its device's part of benchmarks/attention.md.
 """
 
@@ -86,7 +86,8 @@ def seconds(call: Callable[[], object], device: str, calls: int) -> float:
 
 
 def peak_mib(name: str, patches: int, device: str, case: Case) -> float | None:
-    """MiB that one call adds at its peak; on a CPU in a process of its own. None where the system does not tell."""
+    """MiB that one call adds at its peak. On a CPU the call has a process of its own. None where the system does not
+    tell."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -103,7 +104,7 @@ def peak_mib_here(name: str, patches: int) -> float | None:
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if not reset.exists():
         return None
-    Case(64, "cpu").call(name)  # libraries and thread pools are no memory of the route
+    Case(64, "cpu").call(name)  # the memory of libraries and thread pools does not count
     case = Case(patches, "cpu")
     reset.write_text("5")  # the high-water mark starts again at what is resident now
     kib = [int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1])]
@@ -113,7 +114,7 @@ def peak_mib_here(name: str, patches: int) -> float | None:
 
 
 def measure(patches: int, device: str) -> tuple[list[dict], dict[str, str]]:
-    """The results of one size, and the routes that are not to be had with the reason."""
+    """The results of one size, and the unavailable routes with the reason."""
     case = Case(patches, device)
     missing = {name: reason for name in NAMES if (reason := unavailable(name, device))}
     errors, first = {}, {}
@@ -182,7 +183,7 @@ def section(device: str, results: list[dict], missing: dict[int, dict[str, str]]
 
 
 def write(device: str, text: str) -> None:
-    """Replace the device's section of the table and keep the other's."""
+    """Replace the device's section of the table and keep the other one's."""
     head = (
         "# Masked attention\n\n"
         f"24 heads x 128, bfloat16, `{PRESET}` under its hard visibility, batch 1, forward only. *Time* is the\n"

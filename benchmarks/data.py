@@ -1,12 +1,12 @@
-"""Pictures a second that one core prepares and decodes, beside a bare loop that decodes, resizes and encodes.
+"""Pictures per second that one core prepares and decodes, beside a bare loop that decodes, resizes and encodes.
 
     python3 run.py bench data [--pictures 16] [--rounds 7] [--json]
 
-Pictures with the spectrum of photographs, as JPEGs of several sizes, go through `sda prepare`'s two steps (every picture
-is read and examined; then read again, hashed and written into a shard) and through the training's loader (a ranged read of
-the shard, its hash, decoding, a crop and a resize to a 1024 px bucket, a tensor). The bare loop is Pillow alone, as other
-preparers do it: open, fit to the same bucket, save as JPEG. All three take turns on the same core, and what counts is the
-time of that core, so that others at work on the machine take little from any of them. A run of the default settings
+The pictures have the spectrum of photographs and are JPEGs of several sizes. They go through `sda prepare`'s two steps
+(every picture is read and examined; then read again, hashed and written into a shard) and through the training's loader
+(a ranged read of the shard, its hash, decoding, a crop and a resize to a 1024 px bucket, a tensor). The bare loop is
+Pillow alone, as in other preparers: open, fit to the same bucket, save as JPEG. All three take turns on the same core.
+Only that core's time counts, so that other work on the machine hardly changes it. A run of the default settings
 replaces benchmarks/data.md.
 """
 from __future__ import annotations
@@ -127,9 +127,10 @@ def main(argv: list[str] | None = None) -> int:
         f"{table.machine()}; {date.today()}; "
         f"`python3 run.py bench data --pictures {options.pictures} --rounds {options.rounds}`",
         "",
-        "*bare*: Pillow alone: decode, fit to the bucket (Lanczos), encode as JPEG. *prepare*: both passes of `sda prepare` "
-        "over the same files. *loader*: what training does with a prepared picture: ranged read, hash, decode, crop and "
-        "resize to the bucket, float tensor. Per second of one core's time, all in one process, turn by turn.",
+        "*bare*: Pillow alone: decode, fit to the bucket (Lanczos), encode as JPEG. *prepare*: both passes of `sda "
+        "prepare` over the same files. *loader*: what training does with a prepared picture: ranged read, hash, "
+        "decode, crop and resize to the bucket, float tensor. Per second of one core's time, all in one process, "
+        "turn by turn.",
         "",
         *table.rows(["JPEG, px", "KB", "bucket, px", "bare", "prepare", "loader", "prepare / bare", "loader / bare"],
                     lines),

@@ -1,10 +1,10 @@
-"""Compares the edit decoders on the miniature: T5 token by token, T5 in one pass, and a causal LLM of the same size.
+"""Compare the edit decoders on the miniature: T5 token by token, T5 in one pass, and a causal LLM of the same size.
 
     python3 run.py bench decoders --train STEPS [--scenes N] [--json]
     python3 run.py bench decoders --t5 FILE --llm FILE [--scenes N] [--json]
 
---train trains both on the same samples, one after the other (stages `editor` and `editor-llm`; a run that was stopped goes
-on), into runs/decoders. Success and preservation are those of the evaluation, on scenes that no decoder was trained on.
+--train trains both on the same samples, one after the other (stages `editor` and `editor-llm`), into runs/decoders. A
+stopped run continues. Success and preservation are those of the evaluation, on scenes that no decoder was trained on.
 Times are ratios to T5 in one pass: the decoders take turns, and the ratio is the median over the turns. A run over the
 default scenes replaces benchmarks/decoders.md.
 """
@@ -43,7 +43,7 @@ TURNS = 9
 MANY = 32  # edits at once, beside one
 PRESET = "tree128"
 STAGES = {"t5": "editor", "llm": "editor-llm"}
-# What is compared -> (its file, the mode it writes in). Times are ratios to the first.
+# A compared way -> (its file, the mode it writes in). Times are ratios to the first.
 WAYS = {
     "T5, parallel": ("t5", "parallel"),
     "T5, autoregressive": ("t5", "autoregressive"),
@@ -62,7 +62,7 @@ class Trained:
 
 
 def train(steps: int) -> dict[str, Path]:
-    """Both decoders after so many steps; ends the program where a run was stopped."""
+    """Train both decoders for so many steps. The program ends where a run was stopped."""
     files = {name: RUNS / f"{name}.safetensors" for name in STAGES}
     for name, stage in STAGES.items():
         flags = ["--run.max-steps", str(steps), "--run.out", str(RUNS / name), "--export", str(files[name])]
@@ -78,7 +78,8 @@ def read(path: Path, device: torch.device) -> Trained:
 
 
 def quality(system: Miniature, trained: dict[str, Trained], count: int, seed: int) -> tuple[dict, dict[str, int]]:
-    """({way: {operation or "all": {"success", "preservation"}}}, edits by operation) over the first `count` test scenes.
+    """({way: {operation or "all": {"success", "preservation"}}}, edits by operation) over the first `count` test
+    scenes.
 
     `oracle` is the adapter's embedding of the true edited picture, `copy` the unedited one.
     """
@@ -137,25 +138,27 @@ def page(results: dict, scenes: int, seed: int, command: str) -> str:
     quality_rows = [[way, *(f"{table.number(values[op]['success'])} / {table.number(values[op]['preservation'])}"
                             for op in (*OPERATIONS, "all"))] for way, values in results["quality"].items()]
     size_rows = [[way, f"{results['parameters'][name]:,}", f"{results['steps'][name]:,}",
-                  f"{results['time_of_one'][way]:.2f}", f"{results['time_of_many'][way]:.2f}"] for way, (name, _) in WAYS.items()]
+                  f"{results['time_of_one'][way]:.2f}", f"{results['time_of_many'][way]:.2f}"]
+                  for way, (name, _) in WAYS.items()]
     return "\n".join([
         "# The edit decoders, on the miniature",
         "",
         f"{table.machine()}; {date.today()}; `{command}`",
         "",
-        f"{scenes} scenes of the test split (seed {seed}), never trained on; 20 Euler steps under `{PRESET}`. All were trained with the "
-        "same loss on the same samples in the same order; the steps stand in the second table.",
+        f"{scenes} scenes of the test split (seed {seed}), never trained on; 20 Euler steps under `{PRESET}`. All "
+        f"were trained with the same loss on the same samples in the same order; the steps stand in the second table.",
         "",
         "## What they do",
         "",
-        "Success / preservation, by operation (number of edits). `oracle`: the embedding of the true edited picture; `copy`: the "
-        "unedited embedding.",
+        "Success / preservation, by operation (number of edits). `oracle`: the embedding of the true edited picture; "
+        "`copy`: the unedited embedding.",
         "",
         *table.rows(["", *operations], quality_rows),
         "",
         "## What they cost",
         "",
-        f"Time per edit as a ratio to T5 in one pass, of one edit and of {MANY} at once: the median over {TURNS} turns.",
+        f"Time per edit as a ratio to T5 in one pass, of one edit and of {MANY} at once: the median over "
+        f"{TURNS} turns.",
         "",
         *table.rows(["", "parameters", "steps", "time, one edit", f"time, {MANY} at once"], size_rows),
         "",
@@ -170,7 +173,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--scenes", type=int, default=SCENES, help=f"test scenes, at least 2 (default: {SCENES})")
     parser.add_argument("--seed", type=int, default=0, help="another seed makes fresh scenes and noise (default: 0)")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    parser.add_argument("--assets", type=Path, default=ASSETS, help="folder of the other weights (default: the shipped ones)")
+    parser.add_argument("--assets", type=Path, default=ASSETS,
+                        help="folder of the other weights (default: the shipped ones)")
     options = parser.parse_args(argv)
     if options.scenes < 2 or options.seed < 0 or (options.train or 1) < 1:
         parser.error("--scenes is at least 2, --train at least 1 and --seed at least 0.")

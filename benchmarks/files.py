@@ -2,8 +2,8 @@
 
     python3 run.py bench files [--mutants 10000] [--seed 0]
 
-Small files of every kind, each changed in one way, are loaded as the nodes load them, with core building the base's networks. How
-they are changed, sealed and judged stands in tests/kernels/fuzz.py. A run of the default number replaces benchmarks/files.md.
+Small files of every kind, each changed in one way, are loaded as the nodes load them. Core builds the base's networks.
+tests/kernels/fuzz.py changes, seals and judges them. A run of the default number replaces benchmarks/files.md.
 """
 
 from __future__ import annotations
@@ -67,17 +67,20 @@ def main(argv: list[str] | None = None) -> int:
     page = "\n".join([
         "# What becomes of a damaged or hostile file",
         "",
-        f"{table.machine()}; {date.today()}; `python3 run.py bench files --mutants {options.mutants} --seed {options.seed}`",
+        f"{table.machine()}; {date.today()}; `python3 run.py bench files --mutants {options.mutants} --seed "
+        f"{options.seed}`",
         "",
-        f"{options.mutants} files, each changed in one way; faults: **{len(wrong)}**; the slowest load took {slowest:.1f} s.",
+        f"{options.mutants} files, each changed in one way; faults: **{len(wrong)}**; the slowest load took "
+        f"{slowest:.1f} s.",
         "",
-        "*refused* is one sentence. *unchanged* is the same network with the same numbers. *other words* and *other numbers* is a network "
-        "of the same tensors under another record, or with other numbers in them. A fault is any other structure, a traceback, a load of "
-        f"over {fuzz.SECONDS} s; under the seal as it was saved also other words or numbers; without a seal also a tensor that is read in "
-        "another dtype.",
+        "*refused* is one sentence. *unchanged* is the same network with the same numbers. *other words* and *other "
+        "numbers* is a network of the same tensors under another record, or with other numbers in them. A fault is "
+        f"any other structure, a traceback, a load of over {fuzz.SECONDS} s; under the seal as it was saved also "
+        f"other words or numbers; without a seal also a tensor that is read in another dtype.",
         "",
-        "The seal is the digest in the record: *kept* as it was saved (damage), *none* (files from before there were digests), *new*, made "
-        "after the change (a stranger's own file: its words and numbers, and the dtype in which it stores them, are his to choose).",
+        "The seal is the digest in the record: *kept* as it was saved (damage), *none* (files from before there were "
+        "digests), *new*, made after the change (a stranger's own file: its words and numbers, and the dtype in which "
+        "it stores them, are his to choose).",
         "",
         *rows("seal", 2, fuzz.SEALS),
         "",

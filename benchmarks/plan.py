@@ -1,10 +1,10 @@
-"""How far `sda plan` is off on the machine at hand: the miniature's adapter step, predicted and measured.
+"""The error of `sda plan` on the machine at hand: the miniature's adapter step, predicted and measured.
 
     python3 run.py bench plan [--steps 6] [--json]
 
-The plan divides FLOPs by a speed. Here one case gives the speed, and the others show what is left as the model's own error: how
-well FLOPs alone say how the time grows with tokens, patches, samples and checkpointing. Small cases are slower than their FLOPs.
-A run of the default steps replaces benchmarks/plan.md.
+The plan divides FLOPs by a speed. Here one case gives the speed. The others show the model's own error: how well FLOPs
+alone say how the time grows with tokens, patches, samples and checkpointing. Small cases are slower than their FLOPs. A
+run of the default steps replaces benchmarks/plan.md.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class Miniature:
         self.flux.gradient_checkpointing = False
         if checkpointing:
             self.flux.enable_gradient_checkpointing()
-        objective = AdapterObjective(self.flux, self.attention, self.adapter, {}, AdapterTraining(growth=((1.0, preset),)))
+        objective = AdapterObjective(self.flux, self.attention, self.adapter, {},
+                                     AdapterTraining(growth=((1.0, preset),)))
         features = {t.id: torch.randn(micro, t.grid[0] * t.grid[1], t.width) for t in self.adapter.config.towers}
         batch = Batch(torch.randn(micro, self.flux.config.in_channels // 4, side, side), None, features=features)
         taken = []
@@ -81,7 +82,8 @@ def main(argv: list[str] | None = None) -> int:
         f"{table.machine()}; {date.today()}; `python3 run.py bench plan --steps {options.steps}`",
         "",
         "The miniature's adapter step, forward and backward, in float32: its FLOPs at the speed of one case "
-        f"({speed / 1e9:.0f} GFLOP/s: {FIRST[0]}, {FIRST[1]} x {FIRST[1]} latents, {FIRST[2]} samples), over the time it takes.",
+        f"({speed / 1e9:.0f} GFLOP/s: {FIRST[0]}, {FIRST[1]} x {FIRST[1]} latents, {FIRST[2]} samples), over the time "
+        "it takes.",
         "",
         *table.rows(["preset", "latent", "samples", "checkpointing", "GFLOP", "predicted / measured"], lines),
         "",

@@ -1,11 +1,12 @@
 """Speed and memory of the adapter's training step through FLUX.1's full shape, with random weights.
 
-    python3 run.py bench training [--device cuda] [--recipes flux1_dev_24gb flux1_dev_80gb] [--sizes 512 1024] [--steps 8] [--json]
+    python3 run.py bench training [--device cuda] [--recipes flux1_dev_24gb flux1_dev_80gb] [--sizes 512 1024]
+                                  [--steps 8] [--json]
 
-One step is what the recipe says: its precision, checkpointing, compiler, micro-batch and adapter; the towers' features and the
-latents are random, so it is Flux and the adapter that are timed. TFLOP/s counts the FLOPs of `sda plan`; MFU is their share of
-the card's bf16 peak. `predicted` is what the plan says of the same step: predicted / measured seconds is the plan's error.
-A run on a GPU over all recipes and sizes replaces benchmarks/training.md; on a CPU only a toy shape is run.
+One step is the recipe's: its precision, checkpointing, compiler, micro-batch and adapter. The towers' features and the
+latents are random, so Flux and the adapter are timed. TFLOP/s counts the FLOPs of `sda plan`. MFU is their share of the
+card's bf16 peak. `predicted` is the plan's figure for the same step, and predicted / measured seconds is the plan's
+error. A run on a GPU over all recipes and sizes replaces benchmarks/training.md. On a CPU only a toy shape is run.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ CONFIGS = Path(plan.__file__).parents[1] / "configs"
 RECIPES = ("flux1_dev_24gb", "flux1_dev_80gb")
 SIZES = (512, 1024)
 TABLE = Path(__file__).with_suffix(".md")
-TOY = dict(hidden_size=256, num_heads=2, depth=2, depth_single_blocks=4, axes_dim=[16, 56, 56], context_in_dim=128, vec_in_dim=32,
+TOY = dict(hidden_size=256, num_heads=2, depth=2, depth_single_blocks=4, axes_dim=[16, 56, 56], context_in_dim=128,
+           vec_in_dim=32,
            in_channels=16, patch_size=2, guidance_embed=True)
 PUBLISHED = """Published figures of near tasks, for comparison: unsloth's FLUX LoRA on one B200 at 512 px, batch 1: bf16 compiled
 4.12 steps/s and 24.7 GB, int8 2.14 steps/s, NF4 1.81 steps/s and 10.4 GB; SimpleTuner's NF4 on a 4090: 1 to 1.5 s a step;
@@ -46,7 +48,7 @@ torchtitan's full Flux-dev on four GB200: 491 TFLOP/s and 21.8% MFU a GPU. None 
 
 
 def card() -> tuple[str, plan.Card] | None:
-    """The plan's card that this GPU is, None where it knows none."""
+    """The plan's card for this GPU; None where the plan has none."""
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name().lower()
@@ -59,8 +61,9 @@ class Case:
     def __init__(self, recipe: str, size: int, device: torch.device, toy: bool):
         config = from_toml(plan.Config, CONFIGS / f"{recipe}.toml")
         if toy:
-            config = replace(config, adapter=replace(config.adapter, width=64, heads=2, layers=2), run=replace(config.run, compile=False))
-            if config.base.precision == "bf16":  # a CPU need not have it
+            config = replace(config, adapter=replace(config.adapter, width=64, heads=2, layers=2),
+                             run=replace(config.run, compile=False))
+            if config.base.precision == "bf16":  # a CPU may lack fast bf16
                 config = replace(config, base=replace(config.base, precision=resolve("auto", device)))
         self.config, self.size, self.device = config, size, device
         self.flux = random_flux(TOY if toy else costs.FLUX1_DEV, config.base.precision, device)
@@ -76,7 +79,8 @@ class Case:
         self.objective = AdapterObjective(self.flux, attention, adapter, {}, settings)
         self.micro, side = config.run.micro or config.run.batch, size // 8
         self.batch = Batch(torch.randn(self.micro, 16, side, side, device=device), None,
-                           features={t.id: torch.randn(self.micro, t.grid[0] * t.grid[1], t.width, device=device) for t in towers})
+                           features={t.id: torch.randn(self.micro, t.grid[0] * t.grid[1], t.width, device=device)
+                                     for t in towers})
         self.adapter_config: AdapterConfig = adapter.config
         self.optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-5, fused=True)
 
@@ -90,16 +94,17 @@ class Case:
         return float(loss.detach())
 
     def flops(self) -> tuple[float, float]:
-        """(base, adapter) of one sample."""
+        """FLOPs (base, adapter) of one sample."""
         tokens = named_hierarchy(self.config.adapter.table).token_count
         recipe = self.config
-        base = costs.flux_flops(self.flux.config, (self.size // 16) ** 2, tokens, recipe.base.checkpointing, recipe.adapter.pooled)
+        base = costs.flux_flops(self.flux.config, (self.size // 16) ** 2, tokens, recipe.base.checkpointing,
+                                recipe.adapter.pooled)
         return sum(base), costs.adapter_flops(self.adapter_config, tokens)
 
 
 def measure(recipe: str, size: int, device: torch.device, steps: int, toy: bool) -> dict:
     case = Case(recipe, size, device, toy)
-    for number in range(2 if toy else 3):  # the compiler, the kernels' choices, the optimizer's state
+    for number in range(2 if toy else 3):  # warm-up: the compiler, the kernels' choices, the optimizer's state
         loss = case.step(number)
     synchronise(device)
     if device.type == "cuda":
@@ -112,14 +117,16 @@ def measure(recipe: str, size: int, device: torch.device, steps: int, toy: bool)
     base, adapter = case.flops()
     found = card()
     rate = case.micro * (base + adapter) / seconds / 1e12
-    result = {"recipe": recipe, "precision": case.config.base.precision, "size": size, "micro": case.micro, "finite": loss == loss,
+    result = {"recipe": recipe, "precision": case.config.base.precision, "size": size, "micro": case.micro,
+              "finite": loss == loss,
               "samples_per_second": round(case.micro / seconds, 4), "tflops": round(rate, 4),
               "mfu": None, "predicted": None, "peak_gb": None}
     if device.type == "cuda":
         result["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
     if found and not toy:
         estimate = plan.Estimate(replace(case.config, gpu=found[0], gpus=1))
-        predicted = case.micro * (base / (found[1].peak * 1e12 * estimate.reached) + adapter / (found[1].peak * 0.25e12))
+        predicted = case.micro * (base / (found[1].peak * 1e12 * estimate.reached) + adapter
+                                  / (found[1].peak * 0.25e12))
         result |= {"mfu": round(rate / found[1].peak, 4), "predicted": round(predicted / seconds, 3)}
     return result
 
@@ -131,11 +138,14 @@ def synchronise(device: torch.device) -> None:
 
 def table(results: list[dict], failures: dict[tuple[str, int], str], command: str, device: str) -> str:
     lines = [f"{machine(device)}; {date.today()}; `{command}`", "",
-             "| recipe | precision | px | samples at once | samples/s | TFLOP/s | MFU | peak GB | predicted / measured time |",
+             "| recipe | precision | px | samples at once | samples/s | TFLOP/s | MFU | peak GB | predicted / "
+             "measured time |",
              "|---|---|---:|---:|---:|---:|---:|---:|---:|"]
     for r in results:
-        cells = (r["recipe"], r["precision"], r["size"], r["micro"], f"{r['samples_per_second']:.3g}", f"{r['tflops']:.3g}",
-                 *("" if r[k] is None else f"{r[k]:{form}}" for k, form in (("mfu", ".1%"), ("peak_gb", ".1f"), ("predicted", ".2f"))))
+        cells = (r["recipe"], r["precision"], r["size"], r["micro"], f"{r['samples_per_second']:.3g}",
+                 f"{r['tflops']:.3g}",
+                 *("" if r[k] is None else f"{r[k]:{form}}"
+                   for k, form in (("mfu", ".1%"), ("peak_gb", ".1f"), ("predicted", ".2f"))))
         lines.append(f"| {' | '.join(map(str, cells))} |")
     lines += [f"| {recipe} | | {size} | | {reason} | | | | |" for (recipe, size), reason in failures.items()]
     return "\n".join(lines) + "\n"

@@ -26,7 +26,8 @@ COMMANDS = {
 }
 # stage of the miniature -> (module, TOML file), in the order in which they build on one another
 STAGES = {
-    "scenes": ("preview", "scenes"), "vae": ("vae", "vae"), "text": ("reader", "text"), "base": ("base", "base"), "clip": ("clip", "clip"),
+    "scenes": ("preview", "scenes"), "vae": ("vae", "vae"), "text": ("reader", "text"), "base": ("base", "base"),
+    "clip": ("clip", "clip"),
     "dinov2": ("dinov2", "dinov2"), "adapter": ("adapter", "adapter"), "editor": ("editor", "editor"),
     "adapter-unmasked": ("adapter", "adapter_unmasked"), "adapter-global64": ("adapter", "adapter_global64"),
 }
@@ -44,7 +45,7 @@ def usage() -> str:
 
 
 def run_module(module_name: str, arguments: list[str], prog: str, file: Path | None = None) -> bool:
-    """Whether the module's run went to its end. file: the TOML file used where --config names none."""
+    """Run a module; True where its run went to its end. file: the TOML file used where --config names none."""
     import tyro
 
     from .config import checked, from_toml
@@ -73,11 +74,11 @@ def plan_of(argv: list[str]) -> list[tuple]:
 
 
 def stopped() -> int:
-    """The exit status of what was asked to stop; torchrun would start anew whatever does not return 0."""
+    """The exit status of a command that was asked to stop. torchrun restarts whatever does not return 0."""
     return 0 if "TORCHELASTIC_RUN_ID" in os.environ else 130
 
 
-# Libraries that, at their import, say what of other libraries they looked for in vain; no command uses it.
+# These libraries print at their import which other libraries they did not find. No command uses those.
 LOUD = ("diffusers.quantizers.torchao.torchao_quantizer", "bitsandbytes.backends.cpu.ops")
 
 

@@ -1,7 +1,8 @@
 """Configuration: frozen dataclasses, filled from a TOML file, overridden by dotted flags on the command line.
 
-Values are strict: a number in quotes is no number, true is no whole number, and a number is finite. pydantic checks them, as it
-does the records of files (kernels/schema.py); what is wrong is one sentence with the file, the key and what was expected.
+Values are strict: a quoted number is not a number, true is not a whole number, and every number is finite. pydantic
+checks them, as it checks the records of files (kernels/schema.py). An error is one sentence with the file, the key and
+what was expected.
 """
 from __future__ import annotations
 
@@ -39,8 +40,9 @@ T = TypeVar("T")
 
 
 def free(default: Any = dataclasses.MISSING) -> Any:
-    """A field that a resumed run may change, since it changes neither what is learnt nor from which samples. (So may a Path:
-    where a file lies is free, what it holds is for the stage's identity.)"""
+    """A field that a resumed run may change, because it affects neither what is learnt nor from which samples. A Path
+    may change without this: where a file lies is free, and the stage's identity holds its content.
+    Path: where a file lies is free, what it holds is for the stage's identity.)"""
     return field(default=default, metadata={"free": True})
 
 
@@ -51,16 +53,18 @@ class RunConfig:
     out: Annotated[Path, tyro.conf.arg(aliases=("--out",))]
     """Run folder: config.toml, metrics.jsonl, TensorBoard events, validation/, checkpoints/."""
     max_steps: Annotated[Count, tyro.conf.arg(aliases=("--max-steps",))] = free()
-    """The run ends after this many steps; more of them extend the plateau of the learning rate, and the last of its phases."""
+    """The run ends after this many steps. More steps extend the plateau of the learning rate and the run's last
+    phase."""
     plan_steps: Whole = 0
-    """The steps of which growth, unlocking and resolutions name shares. 0: the max_steps that the run began with."""
+    """Growth, unlocking and resolutions name shares of this many steps. 0: the max_steps that the run began with."""
     batch: Count = 32
-    """Samples of a step, over all processes."""
+    """Samples per step, over all processes."""
     micro: Whole = free(0)
-    """Samples that a process takes at once; their gradients add up to the step's. 0: all of its share."""
+    """Samples that a process takes at once. Their gradients add up to the step's. 0: all of its share."""
     seed: int = 0
     lr: Positive = 1e-3
-    """Peak learning rate: reached after `warmup` steps, kept, and brought to zero over the last `decay` of the run."""
+    """Peak learning rate. It is reached after `warmup` steps, kept, and brought to zero over the last `decay` of the
+    run."""
     warmup: Whole = 200
     decay: Share = 0.2
     weight_decay: NotNegative = 0.01
@@ -68,10 +72,10 @@ class RunConfig:
     clip: Positive = 1.0
     """Largest norm of the gradient."""
     ema: Decay = 0.999
-    """Decay of the averaged weights, the ones that are validated and exported."""
+    """Decay of the averaged weights, which are validated and exported."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """bf16 is by autocast; auto takes it where the device computes it fast, and fp32 elsewhere: a GPU before Ampere would need
-    fp16, whose gradients vanish without a loss scaler. A resumed run keeps what it began with."""
+    """bf16 uses autocast. auto takes bf16 where the device computes it fast, and fp32 elsewhere: a GPU before Ampere
+    would need fp16, whose gradients vanish without a loss scaler. A resumed run keeps the precision it began with."""
     device: str = free("auto")
     threads: Whole = free(0)
     """CPU threads; 0 leaves PyTorch's choice."""
@@ -81,13 +85,14 @@ class RunConfig:
     validate_every: Count = free(1000)
     save_every: Count = free(1000)
     keep: Count = free(2)
-    """How many checkpoints to keep, the newest ones."""
+    """How many of the newest checkpoints to keep."""
     keep_every: Whole = free(0)
-    """Besides, every checkpoint of a step that is a multiple of this stays for good; 0: none."""
+    """Checkpoints whose step is a multiple of this are kept for good as well. 0: none are."""
     on_nonfinite: Literal["stop", "skip"] = free("stop")
-    """What to do where the loss or the gradient is not finite: stop and name the samples, or leave the step out."""
+    """What to do where the loss or the gradient is not finite: stop and name the samples, or skip the step."""
     resume: Annotated[Literal["auto", "never"], tyro.conf.arg(aliases=("--resume",))] = free("auto")
-    """auto: go on from the last checkpoint of the run folder if there is one; never: start anew in an empty folder."""
+    """auto: continue from the last checkpoint of the run folder if there is one. never: start anew in an empty
+    folder."""
     dry_run: Annotated[bool, tyro.conf.arg(aliases=("--dry-run",))] = free(False)
     """Print settings, parameters, memory and data, run one step, and write nothing."""
 
@@ -109,7 +114,8 @@ def from_toml(kind: type[T], path: Path, **overrides: Any) -> T:
 def build(kind: type[T], data: dict, where: str) -> T:
     """The dataclass `kind` of a JSON-like table. where: begins the sentence of the ValueError."""
     try:
-        # As JSON, because strict pydantic takes lists for tuples, strings for paths and tables for dataclasses only there.
+        # JSON mode is needed: only there does strict pydantic take lists for tuples, strings for paths and tables for
+        # dataclasses.
         return _adapter(kind).validate_json(json.dumps([data], default=str))[0]
     except ValidationError as error:
         found = error.errors(include_url=False)
@@ -117,19 +123,21 @@ def build(kind: type[T], data: dict, where: str) -> T:
 
 
 def checked(config: T, where: str = "the command line") -> T:
-    """A configuration that flags have changed, with every bound checked again. ValueError as `build`."""
+    """Check every bound of a configuration again after flags have changed it. ValueError as `build`."""
     return build(type(config), to_dict(config), where)
 
 
 @cache
 def _adapter(kind: type) -> TypeAdapter:
-    # A dataclass takes its rules from what it stands in; on its own it would need them in every class.
+    # A nested dataclass takes its rules from the one around it; on its own it would need them in every class.
     return TypeAdapter(tuple[kind], config=_STRICT)
 
 
 def sentence(kind: type, errors: list[dict], where: str) -> str:
-    """What is wrong with a table, from pydantic's errors: the place, the key, the value, what was expected."""
-    first = next((e for e in errors if e["type"] in _UNKNOWN), errors[0])  # what is misspelt may be what is missing
+    """The sentence about what is wrong with a table, from pydantic's errors: the place, the key, the value, what was
+    expected."""
+    # a misspelt key may be the one that is missing
+    first = next((e for e in errors if e["type"] in _UNKNOWN), errors[0])
     path, table = [str(part) for part in first["loc"][1:]], kind
     depth = 0  # of the tables around the key
     for part in path:
@@ -139,7 +147,7 @@ def sentence(kind: type, errors: list[dict], where: str) -> str:
         table, depth = inner, depth + 1
     place = f"{where} [{'.'.join(path[:depth])}]" if depth else where
     key = "".join([*path[depth:depth + 1], *(f"[{part}]" for part in path[depth + 1:] if part.isdigit())])
-    if first["type"] == "value_error":  # a sentence of ours already
+    if first["type"] == "value_error":  # the message is a whole sentence already
         return f"{f'{where} [{chr(46).join(path)}]' if path else where}: {first['ctx']['error']}"
     if first["type"] in _UNKNOWN:
         known = [f.name for f in dataclasses.fields(table)]
@@ -148,7 +156,7 @@ def sentence(kind: type, errors: list[dict], where: str) -> str:
         return f"{place}: unknown key '{key}'; {hint}"
     if first["type"] == "missing":
         return f"{place}: the key '{key}' is missing; add it."
-    # What may be one of several kinds has an error for each.
+    # A union has one error for each of its kinds.
     wanted = [_wanted(e) for e in errors if [str(part) for part in e["loc"][1:]][:depth + 1] == path[:depth + 1]]
     quoted = isinstance(first["input"], str) and any(w.startswith(("a number", "a whole", "true")) for w in wanted)
     value = json.dumps(first["input"]) if isinstance(first["input"], (str, bool)) else short(first["input"])
@@ -163,7 +171,8 @@ def _table(kind: type, key: str) -> type | None:
 
 
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
-_WANTED = {"bool_type": "true or false", "int_type": "a whole number", "int_from_float": "a whole number", "float_type": "a number",
+_WANTED = {"bool_type": "true or false", "int_type": "a whole number", "int_from_float": "a whole number",
+           "float_type": "a number",
            "finite_number": "a finite number", "string_type": "a text", "path_type": "a path", "tuple_type": "a list",
            "dataclass_type": "a table", "none_required": "left out"}
 
@@ -175,8 +184,9 @@ def _wanted(error: dict) -> str:
 
 
 def resolve_precisions(config: Any, device: torch.device, began: dict) -> Any:
-    """The configuration with every `precision` of "auto", its own and those of its tables, as `began` (an earlier copy by
-    `to_dict`, or {}) has it or, where that says nothing, as the device computes fast."""
+    """The configuration with every `precision` of "auto" decided, its own and those of its tables. `began` is an
+    earlier copy by `to_dict`, or {}: its value is kept; where it has none, the value is what the device computes
+    fast."""
     changes = {}
     for known in dataclasses.fields(config):
         value, earlier = getattr(config, known.name), began.get(known.name)

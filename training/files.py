@@ -28,22 +28,25 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def folder_tensors(folder: Path, read: Callable[[Path], dict[str, Tensor]] = checkpoint.load_tensors) -> dict[str, Tensor]:
+def folder_tensors(folder: Path,
+                   read: Callable[[Path], dict[str, Tensor]] = checkpoint.load_tensors) -> dict[str, Tensor]:
     """The tensors of a model folder as diffusers and transformers write it: one safetensors file, or several parts."""
     files = sorted(folder.glob("*.safetensors"), key=lambda p: (len(p.name), p.name))
     if not files:
         raise ValueError(f"{folder} holds no safetensors file; download the model's safetensors weights into it.")
-    # Variants lie beside the first one, named longer.
+    # Variants lie beside the first file and have longer names.
     return {name: tensor for part in checkpoint.whole_parts(files[0]) for name, tensor in read(part).items()}
 
 
 def outline(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file on the meta device: what `checkpoint.load_tensors` gives, with nothing read but the header
-    and the few bytes in which ComfyUI says how a layer is quantised. ValueError for a file or a dtype that PyTorch has not."""
+    """The tensors of a safetensors file on the meta device, named as `checkpoint.load_tensors` names them. It reads
+    only the header and the few bytes in which ComfyUI says how a layer is quantised. ValueError for a file or a dtype
+    that PyTorch does not have."""
     entries, found = header.read(path).tensors, {}
     for name, entry in entries.items():
         if entry.dtype not in STORED:
-            raise ValueError(f"{path} has {name} in {entry.dtype}, which is not read here; give the bf16, fp16 or fp8 file.")
+            raise ValueError(f"{path} has {name} in {entry.dtype}, which is not read here; give the bf16, fp16 or "
+                             "fp8 file.")
         found[name] = torch.empty(entry.shape, dtype=STORED[entry.dtype], device="meta")
     if words := [name for name in entries if name.endswith(".comfy_quant")]:
         with safe_open(path, framework="pt") as file:
@@ -60,7 +63,7 @@ def recorded(path: Path, kind: str, read: Callable[[Path], dict[str, Tensor]]) -
 
 
 def code_version() -> str:
-    """The git commit of this code, or its release where it is no clone."""
+    """The git commit of this code, or its release where it is not a clone."""
     root = Path(__file__).resolve().parents[1]
     if (root / ".git").exists():
         try:

@@ -1,1 +1,1 @@
-"""Data: tar shards with a parquet index beside them, the plan of batches, decoding, and the commands that prepare them."""
+"""Data: tar shards with a parquet index, the plan of batches, decoding, and the commands that prepare them."""

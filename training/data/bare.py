@@ -1,4 +1,4 @@
-"""A picture file without what only describes it: torn texts, profiles or EXIF are no reason to lose good pixels."""
+"""A picture file without its metadata: torn texts, profiles or EXIF are no reason to lose good pixels."""
 from __future__ import annotations
 
 import struct
@@ -6,16 +6,16 @@ import zlib
 from collections.abc import Iterator
 
 PNG = b"\x89PNG\r\n\x1a\n"
-# Of the chunks that a reader may pass over, those that change what is seen. APNG's say that there are several frames.
+# These optional chunks change how the picture looks. APNG's chunks say that there are several frames.
 SEEN = {b"tRNS", b"acTL", b"fcTL", b"fdAT"}
 DESCRIPTIONS = {b"iCCP", b"eXIf"}
 EXIF, ICC, COMMENT, SCAN = 0xE1, 0xE2, 0xFE, 0xDA
-JFIF_AND_ADOBE = {0xE0, 0xEE}  # say how colours are stored
+JFIF_AND_ADOBE = {0xE0, 0xEE}  # they say how colours are stored
 
 
 def bare(data: bytes) -> Iterator[bytes]:
-    """The file without texts and torn extras, and then without its profile and EXIF too; nothing where it is neither PNG
-    nor JPEG, or has none of them. Nothing that the pixels need is repaired."""
+    """The file without texts and torn extras, and then without its profile and EXIF too. Nothing where it is neither
+    PNG nor JPEG, or has no such parts. Data that the pixels need is not repaired."""
     cut = _png if data.startswith(PNG) else _jpeg if data.startswith(b"\xff\xd8") else None
     last = len(data)
     for described in (True, False) if cut else ():

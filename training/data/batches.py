@@ -16,16 +16,16 @@ PERIOD = 100
 
 @dataclass(frozen=True)
 class Epoch:
-    """One pass over a resolution: `order` [batches, 2] names the bucket of each batch and its place among that bucket's
-    batches; `rows` holds the permuted rows of each bucket."""
+    """One pass over a resolution. `order` [batches, 2] has the bucket of each batch and its place among that bucket's
+    batches. `rows` has the permuted rows of each bucket."""
 
     order: np.ndarray
     rows: tuple[np.ndarray, ...]
 
 
 class Plan:
-    """Batches of one bucket each. An epoch of a resolution is an exact permutation of the samples that fill it, bucket by
-    bucket; what is left over at the end of a bucket (less than a batch) rests until the next epoch, which leaves over others.
+    """Batches of one bucket each. An epoch of a resolution is an exact permutation of the samples that fill it, bucket
+    by bucket. The remainder of a bucket (less than a batch) is left out until the next epoch, whose remainder differs.
 
     index         the prepared set
     batch         size of the global batch, of all ranks together
@@ -59,25 +59,25 @@ class Plan:
 
     @property
     def hash(self) -> str:
-        """Of all that decides the batches."""
+        """Hash of everything that decides the batches."""
         record = [1, self.index.hash, self.batch, self.seed, sorted(self.weights.items())]
         return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
     def at(self, stage: str, step: int) -> tuple[int, tuple[int, int], list[int]]:
-        """(resolution, bucket (height, width) in pixels, rows of the global batch) of a step, counted from 0. A rank takes
-        the rows of its positions in the batch."""
+        """(resolution, bucket (height, width) in pixels, rows of the global batch) of a step, counted from 0. A rank
+        takes the rows of its positions in the batch."""
         resolution, bucket, place, epoch = self._place(stage, step)
         rows = epoch.rows[bucket][place * self.batch:(place + 1) * self.batch]
         return resolution, tuple(self.groups[resolution])[bucket], rows.tolist()
 
     def resolution(self, stage: str, step: int) -> int:
-        """Of a step, in pixels; costs little, however far away the step is."""
+        """Resolution of a step in pixels. The cost does not grow with the step."""
         cycle, turn = divmod(step, PERIOD)
         return int(self._turns(stage, cycle)[turn])
 
     def spare(self, stage: str, step: int, position: int, attempt: int = 0) -> int:
-        """A row of the same bucket to take where the one at this position of the batch cannot be read; another one for
-        each attempt, and none of the batch itself where the bucket has others."""
+        """A row of the same bucket that replaces an unreadable one at this position of the batch. Each attempt gives
+        another one. It is no row of the batch itself where the bucket has others."""
         resolution, bucket, place, epoch = self._place(stage, step)
         rows = epoch.rows[bucket]
         others = np.delete(rows, np.s_[place * self.batch:(place + 1) * self.batch])
@@ -93,18 +93,19 @@ class Plan:
         cycle, turn = divmod(step, PERIOD)
         turns = self._turns(stage, cycle)
         resolution = int(turns[turn])
-        # Every cycle gives a resolution equally many turns, so how many it had before needs no counting from step 0.
+        # Every cycle gives a resolution the same number of turns, so its earlier turns need no count from step 0.
         number = cycle * int((turns == resolution).sum()) + int((turns[:turn] == resolution).sum())
         epoch, at = divmod(number, self.batches(resolution))
         drawn = self._epoch(stage, resolution, epoch)
         return resolution, *map(int, drawn.order[at]), drawn
 
     def batches(self, resolution: int) -> int:
-        """Full batches of one epoch."""
+        """Number of full batches of one epoch."""
         return sum(len(rows) // self.batch for rows in self.groups[resolution].values())
 
     def _draw_turns(self, stage: str, cycle: int) -> np.ndarray:
-        """[PERIOD] resolution of each step of a cycle: shares rounded to whole turns by largest remainder, at least one."""
+        """[PERIOD] resolution of each step of a cycle. Shares are rounded to whole turns by largest remainder, at least
+        one."""
         shares = self.weights.get(stage, self.weights.get(""))
         names, weights = np.array(list(shares)), np.array(list(shares.values()))
         exact = weights / weights.sum() * PERIOD
@@ -124,7 +125,7 @@ class Plan:
         return Epoch(order[_permutation(len(order), self.seed, stage, resolution, epoch, "order")], tuple(rows))
 
     def report(self) -> str:
-        """How full the buckets are, with a word for those that waste samples."""
+        """How full the buckets are, with a note for those that waste samples."""
         lines = [f"{len(self.index)} samples, batches of {self.batch}"]
         for resolution, groups in self.groups.items():
             fitting = sum(map(len, groups.values()))
@@ -157,5 +158,5 @@ def _stream(*names: object) -> np.random.Philox:
 
 
 def _permutation(count: int, *names: object) -> np.ndarray:
-    # From the raw stream, which numpy keeps for good; what its Generator draws may change with a release.
+    # The draws use the raw stream, which numpy keeps stable. The draws of its Generator may change with a release.
     return np.argsort(_stream(*names).random_raw(count), kind="stable")

@@ -1,5 +1,5 @@
-"""Which samples make the set: of equal content the first, and the cut into shards. Of all samples it holds numbers only;
-their names and captions stay in the marks of the workers, and what is needed of them is fetched from there."""
+"""The choice of the samples (of equal content the first) and their division into shards. It holds only numbers of the
+samples. Names and captions stay in the marks of the workers and are read from there when needed."""
 from __future__ import annotations
 
 from collections import Counter
@@ -24,9 +24,9 @@ Runs = list[tuple[int, int]]
 class Choice:
     """A sample's number is its place in the source; chunk n has those of [starts[n], starts[n + 1]).
 
-    kept: [K] numbers, ascending. sizes: [K] bytes. lends: {kept number: that of an equal one, whose caption it takes}.
-    same: {dropped number: the kept one that it equals}. reasons: how many were dropped for what, most frequent first.
-    captioned, silent: how many kept ones have a caption, and how many have one that could not be read.
+    kept: [K] numbers, ascending. sizes: [K] bytes. lends: {kept number: an equal sample's number, whose caption it
+    takes}. same: {dropped number: the kept one that it equals}. reasons: how many were dropped for each reason, most
+    frequent first. captioned, silent: how many kept ones have a caption, and how many have one that could not be read.
     """
 
     fs: object
@@ -49,7 +49,7 @@ class Choice:
         return int(self.sizes.sum())
 
     def shards(self, most: int) -> Iterator[tuple[int, int]]:
-        """[first, end) in `kept` of shards that begin less than `most` bytes apart from whole multiples of it."""
+        """[first, end) in `kept` of each shard. Shards begin less than `most` bytes after whole multiples of it."""
         shard = (np.cumsum(self.sizes) - self.sizes) // most
         starts = np.flatnonzero(np.diff(shard, prepend=-1)).tolist()
         return zip(starts, [*starts[1:], len(self.kept)])
@@ -62,13 +62,13 @@ class Choice:
             yield chunk, ranges(numbers[chunks == chunk] - self.starts[chunk])
 
     def borrowed(self, first: int, end: int) -> dict[str, str]:
-        """{place in kept[first:end]: caption} of those that take one."""
+        """{place in kept[first:end]: caption} of the samples that take another's caption."""
         places = {place: self.lends[n] for place, n in enumerate(self.kept[first:end].tolist()) if n in self.lends}
         texts = self._texts("caption", list(places.values()))
         return {str(place): texts[number] for place, number in places.items()}
 
     def write_dropped(self, fs, path: str) -> None:
-        """Table of origin, reason and detail of every sample that is not kept, chunk by chunk."""
+        """Write a table of origin, reason and detail of every dropped sample, chunk by chunk."""
         origins = self._texts("origin", sorted(set(self.same.values())))
         schema = pa.schema([("origin", pa.large_string()), ("reason", pa.string()), ("detail", pa.large_string())])
         with whole_file(fs, path) as stream, pq.ParquetWriter(stream, schema, compression="zstd") as writer:
@@ -102,7 +102,8 @@ def ranges(numbers: np.ndarray) -> Runs:
 
 
 def choose(fs, marks: list[str]) -> Choice:
-    """Of samples of equal content the first of the source's order is kept, with the first caption that any has."""
+    """Choose the samples. Of equal content the first in the source's order is kept, with the first caption that any of
+    them has."""
     with ThreadPoolExecutor(16) as pool:
         parts = list(pool.map(lambda mark: _numbers(read_table(fs, mark, READ)), marks))
     starts = np.cumsum([0, *(len(part) for part in parts)])
@@ -130,7 +131,7 @@ def choose(fs, marks: list[str]) -> Choice:
 
 
 def _numbers(table: pa.Table) -> pa.Table:
-    """Of a table of SCANNED what decides, without its texts."""
+    """The columns of a table of SCANNED that decide, without its texts."""
     size = sum(table[f"{member}_length"].fill_null(0).to_numpy() for member in MEMBERS)
     kept = pc.equal(table["reason"], "")
     return pa.table({"reason": table["reason"], "same": table["same"], "size": pa.array(size, pa.int64()),

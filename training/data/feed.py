@@ -19,8 +19,8 @@ from .read_cache import Cache, Part
 
 
 def split(index: Index, held_out: int, resolution: int) -> tuple[Index, Index]:
-    """(for training, held out): the held-out pictures are those of the smallest hashes among them that fill the resolution, with
-    every edit of each."""
+    """(for training, held out). The held-out pictures are those with the smallest hashes among the pictures that fill
+    the resolution, with every edit of each."""
     fitting = np.flatnonzero(index.buckets(resolution)[:, 0])
     if len(fitting) <= held_out:
         raise ValueError(f"{index.url} has {len(fitting)} pictures of at least {resolution} px, so none is left beside "
@@ -32,10 +32,10 @@ def split(index: Index, held_out: int, resolution: int) -> tuple[Index, Index]:
 
 
 class Reader:
-    """Samples of a set as {"image": [3, H, W] uint8}, and what a cache has of them: "mean" and "std" of the latents, and for a tower
-    "<id>/features" or "<id>/hidden". The picture itself is read only where some encoder still asks for it.
+    """Samples of a set as {"image": [3, H, W] uint8}, and their cached outputs: "mean" and "std" of the latents, and
+    for a tower "<id>/features" or "<id>/hidden". The picture itself is read only where some encoder still needs it.
 
-    parts: every encoder of the training as the cache would name it, the VAE first. `caches` has those that were found.
+    parts: every encoder of the training as the cache names it, the VAE first. `caches` has those that were found.
     """
 
     def __init__(self, index: Index, parts: Sequence[Part], cache: str, resolutions: tuple[int, ...]):
@@ -44,7 +44,7 @@ class Reader:
         if cache:
             fs, root = locate(cache.rstrip("/"))
             there = [part for part in parts if fs.exists(f"{root}/{part.folder}")]
-            # Where nothing is found, the first one's own error says what to do.
+            # Where no cache is found, the error of the first encoder says what to do.
             self.caches = {part.name: Cache(cache, index, part, resolutions) for part in there or parts[:1]}
         self.whole = len(self.caches) == len(parts)
 
@@ -57,11 +57,11 @@ class Reader:
 
 
 class Feed:
-    """samples(step) -> a list of what `read` gives, one for each of the step's positions, on the CPU.
+    """samples(step) -> a list of the results of `read`, one for each of the step's positions, on the CPU.
 
-    phase: step number -> name of the plan's stage. own: the positions of the global batch that this process takes; others
-    are decoded when they are asked for. on_corrupt: "skip" takes another picture of the bucket for one that cannot be read.
-    read: (index, row, bucket) -> a sample, a picture unless told otherwise.
+    phase: step number -> name of the plan's stage. own: the positions of the global batch that this process takes;
+    others are decoded on demand. on_corrupt: "skip" replaces an unreadable picture by another one of the bucket.
+    read: (index, row, bucket) -> a sample; by default a picture.
     """
 
     def __init__(self, plan: Plan, phase, own: Sequence[int], on_corrupt: str = "stop", ahead: int = 4,
@@ -83,7 +83,8 @@ class Feed:
 
     def describe(self, step: Step) -> list[str]:
         _, _, rows = self.plan.at(self.phase(step.number), step.number)
-        return [f"row {rows[p]} ('{self.index[rows[p]]['key']}', from {self.index[rows[p]]['origin']})" for p in step.positions]
+        return [f"row {rows[p]} ('{self.index[rows[p]]['key']}', from {self.index[rows[p]]['origin']})"
+                for p in step.positions]
 
     def _batch(self, number: int) -> dict[int, Any]:
         return self._read(number, self.own)

@@ -17,17 +17,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(://|::)")  # two letters at least: one is a Windows drive
+SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(://|::)")  # at least two letters: one letter is a Windows drive
 
 
 def is_url(place: str) -> bool:
-    """Whether it is for fsspec to understand, with its `::`, `?` and `#`. What is on this machine, or could be, is a path."""
+    """Whether fsspec reads the place, with its `::`, `?` and `#`. A place that is, or could be, on this machine is a
+    path."""
     here = os.path.exists(place) or os.path.exists(os.path.dirname(place) or ".")
     return bool(SCHEME.match(place)) and not place.startswith("file://") and not here
 
 
 def locate(place: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """(file system, path on it). A path of this machine is taken letter by letter."""
+    """(file system, path on it). A path of this machine is taken literally."""
     if is_url(place):
         return fsspec.url_to_fs(place)
     fs = fsspec.filesystem("file")
@@ -35,7 +36,7 @@ def locate(place: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 def absolute(place: str) -> str:
-    """The same place for every process: a URL as it is, a local path from its root. Links stay as they are named."""
+    """The same place for every process: a URL as it is, a local path from its root. Links are not resolved."""
     place = str(place)
     if is_url(place) or place.startswith("file://"):
         return place.rstrip("/")
@@ -44,8 +45,8 @@ def absolute(place: str) -> str:
 
 @contextmanager
 def whole_file(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[BinaryIO]:
-    """A file to write that exists under its name only once it is whole: renamed into place on a local disk; a store shows
-    an object when its upload has ended."""
+    """A file to write. It appears under its name only once it is whole: a local disk renames it into place, a store
+    shows an object when its upload has ended."""
     local = isinstance(fs, LocalFileSystem)
     fs.makedirs(posixpath.dirname(path), exist_ok=True)
     staged = f"{path}.{uuid.uuid4().hex}.writing" if local else path
@@ -55,7 +56,7 @@ def whole_file(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[BinaryIO]:
         if local:
             Path(staged).replace(path)
     except BaseException:
-        if fs.exists(staged):  # A store's writer closes, and so commits, what it has.
+        if fs.exists(staged):  # Closing a store's writer commits what it has.
             fs.rm_file(staged)
         raise
 
@@ -76,20 +77,21 @@ def write_json(fs: fsspec.AbstractFileSystem, path: str, data: object) -> None:
 
 
 def digest(*what: object) -> str:
-    """A name for anything that JSON can say."""
+    """A hash of anything that JSON can express."""
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def listed(fs: fsspec.AbstractFileSystem, folder: str) -> dict[str, int]:
-    """{name: size in bytes} of the files of a folder; empty where there is none."""
+    """{name: size in bytes} of the files of a folder. Empty where there is no folder."""
     try:
-        return {posixpath.basename(f["name"]): f["size"] for f in fs.ls(folder, detail=True, refresh=True) if f["type"] == "file"}
+        return {posixpath.basename(f["name"]): f["size"] for f in fs.ls(folder, detail=True, refresh=True)
+                if f["type"] == "file"}
     except FileNotFoundError:
         return {}
 
 
 def sweep(fs: fsspec.AbstractFileSystem, folder: str) -> None:
-    """Take away what killed writers have left in a folder."""
+    """Remove the files that killed writers have left in a folder."""
     for name in listed(fs, folder):
         if name.endswith(".writing"):
             fs.rm_file(posixpath.join(folder, name))

@@ -1,6 +1,6 @@
-"""`sda cache`: what the frozen encoders make of a prepared set, computed once, on the GPUs where there are any.
+"""`sda cache`: the frozen encoders' outputs for a prepared set, computed once, on the GPUs where there are any.
 
-A task is ranges of entry numbers. Every worker reads the index and numbers the entries by itself, as this process does.
+A task is ranges of entry numbers. Every worker reads the index and numbers the entries itself, as this process does.
 """
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .prefetch import Prefetch
 from .read_cache import ENTRIES, Part, keys_of
 
 SHARD = 128
-"""Samples to a shard, all of one bucket."""
+"""Samples per shard, all of one bucket."""
 Encode = Callable[[Tensor], dict[str, Tensor]]
 """images [B, 3, H, W] float32 in [0, 1] -> {name: [B, ...]}"""
 
@@ -38,28 +38,30 @@ class Config:
     data: str
     """The folder that `sda prepare` or `sda prepare-edits` filled."""
     out: str
-    """Folder of the caches; several encoders and sets may share it."""
+    """Folder of the caches. Several encoders and sets may share it."""
     vae: Path | None = None
     """Flux's VAE: ae.safetensors or a diffusers folder. Mean and deviation of its latents are kept, in float16."""
     towers: tuple[Path, ...] = field(default=())
     """Vision towers: safetensors files or folders. Their features are kept, in float16."""
     tower_ids: tuple[str, ...] = ()
-    """For each file the id of a published encoder, "" where the file says it itself; left out where all do."""
+    """For each file the id of a published encoder, "" where the file's record has it. Left out where every file has
+    it."""
     unlock_blocks: int = 0
-    """DINOv2's last blocks that the training will unlock (objective.unlock_blocks): of it the hidden state before them is kept."""
+    """Number of DINOv2's last blocks that the training will unlock (objective.unlock_blocks). The hidden state before
+    them is kept."""
     resolutions: tuple[int, ...] = ()
-    """In pixels; empty: all of the prepared set."""
+    """In pixels. Empty: all resolutions of the prepared set."""
     batch: int = 8
     workers: int = 0
-    """Processes where there is no GPU; 0: one for each core. With GPUs: one for each of them."""
+    """Number of processes where there is no GPU. 0: one for each core. With GPUs: one for each of them."""
     ray: bool = False
     """Start Ray, or use the one to which the process is connected."""
     ray_address: str = ""
-    """A running Ray cluster; every node must have this pack and see data, out and the encoders."""
+    """Address of a running Ray cluster. Every node must have this pack and see data, out and the encoders."""
 
 
 def parts_of(config: Config) -> list[tuple[Part, dict]]:
-    """(what is kept, how a worker loads its encoder), the VAE first."""
+    """(what is cached, how a worker loads its encoder), the VAE first."""
     from ..frozen.base import base_sha256
     from ..frozen.encoders import tower_config, with_ids
 
@@ -79,7 +81,7 @@ def parts_of(config: Config) -> list[tuple[Part, dict]]:
 
 
 def load_encoder(part: Part, file: str, tower: str | None, device: torch.device) -> Encode:
-    """In the dtype of `frozen_dtype`."""
+    """The encoder of a part, in the dtype of `frozen_dtype`."""
     from ..frozen.encoders import load_towers, load_vae
 
     if part.name == "vae":
@@ -93,8 +95,8 @@ def load_encoder(part: Part, file: str, tower: str | None, device: torch.device)
 
 @dataclass(eq=False)
 class Entries:
-    """All that an index asks for: each content once, by bucket, and in a bucket in the order of the index. An entry's
-    number is its place here, the same for whoever reads that index.
+    """All entries that an index needs: each content once, by bucket, and within a bucket in the order of the index. An
+    entry's number is its place here, which is the same for every reader of that index.
 
     keys: [N] binary(36). rows: [N] int64. targets: [N] bool, whether it is the target of that row, which is an edit.
     buckets: [N, 2] int16, height and width in pixels.
@@ -109,13 +111,13 @@ class Entries:
         return tuple(self.buckets[number].tolist())
 
     def shard(self, numbers: np.ndarray) -> str:
-        """The name of the file of these entries, which are of one bucket: after what it holds."""
+        """The file name of these entries, which are of one bucket. It is a hash of their content."""
         keys = [key.hex() for key in self.keys.take(pa.array(numbers)).to_pylist()]
         height, width = self.bucket(numbers[0])
         return f"{height}x{width}-{digest(keys)[:16]}.safetensors"
 
     def cut(self, missing: np.ndarray) -> Iterator[np.ndarray]:
-        """Ascending numbers as those of shards."""
+        """Divide ascending entry numbers into those of each shard."""
         starts = np.flatnonzero(np.diff(self.buckets[missing], axis=0, prepend=-1).any(1)).tolist()
         for first, end in zip(starts, [*starts[1:], len(missing)]):
             yield from (missing[at:min(at + SHARD, end)] for at in range(first, end, SHARD))
@@ -133,7 +135,7 @@ def wanted(index: Index, resolutions: tuple[int, ...]) -> Entries:
     keys, rows, targets, buckets = pa.concat_arrays(keys), *map(np.concatenate, (rows, targets, buckets))
     _, first = np.unique(keys.dictionary_encode().indices.to_numpy(), return_index=True)
     order = np.sort(first)
-    order = order[np.lexsort(buckets[order].T[::-1])]  # which leaves equal ones in their order
+    order = order[np.lexsort(buckets[order].T[::-1])]  # a stable sort: equal ones keep their order
     return Entries(keys.take(pa.array(order)), rows[order], targets[order], buckets[order])
 
 
@@ -142,18 +144,19 @@ def spread(runs: Runs) -> np.ndarray:
 
 
 class Fill:
-    """A worker: one encoder, from decoded samples to shards."""
+    """A worker with one encoder: it turns decoded samples into shards."""
 
     def __init__(self, data: str, out: str, resolutions: tuple[int, ...], batch: int, part: dict, load: dict,
                  slot: int = 0):
         self.index, self.batch, self.part, self.out = Index.read(data), batch, Part(**part), out
         self.entries = wanted(self.index, resolutions)
-        gpus = torch.cuda.device_count()  # Ray shows a worker its own one only
+        gpus = torch.cuda.device_count()  # Ray shows a worker only its own GPU
         self.device = torch.device("cuda", slot % gpus) if gpus else torch.device("cpu")
         self.encode = load_encoder(self.part, device=self.device, **load)
 
     def __call__(self, task: dict) -> dict:
-        """task: {"runs": of entry numbers, "shard": the file's name, by which a worker knows that it numbers alike}"""
+        """task: {"runs": ranges of entry numbers, "shard": the file's name, which proves that the worker numbers
+        alike}"""
         entries, numbers = self.entries, spread(task["runs"])
         if numbers[-1] >= len(entries.rows) or entries.shard(numbers) != task["shard"]:
             raise ValueError(f"{self.index.url} has changed while it was being cached; leave the set alone and start "
@@ -174,8 +177,8 @@ class Fill:
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():
                 row = entries.rows[numbers[int((~tensor.isfinite().flatten(1).all(1)).nonzero()[0])]]
-                raise ValueError(f"{self.part.name} gives {name} beyond float16 for row {row} of {self.index.url}; use this encoder "
-                                 f"online.")
+                raise ValueError(f"{self.part.name} gives {name} beyond float16 for row {row} of {self.index.url}; "
+                                 f"use this encoder online.")
         fs, root = locate(self.out)
         with whole_file(fs, posixpath.join(root, self.part.folder, "shards", task["shard"])) as stream:
             stream.write(safetensors.torch.save(tensors))
@@ -183,7 +186,7 @@ class Fill:
 
 
 def fill(made: Workers, config: Config, index: Index, entries: Entries, part: Part, load: dict) -> None:
-    """Encode what the cache lacks and then write its index, which makes it valid."""
+    """Encode the missing entries and then write the cache's index, which makes it valid."""
     out = absolute(config.out)
     fs, root = locate(out)
     folder = posixpath.join(root, part.folder)
@@ -194,7 +197,7 @@ def fill(made: Workers, config: Config, index: Index, entries: Entries, part: Pa
         stated = old.group_by(["shard", "size"]).aggregate([]).to_pylist()
         torn = {row["shard"] for row in stated if there.get(row["shard"]) != row["size"]}
         for shard in torn:
-            there.pop(shard, None)  # cut short since: made again
+            there.pop(shard, None)  # the shard was cut short since, so it is made again
         old = old.filter(pc.invert(pc.is_in(old["shard"], pa.array(torn, pa.string()))))
     known = pc.is_in(entries.keys, old["key"].combine_chunks()).to_numpy(zero_copy_only=False)
     missing = np.flatnonzero(~known)
@@ -221,7 +224,7 @@ def table_of(entries: Entries, task: dict, size: int) -> pa.Table:
 
 
 def check_room(config: Config, entries: Entries, parts: list[tuple[Part, dict]]) -> None:
-    """Say what the cache will take, and refuse a local disk that lacks it. ValueError."""
+    """Print the size of the cache, and refuse a local disk without room for it. ValueError."""
     from ..frozen.encoders import tower_config
 
     count, pixels, bytes_ = len(entries.rows), int(entries.buckets.astype(np.int64).prod(1).sum()), 0.0

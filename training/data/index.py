@@ -1,4 +1,4 @@
-"""The index of prepared samples: one parquet row each, so that every picture is one ranged read of a tar shard."""
+"""The index of prepared samples: one parquet row each. Every picture is one ranged read of a tar shard."""
 from __future__ import annotations
 
 import hashlib
@@ -18,15 +18,15 @@ from .files import locate
 FORMAT = "1"
 NAME = "index.parquet"
 PICTURES, EDITS = "pictures", "edits"
-# The aspects of cameras and screens. Few and full buckets are worth more than a little less cropping.
+# These are the aspects of cameras and screens. Few and full buckets are worth more than a little less cropping.
 ASPECTS = (1, 4 / 3, 3 / 2, 16 / 9, 2)
 STEP = 32
 
 
 @lru_cache
 def buckets(resolution: int) -> tuple[tuple[int, int], ...]:
-    """The (height, width) in pixels that stand for one resolution: about resolution ** 2 pixels each, sides multiples of 32,
-    aspects from 1:2 to 2:1."""
+    """The buckets (height, width) in pixels of one resolution: about resolution ** 2 pixels each, sides multiples of
+    32, aspects from 1:2 to 2:1."""
     sides = range(STEP, 2 * resolution + 1, STEP)
     grid = [(h, w) for h in sides for w in sides if h <= w <= 2 * h]
     if not grid:
@@ -37,8 +37,8 @@ def buckets(resolution: int) -> tuple[tuple[int, int], ...]:
 
 
 def bucket_of(height: int, width: int, resolution: int) -> tuple[int, int]:
-    """The bucket nearest in aspect among those that the picture fills without being enlarged; (0, 0) where its shorter side
-    is below the resolution."""
+    """The bucket nearest in aspect among those that the picture fills without enlargement. (0, 0) where its shorter
+    side is below the resolution."""
     if min(height, width) < resolution:
         return 0, 0
     filled = [b for b in buckets(resolution) if b[0] <= height and b[1] <= width]
@@ -46,9 +46,10 @@ def bucket_of(height: int, width: int, resolution: int) -> tuple[int, int]:
 
 
 def schema(kind: str, resolutions: Sequence[int]) -> pa.Schema:
-    """Offsets and lengths in bytes of the shard; width and height in pixels, after the EXIF orientation; sha256 of the file as
-    it was found; `bucket_R` (height, width), (0, 0) where the picture is smaller than R. In an index of edits the unnamed
-    picture is the source, `caption` the instruction, and a mask of length 0 is none."""
+    """The columns of an index. Offsets and lengths are bytes of the shard. Width and height are pixels after the EXIF
+    orientation. sha256 is of the file as found. `bucket_R` is (height, width), (0, 0) where the picture is smaller than
+    R. In an index of edits the unnamed picture is the source, `caption` is the instruction, and a mask of length 0
+    means none."""
     pair = [("target_offset", pa.int64()), ("target_length", pa.int64()), ("target_sha256", pa.binary(32)),
             ("mask_offset", pa.int64()), ("mask_length", pa.int64()),
             ("source_caption", pa.large_string()), ("target_caption", pa.large_string())]
@@ -62,7 +63,7 @@ def schema(kind: str, resolutions: Sequence[int]) -> pa.Schema:
 
 
 class Index(Sequence):
-    """The samples of one prepared set: `index[i]` is row i as a dict, `rows` their number.
+    """The samples of one prepared set. `index[i]` is row i as a dict, `rows` their number.
 
     url     where the set lies: any fsspec URL of its folder
     kind    "pictures" or "edits"
@@ -74,7 +75,8 @@ class Index(Sequence):
         if "format" not in record:
             raise ValueError(f"{url} holds a parquet file that is no index of ours; run `sda prepare` first.")
         if record["format"] != FORMAT:
-            raise ValueError(f"The index of {url} has format {record['format']}, newer than this version; update the pack.")
+            raise ValueError(f"The index of {url} has format {record['format']}, newer than this version; update "
+                             "the pack.")
         self.url, self.kind, self.table = url, record["kind"], table.combine_chunks()
         self.fs, self.root = locate(url)
         self.resolutions = tuple(int(n[7:]) for n in table.column_names if re.fullmatch(r"bucket_\d+", n))
@@ -90,7 +92,7 @@ class Index(Sequence):
         with fs.open(file, "rb") as stream:
             return cls(url, pq.read_table(stream))
 
-    def __getstate__(self):  # A file system is opened anew in every process.
+    def __getstate__(self):  # Every process opens its own file system.
         return self.url, self.table
 
     def __setstate__(self, state):
@@ -109,7 +111,8 @@ class Index(Sequence):
         return len(self)
 
     def buckets(self, resolution: int) -> np.ndarray:
-        """[rows, 2] int16: height and width of every row's bucket, (0, 0) where it is smaller than the resolution."""
+        """[rows, 2] int16: height and width of every row's bucket, (0, 0) where the picture is smaller than the
+        resolution."""
         if resolution not in self.resolutions:
             known = ", ".join(map(str, self.resolutions))
             raise ValueError(f"The index of {self.url} has no buckets at {resolution} px, only at {known}; "
@@ -146,12 +149,12 @@ class Index(Sequence):
 
 
 class CorruptSample(ValueError):
-    """A prepared sample that can no longer be read; the caller stops, or skips it (`Plan.spare`)."""
+    """A prepared sample that can no longer be read. The caller stops or skips it (`Plan.spare`)."""
 
     def __init__(self, index: Index, row: int, what: str):
         it = index[row]
-        super().__init__(f"Row {row} of {index.url} ('{it['key']}', from {it['origin']}) in {it['shard']} at byte {it['offset']} "
-                         f"is corrupt: {what}; restore the shard or prepare the set again.")
+        super().__init__(f"Row {row} of {index.url} ('{it['key']}', from {it['origin']}) in {it['shard']} at byte "
+                         f"{it['offset']} is corrupt: {what}; restore the shard or prepare the set again.")
         self.row, self.shard, self.key = row, it["shard"], it["key"]
 
     def __reduce__(self):
@@ -166,7 +169,7 @@ def _revive(text: str, state: dict) -> CorruptSample:
 
 
 def column_bytes(column: pa.ChunkedArray):
-    """The values of a column as buffers that are the same however its chunks are cut."""
+    """The values of a column as buffers that do not depend on its chunks."""
     array = column.combine_chunks()
     if pa.types.is_large_string(array.type):
         yield np.ascontiguousarray(pc.binary_length(array).to_numpy(zero_copy_only=False))

@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator
 from .tasks import DEATHS, Made, attempt, given_up
 
 STORE = 128 * 2 ** 20
-"""Bytes of Ray's object store where it is started here; only records pass through it."""
+"""Bytes of Ray's object store where it is started here. Only records pass through it."""
 AHEAD = 2
-"""Tasks of a core that are handed out: one under way, and the next."""
+"""Tasks per core that are handed out: one in work, and the next."""
 
 
 class Cluster:
-    """The running cluster at `address`, or Ray started here on `count` cores (0: all). One to which this process is
-    already connected is used, and left running. Raises ValueError where Ray is not there or does not start."""
+    """The running cluster at `address`, or Ray started here on `count` cores (0: all). A cluster to which this process
+    is already connected is used and left running. Raises ValueError where Ray is not installed or does not start."""
 
     def __init__(self, address: str, count: int):
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -30,18 +30,18 @@ class Cluster:
         quiet = dict(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
         here = dict(address="local", num_cpus=count or None, include_dashboard=False, object_store_memory=STORE)
         try:
-            if self.ours and address not in ("", "auto"):  # Ray itself would wait for minutes.
+            if self.ours and address not in ("", "auto"):  # Ray itself would wait for minutes here.
                 host, _, port = address.removeprefix("ray://").rpartition(":")
                 if not port.isdigit():
                     raise ValueError("an address is `auto`, host:port or ray://host:port")
                 socket.create_connection((host, int(port)), timeout=10).close()
             if self.ours:
                 ray.init(**(dict(address=address) if address else here), **quiet)
-        except Exception as error:  # Ray raises all kinds: of connections, files, processes.
+        except Exception as error:  # Ray raises errors of many kinds: of connections, files, processes.
             what = f"No Ray cluster answers at {address}" if address else "Ray did not start"
             said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise ValueError(f"{what} ({said}); start one with `ray start --head`, or leave --ray and --ray-address out to "
-                             f"run on this machine alone.") from None
+            raise ValueError(f"{what} ({said}); start one with `ray start --head`, or leave --ray and "
+                             f"--ray-address out to run on this machine alone.") from None
         found = ray.cluster_resources()
         self.gpus = int(found.get("GPU", 0))
         self.cores = max(1, int(found.get("CPU", 1)))
@@ -75,7 +75,7 @@ class Cluster:
 
 
 class Actor:
-    """A worker that keeps what it made."""
+    """A worker that keeps the object it made."""
 
     def __init__(self, work: Callable, setup: dict):
         self.made = Made(work, setup)

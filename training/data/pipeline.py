@@ -1,7 +1,7 @@
-"""The one pipeline of all data commands: tasks over worker processes, of this machine or of a Ray cluster.
+"""The pipeline of all data commands: tasks over worker processes, of this machine or of a Ray cluster.
 
-Tasks and results are small records; pictures, shards and features go from the workers to the files themselves. A worker
-that dies is replaced and its task repeated, which its writes allow: they are whole or not there.
+Tasks and results are small records. Pictures, shards and features go from the workers to the files themselves. A worker
+that dies is replaced and its task repeated. That is safe, because its files are whole or absent.
 """
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .tasks import cores
 
 class Workers(Protocol):
     def run(self, work: Callable, tasks: list[dict], setup: dict | None = None) -> Iterator[dict]:
-        """What `attempt` gives for every task, in the order in which they end.
+        """The results of `attempt` for every task, in the order in which the tasks end.
 
         work    a function of a module, from a task to {"samples": how many it did}, or a class of such functions that
                 every worker makes once, of the keyword arguments `setup`
@@ -30,7 +30,7 @@ class Workers(Protocol):
 
 @contextmanager
 def workers(count: int = 0, ray: bool = False, address: str = "", gpus: int = 0) -> Iterator[Workers]:
-    """`count` processes (0: one for each core) of this machine, or of Ray where it is asked for. gpus: of this machine;
+    """`count` processes (0: one for each core) of this machine, or of Ray where `ray` says so. gpus: of this machine;
     where there are any, each has one process."""
     made = Cluster(address, count) if ray or address else Pool(gpus or count or cores())
     try:
@@ -41,8 +41,8 @@ def workers(count: int = 0, ray: bool = False, address: str = "", gpus: int = 0)
 
 def stream(made: Workers, work: Callable, tasks: list[dict], title: str, unit: str = " samples",
            setup: dict | None = None) -> int:
-    """Run every task under a progress bar; the number of samples done. unit: of the tasks' "size".
-    Raises ValueError with what the first task that failed had to say."""
+    """Run every task under a progress bar. Returns the number of samples done. unit: of the tasks' "size". Raises
+    ValueError with the message of the first task that failed."""
     done = 0
     total = sum(task["size"] for task in tasks)
     with tqdm(total=total, desc=title, unit=unit, unit_scale=unit == "B", disable=not tasks) as bar:

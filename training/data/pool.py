@@ -1,4 +1,4 @@
-"""Worker processes of this machine: started anew, not forked, so that no thread or lock of the parent's comes along."""
+"""Worker processes of this machine. They are spawned, not forked, so that they inherit no thread or lock."""
 from __future__ import annotations
 
 import multiprocessing
@@ -18,9 +18,10 @@ CONTEXT = multiprocessing.get_context("spawn")
 
 
 class Pool:
-    """At most `size` processes, each started for the first task that finds no other free; they stay for the next `run`.
+    """At most `size` processes. Each is started for the first task that finds no other one free, and stays for the next
+    `run`.
 
-    Python's own executor takes all workers down with one that dies. Here that one is replaced, and known by its task.
+    Python's own executor stops all workers when one dies. Here that one is replaced, and its task is known.
     """
 
     def __init__(self, size: int):
@@ -57,7 +58,7 @@ class Pool:
         return Worker(next(slot for slot in range(self.size) if slot not in taken), max(1, cores() // self.size))
 
     def close(self) -> None:
-        """At once: whatever is under way is thrown away, and may be done again."""
+        """Stop at once. Tasks in work are thrown away and may be repeated."""
         everyone = [*self.free, *self.busy.values()]
         for worker in everyone:
             worker.process.kill()
@@ -73,17 +74,17 @@ class Worker:
         self.process = CONTEXT.Process(target=serve, args=(theirs, slot, threads), daemon=True)
         with interrupts_held():
             self.process.start()
-        theirs.close()  # so that its death closes the pipe
+        theirs.close()  # the death of the worker then closes the pipe
 
     def give(self, number: int, work: Callable, tasks: list[dict], setup: dict | None) -> None:
         self.task = number
         try:
             self.pipe.send((work, setup, tasks[number]))
         except OSError:
-            pass  # It died while it was free; waiting for it says so.
+            pass  # It died while it was free; the wait for it will report that.
 
     def end(self, patience: float = 0.0) -> int | None:
-        """Its exit code, below zero the signal that killed it. patience: seconds for it to end by itself."""
+        """Its exit code; below zero, the signal that killed it. patience: seconds to wait for it to end by itself."""
         self.process.join(patience)
         self.process.kill()
         self.process.join()
@@ -93,11 +94,12 @@ class Worker:
 
 @contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Ctrl+C goes to every process of a terminal. What starts meanwhile never sees it; this process does afterwards."""
+    """Hold Ctrl+C back, which goes to every process of a terminal. Processes started meanwhile never see it; this
+    process does afterwards."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    resource_tracker.ensure_running()  # which would let them through again
+    resource_tracker.ensure_running()  # its start unblocks SIGINT, so it comes first
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -106,10 +108,11 @@ def interrupts_held() -> Iterator[None]:
 
 
 def serve(pipe: Connection, slot: int, threads: int) -> None:
-    """A worker's life: tasks from the pipe until it closes, or the parent dies. slot: its number, which chooses a GPU."""
+    """The loop of a worker: tasks from the pipe until it closes or the parent dies. slot: its number, which chooses a
+    GPU."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # before the work brings its libraries
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # this must come before the work imports its libraries
     made: Made | None = None
     while True:
         try:

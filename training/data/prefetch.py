@@ -38,7 +38,7 @@ class Prefetch(Generic[T]):
         return first.result()
 
     def close(self) -> None:
-        """Waits for the steps that are under way and drops them."""
+        """Wait for the steps in work and drop them."""
         self.pool.shutdown(wait=True, cancel_futures=True)
         self.waiting.clear()
 

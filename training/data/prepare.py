@@ -1,4 +1,4 @@
-"""`sda prepare`: pictures from a folder, img2dataset's tars or a parquet file to tar shards, their index and a report."""
+"""`sda prepare`: from pictures in a folder, tars or parquet files to tar shards, their index and a report."""
 from __future__ import annotations
 
 import json
@@ -22,28 +22,30 @@ from .shards import mark_of, scan, write
 from .sources import listing, weigh
 
 TOGETHER = 64
-"""Shards whose rows become one row group of the index."""
+"""Number of shards whose rows become one row group of the index."""
 
 
 @dataclass(frozen=True)
 class Config:
     source: str
-    """A folder (pictures at any depth, captions beside them as .txt, .caption or .json), .tar files as img2dataset writes
-    them, or .parquet files with a column of paths or of pictures; also a glob, also of an object store (s3://, ...)."""
+    """A folder (pictures at any depth, captions beside them as .txt, .caption or .json), .tar files as img2dataset
+    writes them, or .parquet files with a column of paths or of pictures. A glob works too. So does an object store
+    (s3://, ...)."""
     out: str
     """Folder of the shards and the index, local or of an object store."""
     resolutions: tuple[int, ...] = (512, 768, 1024)
-    """In pixels. Pictures whose shorter side is below the least are dropped."""
+    """In pixels. Pictures whose shorter side is below the smallest are dropped."""
     shard_mb: int = 256
     path_column: str = ""
-    """Of parquet files; found by its name where empty."""
+    """Column of parquet files. Empty: found by its name."""
     caption_column: str = ""
     workers: int = 0
-    """Processes on this machine; 0: one for each core."""
+    """Number of processes on this machine. 0: one for each core."""
     ray: bool = False
     """Start Ray, or use the one to which the process is connected."""
     ray_address: str = ""
-    """A running Ray cluster, as in `auto` or `host:6379`; every node must have this pack and see source and out."""
+    """Address of a running Ray cluster, `auto` or `host:6379`. Every node must have this pack and see source and
+    out."""
 
 
 def run(config: Config) -> bool:
@@ -54,7 +56,8 @@ def run(config: Config) -> bool:
 def prepare(config: Config, chunks: list[dict], passed: dict[str, int], kind: str) -> bool:
     """Examine the chunks, choose, write the shards, then the report and the index. False where a signal stopped it."""
     if config.shard_mb < 1 or not config.resolutions:
-        raise ValueError("A shard needs at least 1 MB and a set at least one resolution; change --shard-mb or --resolutions.")
+        raise ValueError("A shard needs at least 1 MB and a set at least one resolution; change --shard-mb or "
+                         "--resolutions.")
     out, least = absolute(config.out), min(config.resolutions)
     fs, root = locate(out)
     try:
@@ -78,8 +81,8 @@ def prepare(config: Config, chunks: list[dict], passed: dict[str, int], kind: st
 
 
 def examine_all(made: Workers, out: str, chunks: list[dict], least: int) -> list[str]:
-    """The marks (paths of tables of SCANNED) of all chunks in their order. What was examined before is not read again, but
-    for chunks of which something did not answer."""
+    """The marks (paths of tables of SCANNED) of all chunks in their order. Examined chunks are not read again, except
+    those in which something did not answer."""
     fs, root = locate(f"{out}/_work/scan")
     sizes, unit = weigh(chunks)
     tasks = [scan_task(out, chunk, least) | {"size": size} for chunk, size in zip(chunks, sizes)]
@@ -98,7 +101,7 @@ def examine_all(made: Workers, out: str, chunks: list[dict], least: int) -> list
 
 
 def scan_task(out: str, chunk: dict, least: int) -> dict:
-    """The task of `scan`; its mark is named after all that its rows depend on."""
+    """The task of `scan`. The name of its mark depends on everything that its rows depend on."""
     name = f"{digest(VERSION, least, chunk)}.parquet"
     return {"chunk": json.dumps(chunk), "mark": f"{out}/_work/scan/{name}", "least": least, "about": about(chunk)}
 
@@ -109,14 +112,15 @@ def layout(choice: Choice, chunks: list[dict], marks: list[str], out: str, kind:
     for number, (first, end) in enumerate(choice.shards(config.shard_mb * 2 ** 20)):
         parts = [[json.dumps(chunks[n]), f"{out}/_work/scan/{posixpath.basename(marks[n])}", runs]
                  for n, runs in choice.runs(first, end)]
-        tasks.append({"out": out, "number": number, "kind": kind, "resolutions": list(config.resolutions), "first": first,
+        tasks.append({"out": out, "number": number, "kind": kind, "resolutions": list(config.resolutions),
+                      "first": first,
                       "parts": parts, "captions": choice.borrowed(first, end), "size": end - first,
                       "about": f"shard {number}"})
     return tasks
 
 
 def finish(made: Workers, out: str, tasks: list[dict]) -> None:
-    """Write the shards that are not there yet, and take away those of an earlier, longer set."""
+    """Write the missing shards, and remove those of an earlier, longer set."""
     fs, root = locate(out)
     names = {f"{task['number']:06}" for task in tasks}
     stale = [posixpath.join(root, folder, name) for folder in ("_work/shards", "shards")
@@ -131,8 +135,8 @@ def finish(made: Workers, out: str, tasks: list[dict]) -> None:
 
 
 def write_index(fs, root: str, shards: int, kind: str, config: Config, before: Callable[[dict], None]) -> None:
-    """One table of all shards' rows, a few shards at a time. before: called with the samples in each bucket when all is
-    written and nothing yet shows: the index says that everything is there."""
+    """Write one table of all shards' rows, a few shards at a time. before: called with the samples in each bucket when
+    everything is written and the index is not yet visible: the index says that the set is complete."""
     wanted, buckets = schema(kind, config.resolutions), {r: Counter() for r in config.resolutions}
     with (whole_file(fs, posixpath.join(root, NAME)) as stream, ThreadPoolExecutor(16) as pool,
           pq.ParquetWriter(stream, wanted, compression="zstd") as writer):
@@ -151,7 +155,7 @@ def counted(reasons: dict[str, int], lead: str = "") -> str:
 
 
 def report(fs, root: str, config: Config, choice: Choice, passed: dict[str, int], buckets: dict[int, Counter]) -> None:
-    """report.json (numbers) and report.parquet (every dropped sample, with reason and detail)."""
+    """Write report.json (numbers) and report.parquet (every dropped sample, with reason and detail)."""
     choice.write_dropped(fs, posixpath.join(root, "report.parquet"))
     counts = {r: {"smaller": sizes.pop((0, 0), 0)} | {f"{h}x{w}": n for (h, w), n in sorted(sizes.items())}
               for r, sizes in buckets.items()}

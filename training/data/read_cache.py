@@ -1,7 +1,7 @@
-"""What an encoder made of the samples of a set, read back row by row: safetensors shards with a parquet index beside them.
+"""An encoder's outputs for a set, read row by row: safetensors shards with a parquet index.
 
-An entry's key is its content: the sha256 of the picture and the bucket it was cropped to. A folder's name is the encoder,
-the hash of its weights and the version of the decoding, so what is stale is never found.
+An entry's key is its content: the sha256 of the picture and the bucket it was cropped to. A folder's name has the
+encoder, the hash of its weights and the version of the decoding, so a stale cache is never found.
 """
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Part:
 
     name    "vae" (tensors "mean" and "std" of Flux's latents) or a vision tower's id ("features", or "hidden")
     hash    sha256 of the encoder's weights
-    before  0, or the number of a tower's last blocks that stay out: what is kept is then the hidden state that enters them
+    before  0, or the number of a tower's last blocks that stay out; the cache then has the hidden state before them
     """
 
     name: str
@@ -67,15 +67,16 @@ class Cache:
         try:
             self.entries = read_table(self.fs, posixpath.join(self.root, NAME))
         except FileNotFoundError:
-            raise ValueError(f"{url} holds nothing of {part.name} with these weights ({part.folder}); {remedy}.") from None
+            raise ValueError(f"{url} holds nothing of {part.name} with these weights ({part.folder}); "
+                             f"{remedy}.") from None
         members = ("", "target") if index.kind == "edits" else ("",)
         self.where: dict[tuple[int, str], np.ndarray] = {}
         for resolution, member in ((r, m) for r in resolutions for m in members):
             rows, keys = keys_of(index, resolution, member)
             found = pc.index_in(keys, self.entries.column("key").combine_chunks()).fill_null(-1).to_numpy()
             if (found < 0).any():
-                raise ValueError(f"The cache {url} lacks {int((found < 0).sum())} of {len(rows)} entries of {part.name} at "
-                                 f"{resolution} px; {remedy}.")
+                raise ValueError(f"The cache {url} lacks {int((found < 0).sum())} of {len(rows)} entries of "
+                                 f"{part.name} at {resolution} px; {remedy}.")
             places = np.full(len(index), -1, np.int64)
             places[rows] = found
             self.where[resolution, member] = places
@@ -88,14 +89,16 @@ class Cache:
         part = self.entries.take(pa.array(used)).group_by(["shard", "size"]).aggregate([]).to_pylist()
         wrong = [row["shard"] for row in part if there.get(row["shard"]) != row["size"]]
         if wrong:
-            raise ValueError(f"{len(wrong)} shards of {self.part.name} in {url} are missing or cut short, such as {wrong[0]}; "
-                             f"{remedy}.")
+            raise ValueError(f"{len(wrong)} shards of {self.part.name} in {url} are missing or cut short, such as "
+                             f"{wrong[0]}; {remedy}.")
 
     def read(self, row: int, resolution: int, member: str = "") -> dict[str, Tensor]:
-        """The tensors of one row at a resolution, on the CPU in the dtype they are stored in. member: "" or "target"."""
+        """The tensors of one row at a resolution, on the CPU in the dtype in which they are stored. member: "" or
+        "target"."""
         entry = int(self.where[resolution, member][row])
         if entry < 0:
-            raise ValueError(f"Row {row} of {self.index.url} is smaller than {resolution} px, so the cache has no entry for it.")
+            raise ValueError(f"Row {row} of {self.index.url} is smaller than {resolution} px, so the cache has no "
+                             "entry for it.")
         name, place = self.entries.column("shard")[entry].as_py(), self.entries.column("place")[entry].as_py()
         path = posixpath.join(self.root, "shards", name)
         start, tensors = self._header(path)
@@ -111,7 +114,7 @@ class Cache:
         return found
 
     def _header(self, path: str) -> tuple[int, dict]:
-        """(where the data begin, {tensor: dtype, shape, offsets}) of a safetensors file."""
+        """(offset of the data, {tensor: dtype, shape, offsets}) of a safetensors file."""
         if path not in self.headers:
             length, = struct.unpack("<Q", self.fs.cat_file(path, 0, 8))
             record = json.loads(self.fs.cat_file(path, 8, 8 + length))

@@ -1,4 +1,4 @@
-"""The samples of a chunk, read one by one. What goes wrong with one is its own reason and no other's end."""
+"""The samples of a chunk, read one by one. An error of one sample is its own reason and does not end the others."""
 from __future__ import annotations
 
 import bz2
@@ -25,15 +25,15 @@ from .files import is_url, locate
 PICTURE = {"jpg", "jpeg", "jfif", "png", "webp", "avif", "bmp", "gif", "tif", "tiff", "jp2"}
 PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 UNREACHABLE = "unreachable"
-"""The reason of what may be read another time: a store that does not answer, a driver that is not installed."""
+"""The reason for errors that may pass: a store that does not answer, a driver that is not installed."""
 FOR_GOOD = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError)
 NO_NAME = {errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP}
 
 
 @dataclass
 class Found:
-    """One sample as it was found. data: {member: bytes}, "" the picture itself; trouble: (reason, detail) where a member
-    could not even be read; silent: why its caption could not."""
+    """One sample as it was found. data: {member: bytes}, "" for the picture itself. trouble: (reason, detail) where a
+    member could not be read. silent: why its caption could not be read."""
 
     origin: str
     data: dict[str, bytes] = field(default_factory=dict)
@@ -41,7 +41,7 @@ class Found:
     trouble: tuple[str, str] | None = None
     silent: str = ""
 
-    def __post_init__(self):  # A name on a disk need not be text.
+    def __post_init__(self):  # A file name need not be valid text.
         self.origin = self.origin.encode("utf-8", "replace").decode()
 
 
@@ -57,14 +57,14 @@ def about(chunk: dict) -> str:
 
 
 def read(chunk: dict, wanted: set[int] | None = None) -> Iterator[Found]:
-    """The samples of a chunk in its order. wanted: their places in it, from 0; the others are passed over unread."""
+    """The samples of a chunk in its order. wanted: their places in it, from 0; the others are skipped unread."""
     fs, root = locate(chunk["url"])
     try:
         yield from _READERS[chunk["kind"]](fs, root, chunk, wanted)
-    except Exception as error:  # The file as a whole: what was found in it before stays.
+    except Exception as error:  # The error is of the whole file: the samples found before it stay.
         if wanted is not None:
-            raise ValueError(f"{about(chunk)} could be read before and cannot now ({_said(error)}); start the same line "
-                             f"again.") from error
+            raise ValueError(f"{about(chunk)} could be read before and cannot now ({_said(error)}); start the "
+                             f"same line again.") from error
         reason, detail = _trouble(error, about(chunk))
         if isinstance(error, (tarfile.TarError, pa.ArrowException)) or type(error) is OSError and error.errno is None:
             reason = "broken tar" if chunk["kind"] == "tar" else "broken table"
@@ -83,18 +83,18 @@ def _trouble(error: Exception, path: str) -> tuple[str, str]:
 def _fetch(fs, path: str, found: Found, member: str = "") -> None:
     try:
         found.data[member] = fs.cat_file(path)
-    except Exception as error:  # Stores raise anything.
+    except Exception as error:  # Stores raise errors of any kind.
         found.trouble = _trouble(error, path)
 
 
 def _fetch_named(fs, folder: str, name: str, found: Found, member: str = "") -> None:
-    """A file as a table names it: a URL, or a path from the table's folder."""
+    """Read a file that a table names: a URL, or a path from the table's folder."""
     local = isinstance(fs, LocalFileSystem)
     path = (os.path.join if local else posixpath.join)(folder, name)
     try:
         if name.startswith("file://") or is_url(name) and not (local and os.path.exists(path)):
             fs, path = locate(name)
-    except Exception as error:  # An unknown scheme, a driver that is not there.
+    except Exception as error:  # For example an unknown scheme or a missing driver.
         found.trouble = _trouble(error, name)
         return
     _fetch(fs, path, found, member)
@@ -144,7 +144,7 @@ def _read_tar(fs, root: str, chunk: dict, wanted: set[int] | None) -> Iterator[F
             place += 1
             if wanted is not None and place not in wanted:
                 continue
-            time = by_name[member.name].index(member)  # A name may be there twice, with a caption each.
+            time = by_name[member.name].index(member)  # A name may occur twice, with a caption each.
             found = Found(f"{file}/{member.name}" + (f", number {time + 1} of this name" if time else ""))
             try:
                 found.data[""] = tar.extractfile(member).read()
@@ -160,7 +160,8 @@ def _read_tar(fs, root: str, chunk: dict, wanted: set[int] | None) -> Iterator[F
 
 
 def _plain(stream: BinaryIO, unpacked: BinaryIO) -> tuple[BinaryIO, str]:
-    """(the tar itself, what went wrong while it was unpacked). A packed one is unpacked first: reading jumps."""
+    """(the plain tar, what went wrong while it was unpacked). A compressed tar is unpacked first, because reading
+    jumps."""
     start = stream.read(6)
     stream.seek(0)
     opened = next((opened for mark, opened in PACKED.items() if start.startswith(mark)), None)
@@ -171,7 +172,7 @@ def _plain(stream: BinaryIO, unpacked: BinaryIO) -> tuple[BinaryIO, str]:
         with opened(stream) as source:
             shutil.copyfileobj(source, unpacked, 1 << 20)
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        if isinstance(error, OSError) and error.errno:  # The disk, not the file.
+        if isinstance(error, OSError) and error.errno:  # The disk is at fault, not the file.
             raise
         trouble = _said(error)
     unpacked.seek(0)
@@ -179,7 +180,7 @@ def _plain(stream: BinaryIO, unpacked: BinaryIO) -> tuple[BinaryIO, str]:
 
 
 def _members(stream: BinaryIO) -> tuple[tarfile.TarFile | None, list[tarfile.TarInfo], str]:
-    """(a tar, its files and links in their order, why it ends before its end)."""
+    """(a tar, its files and links in their order, why it ends early)."""
     tar, found = None, []
     try:
         tar = tarfile.open(fileobj=stream, mode="r:")
@@ -194,7 +195,8 @@ def _members(stream: BinaryIO) -> tuple[tarfile.TarFile | None, list[tarfile.Tar
 
 def _tar_caption(tar: tarfile.TarFile, by_name: dict[str, list[tarfile.TarInfo]], picture: tarfile.TarInfo, time: int,
                  found: Found) -> str:
-    """Of the member of the picture's name, or of WebDataset's key: all before the first dot."""
+    """The caption from the member with the picture's name, or with WebDataset's key: everything before the first
+    dot."""
     folder, name = posixpath.split(picture.name)
     for stem in dict.fromkeys((posixpath.splitext(name)[0], name.split(".")[0])):
         for ending in ENDINGS:
@@ -225,7 +227,7 @@ def _read_rows(fs, root: str, chunk: dict, wanted: set[int] | None) -> Iterator[
 
 
 def _pictures(batch: pa.RecordBatch, row: int, columns: dict[str, str]) -> Iterator[dict]:
-    """{member: value} of each sample of a row: of a list of pictures each is one."""
+    """{member: value} of each sample of a row. Each picture of a list is a sample."""
     values = {member: batch.column(column)[row].as_py() for member, column in columns.items()}
     if isinstance(values[""], list):
         yield from ({"": value} for value in values[""] or [None])
@@ -247,7 +249,7 @@ def _row(fs, folder: str, batch: pa.RecordBatch, row: int, chunk: dict, members:
     for ours, column in chunk["texts"].items():
         try:
             found.texts[ours] = caption_of(batch.column(column)[row].as_py())
-        except ValueError as error:  # Bytes that are no text.
+        except ValueError as error:  # The bytes are not text.
             found.texts[ours], found.silent = "", _said(error)
     return found
 

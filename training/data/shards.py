@@ -1,7 +1,7 @@
 """The two steps of every preparation: examine the samples of a chunk, and write the chosen ones as a tar shard.
 
-Each step reads its input by itself and leaves one small parquet file as its mark, so it can run on any worker, twice, or
-not at all where its mark is already there.
+Each step reads its input by itself and leaves one small parquet file as its mark. So it can run on any worker, twice,
+or not at all where its mark exists.
 """
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ SCANNED = pa.schema([
       for what, kind in (("length", pa.int64()), ("sha256", pa.binary(32)), ("ending", pa.string()))),
     *((text, pa.large_string()) for text in ("caption", "source_caption", "target_caption")),
 ])
-"""A row for each sample: reason "" where it is kept, with why its caption could not be read as the detail; `same` is equal
-for samples of equal content."""
+"""One row per sample. reason is "" where it is kept; detail then says why its caption could not be read. `same` is
+equal for samples of equal content."""
 
 
 def examine(found: Found, least: int) -> dict:
-    """The row of SCANNED of one sample. least: its shorter side in pixels must have as many."""
+    """The row of SCANNED of one sample. least: pixels that its shorter side must have."""
     row = dict.fromkeys(SCANNED.names) | {"origin": found.origin, "reason": "", "detail": found.silent} | found.texts
     sizes, alike = [], hashlib.sha256()
     try:
@@ -54,7 +54,7 @@ def examine(found: Found, least: int) -> dict:
             raise BadPicture("small", f"{width} x {height}, shorter side below {least}")
         if any(abs(w * height / (h * width) - 1) > 0.02 for w, h in sizes):
             raise BadPicture("unlike shapes", " and ".join(f"{w} x {h}" for w, h in sizes))
-        if len(sizes) > 1:  # One pair under two instructions is two samples.
+        if len(sizes) > 1:  # One pair with two instructions is two samples.
             if not row["caption"]:
                 raise BadPicture("no instruction", "the instruction is empty")
             alike.update(row["caption"].encode())
@@ -71,11 +71,11 @@ def scan(task: dict) -> dict:
 
 
 def write(task: dict) -> dict:
-    """Write one shard and then the rows of its index, unless both are there and whole.
+    """Write one shard and then the rows of its index, unless both exist and are whole.
 
-    task: {"out", "number", "kind", "resolutions", "first": number of its first sample in the set, "parts": [[chunk, URL of
-    its mark, runs [first, end) of the samples' places in it], ...], "captions": {place in the shard: what another sample
-    of the same content has}}.
+    task: {"out", "number", "kind", "resolutions", "first": number of its first sample in the set, "parts": [[chunk, URL
+    of its mark, runs [first, end) of the samples' places in it], ...], "captions": {place in the shard: caption of
+    another sample of the same content}}.
     """
     fs, root = locate(task["out"])
     name, mark = f"shards/{task['number']:06}.tar", posixpath.join(root, mark_of(task["number"]))
@@ -90,7 +90,7 @@ def write(task: dict) -> dict:
                     [{k: v.hex() if isinstance(v, bytes) else v for k, v in row.items()} for row in samples])
     if _whole(fs, mark, posixpath.join(root, name), inputs):
         return {"samples": len(samples)}
-    for vouching in (posixpath.join(root, NAME), mark):  # for the file that is about to be replaced
+    for vouching in (posixpath.join(root, NAME), mark):  # both vouch for the file that is about to be replaced
         with suppress(FileNotFoundError):
             fs.rm_file(vouching)
     rows, expected = [], iter(samples)
@@ -103,12 +103,13 @@ def write(task: dict) -> dict:
         raise changed(next(expected)["origin"])
     table = pa.Table.from_pylist(rows, schema(task["kind"], task["resolutions"]))
     kept = {"inputs": inputs, "size": str(fs.info(posixpath.join(root, name))["size"])}
-    write_table(fs, mark, table.replace_schema_metadata(table.schema.metadata | {k.encode(): v.encode() for k, v in kept.items()}))
+    write_table(fs, mark, table.replace_schema_metadata(table.schema.metadata
+                                                        | {k.encode(): v.encode() for k, v in kept.items()}))
     return {"samples": len(rows)}
 
 
 def _whole(fs: fsspec.AbstractFileSystem, mark: str, shard: str, inputs: str) -> bool:
-    """Whether the shard is there as its mark says, of these inputs."""
+    """Whether the shard exists as its mark says and was made from these inputs."""
     try:
         with fs.open(mark, "rb") as file:
             record = pq.read_schema(file).metadata
@@ -122,19 +123,20 @@ def mark_of(number: int) -> str:
 
 
 def changed(origin: str) -> ValueError:
-    return ValueError(f"{origin} has changed while it was being prepared; leave the source alone and start the same line again.")
+    return ValueError(f"{origin} has changed while it was being prepared; leave the source alone and start the same "
+                      "line again.")
 
 
 def _add(tar: tarfile.TarFile, number: int, found: Found, sample: dict, task: dict) -> dict:
-    """Append one sample; its row of the index."""
+    """Append one sample. Returns its row of the index."""
     key, edit = f"{number:09}", task["kind"] == EDITS
     row = {name: sample.get(name) for name in ("origin", "width", "height", "caption")} | {"key": key}
     if edit:
         row |= {"mask_offset": 0, "mask_length": 0, "source_caption": sample["source_caption"] or "",
                 "target_caption": sample["target_caption"] or ""}
     if found.trouble:
-        raise ValueError(f"{sample['origin']} could be read before and cannot now ({found.trouble[1]}); start the same line "
-                         f"again.")
+        raise ValueError(f"{sample['origin']} could be read before and cannot now ({found.trouble[1]}); start the "
+                         f"same line again.")
     for member, data in found.data.items():
         if found.origin != sample["origin"] or hashlib.sha256(data).digest() != sample[f"{member}_sha256"]:
             raise changed(sample["origin"])
@@ -149,7 +151,8 @@ def _add(tar: tarfile.TarFile, number: int, found: Found, sample: dict, task: di
 
 
 def append(tar: tarfile.TarFile, name: str, data: bytes) -> int:
-    """Add a member whose header says nothing but name and size, so that equal samples make equal bytes; where its data begins."""
+    """Add a member whose header has nothing but name and size, so that equal samples make equal bytes. Returns the
+    offset of its data."""
     info = tarfile.TarInfo(name)
     info.size = len(data)
     start = tar.offset + tarfile.BLOCKSIZE

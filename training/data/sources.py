@@ -1,7 +1,7 @@
-"""Where samples come from: folders of pictures, tars as img2dataset writes them, parquet files of paths or of pictures.
+"""Sources of samples: folders of pictures, tars as img2dataset writes them, parquet files of paths or of pictures.
 
-`listing` cuts a source into chunks, small JSON records that any worker can `read` by itself. The order of the chunks and
-of the samples in them is that of the sorted names, so it does not depend on who reads them.
+`listing` cuts a source into chunks, small JSON records that any worker can `read` by itself. Chunks and their samples
+are in the order of the sorted names, so the order does not depend on who reads them.
 """
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ __all__ = ["count_of", "files_of", "listing", "read", "row_chunks", "stamp", "we
 
 TAR = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 ROWS = 64
-"""Pictures to a chunk, of loose files."""
+"""Loose picture files per chunk."""
 PICTURE_COLUMNS = ("image", "picture", "img", "jpg", "jpeg", "png", "webp")
 PATH_COLUMNS = ("path", "image_path", "file_path", "file_name", "filename", "image")
 
 
 def listing(url: str, path_column: str = "", caption_column: str = "") -> tuple[list[dict], dict[str, int]]:
-    """(chunks, {ending: files that were passed over}) of a folder, a file or a glob. ValueError where there is nothing."""
+    """(chunks, {ending: files that were passed over}) of a folder, a file or a glob. ValueError where there is
+    nothing."""
     fs, root, infos, lost = files_of(url)
     place = {"url": fs.unstrip_protocol(root)}
     by_ending: dict[str, list[str]] = {}
@@ -49,7 +50,7 @@ def listing(url: str, path_column: str = "", caption_column: str = "") -> tuple[
     if tars:
         used.add("tar")
         chunks += [place | {"kind": "tar", "file": name, "stamp": stamp(infos[name])} for name in tars]
-    if tables and not chunks:  # Beside pictures and tars they are img2dataset's notes.
+    if tables and not chunks:  # Tables beside pictures and tars are img2dataset's notes.
         used.add("parquet")
         for name in tables:
             try:
@@ -59,15 +60,15 @@ def listing(url: str, path_column: str = "", caption_column: str = "") -> tuple[
     if lost:
         chunks.append(place | {"kind": "lost", "items": lost})
     if not chunks:
-        raise ValueError(f"{url} holds no pictures ({', '.join(sorted(PICTURE))}), no .tar and no .parquet file with rows; "
-                         f"give the folder in which they are.")
+        raise ValueError(f"{url} holds no pictures ({', '.join(sorted(PICTURE))}), no .tar and no .parquet file "
+                         f"with rows; give the folder in which they are.")
     return chunks, {e: len(names) for e, names in sorted(by_ending.items()) if names and e not in used}
 
 
 def files_of(url: str) -> tuple[fsspec.AbstractFileSystem, str, dict[str, dict], list[tuple[str, str, str]]]:
-    """(file system, folder, {name in the folder: what the store tells of the file}, [(name, reason, detail) of what could
-    not be opened]) of a folder, a file or a glob, by name. What exists is a path, whatever characters are in it. Hidden
-    files and folders below are left out; one that is named is not."""
+    """(file system, folder, {name in the folder: the store's information on the file}, [(name, reason, detail) of files
+    that could not be opened]) of a folder, a file or a glob, by name. A place that exists is a path, whatever
+    characters are in it. Hidden files and folders below it are left out; one that is named itself is not."""
     fs, root = locate(url)
     if fs.isfile(root):
         return fs, posixpath.dirname(root), {posixpath.basename(root): fs.info(root)}, []
@@ -93,7 +94,8 @@ def _find(fs, root: str, deep: int | None, hidden: bool) -> dict[str, dict]:
 
 
 def _walk(root: str, deep: int | None, hidden: bool) -> tuple[dict[str, dict], list[tuple[str, str, str]]]:
-    """Files of this machine, links followed: each real folder once, under its own name before that of a link."""
+    """Files of this machine, with links followed. Each real folder is visited once, under its own name before that of a
+    link."""
     infos: dict[str, dict] = {}
     lost, seen, folders, links = [], set(), deque([""]), deque()
     while folders or links:
@@ -115,7 +117,7 @@ def _walk(root: str, deep: int | None, hidden: bool) -> tuple[dict[str, dict], l
             name = posixpath.join(folder, entry.name)
             try:
                 it = entry.stat()
-            except OSError:  # A link to nothing: reading it will say so.
+            except OSError:  # The link is broken: reading it will report that.
                 infos[name] = {"size": 0}
                 continue
             if stat.S_ISREG(it.st_mode):
@@ -126,7 +128,7 @@ def _walk(root: str, deep: int | None, hidden: bool) -> tuple[dict[str, dict], l
 
 
 def stamp(info: dict) -> list:
-    """What changes when a file does, as far as its store tells: its size in bytes first."""
+    """Values that change when a file does, as far as its store tells. Its size in bytes comes first."""
     when = info.get("mtime") or info.get("ETag") or info.get("LastModified") or info.get("updated") or ""
     return [info["size"], str(when)]
 
@@ -146,9 +148,9 @@ def _captions(fs, root: str, notes: list[str], lost: list) -> dict[str, str]:
 
 
 def _picture_chunks(infos: dict[str, dict], place: dict, pictures: list[str], noted: dict[str, str]) -> Iterator[dict]:
-    """Chunks of items (picture, file beside it with its caption or None) and, of a table's captions, {picture: caption}."""
+    """Chunks of items (picture, its caption file or None) and of a table's captions {picture: caption}."""
     beside = {}
-    for name in infos:  # By name, so that of a.TXT and a.txt it is the second.
+    for name in infos:  # The order is by name, so that of a.TXT and a.txt the second counts.
         if ending_of(name) in captions.ENDINGS:
             beside[posixpath.splitext(name)[0], ending_of(name)] = name
     for i in range(0, len(pictures), ROWS):
@@ -195,14 +197,14 @@ def row_chunks(file: pq.ParquetFile, place: dict, name: str, mark: list, members
 
 
 def _holds_pictures(kind: pa.DataType) -> bool:
-    """Bytes, Hugging Face's struct of bytes and path, or a list of either."""
+    """Whether a type is bytes, Hugging Face's struct of bytes and path, or a list of either."""
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         kind = kind.value_type
     return pa.types.is_struct(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
 def _named(fields: dict, name: str) -> str | None:
-    """The column of this name, in whatever case where it is not there to the letter."""
+    """The column of this name, in any case where there is no exact match."""
     return name if name in fields else next((field for field in fields if field.lower() == name), None)
 
 
@@ -212,19 +214,20 @@ def _column(url: str, name: str, fields: dict, asked: str, usual: tuple[str, ...
         found = asked if asked in fields else None
     if found is None:
         wanted = asked or " or ".join(dict.fromkeys(usual))
-        raise ValueError(f"{name} in {url} has no column {wanted}, only {', '.join(fields)}; name the right one with {flag}.")
+        raise ValueError(f"{name} in {url} has no column {wanted}, only {', '.join(fields)}; name the right one "
+                         f"with {flag}.")
     return found
 
 
 def weigh(chunks: list[dict]) -> tuple[list[int], str]:
-    """(how much of the work each chunk is, in what unit): samples where all can be counted, bytes where there are tars."""
+    """(the share of work of each chunk, its unit): samples where all can be counted, bytes where there are tars."""
     if any(chunk["kind"] == "tar" for chunk in chunks):
         return [_bytes_of(chunk) for chunk in chunks], "B"
     return [count_of(chunk) for chunk in chunks], " samples"
 
 
 def count_of(chunk: dict) -> int:
-    """How many samples a chunk has; 0 for a tar, which only reading tells."""
+    """How many samples a chunk has; 0 for a tar, whose number is known only after reading."""
     return chunk["rows"] if chunk["kind"] == "rows" else len(chunk.get("items", ()))
 
 

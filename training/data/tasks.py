@@ -1,11 +1,11 @@
-"""One task of a data command, as any worker does it: what went wrong becomes a sentence in its record."""
+"""One task of a data command, as any worker does it. An error becomes a sentence in its record."""
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 
 DEATHS = 3
-"""Of workers over the same task before the run gives up."""
+"""Deaths of workers over the same task before the run gives up."""
 
 
 def attempt(work: Callable[[dict], dict], task: dict) -> dict:
@@ -17,7 +17,8 @@ def attempt(work: Callable[[dict], dict], task: dict) -> dict:
 
 
 class Made:
-    """Work of a class, made with its settings when the first task is there, so that its mistakes are the task's."""
+    """The work of a class. It is made with its settings when the first task is there, so that an error becomes the
+    task's."""
 
     def __init__(self, work: Callable, setup: dict):
         self.work, self.setup, self.made = work, setup, None
@@ -33,11 +34,11 @@ def failed(error: str) -> dict:
 
 
 def given_up(task: dict, last: object) -> dict:
-    """The record of a task over which DEATHS workers have died. last: how the last one did."""
+    """The record of a task over which DEATHS workers have died. last: how the last one died."""
     return failed(f"{DEATHS} workers died over {task['about']} ({last}); mostly the memory is short: take fewer "
                   f"--workers. The same line goes on from here.")
 
 
 def cores() -> int:
-    """That this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -5,5 +5,6 @@ from .loop import launch, train
 from .stage import Stage, Step, seeded
 from .world import World, check_shardable, check_sharding, pick_device, shard_base
 
-__all__ = ["Stage", "Step", "World", "check_shardable", "check_sharding", "compile_blocks", "launch", "learning_rate", "pick_device",
+__all__ = ["Stage", "Step", "World", "check_shardable", "check_sharding", "compile_blocks", "launch", "learning_rate",
+           "pick_device",
            "seeded", "shard_base", "train"]

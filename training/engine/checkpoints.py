@@ -1,4 +1,5 @@
-"""Checkpoints that are whole or absent: staged beside, sealed by complete.json with every file's hash, renamed once."""
+"""Checkpoints that are whole or absent: written to a staging folder, sealed by complete.json with every file's hash,
+and then renamed."""
 from __future__ import annotations
 
 import contextlib
@@ -35,20 +36,21 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasse
 
 
 def began_with(run: RunConfig) -> dict:
-    """The configuration that the checkpoints of a run tell of; {} for a new one."""
+    """The configuration in the checkpoints of a run; {} for a new run."""
     for _, folder in reversed(found(run.out / "checkpoints")):
-        with contextlib.suppress(ValueError, FileNotFoundError):  # torn: another one will do
+        with contextlib.suppress(ValueError, FileNotFoundError):  # a torn checkpoint is passed over for another one
             return read_record(folder)["config"]
     return {}
 
 
 def settle(config: Any, device: torch.device) -> Any:
-    """The configuration of a stage with all that it leaves open decided: `plan_steps` and every precision are those that the
-    run began with or, in a new one, all of its steps and what the device computes fast."""
+    """The configuration of a stage with every open choice decided. In a resumed run `plan_steps` and every precision
+    are those that the run began with. In a new run they are all of its steps and what the device computes fast."""
     run, began = config.run, began_with(config.run)
     first = began.get("run", {})
     steps = run.plan_steps or first.get("plan_steps") or first.get("max_steps") or run.max_steps
-    return resolve_precisions(dataclasses.replace(config, run=dataclasses.replace(run, plan_steps=steps)), device, began)
+    return resolve_precisions(dataclasses.replace(config, run=dataclasses.replace(run, plan_steps=steps)), device,
+                              began)
 
 
 def is_free(value: Any, field: dataclasses.Field) -> bool:
@@ -72,10 +74,12 @@ class Checkpoints:
     def start(self) -> int:
         """Load the newest whole checkpoint; returns its step, 0 for a new run.
 
-        Raises ValueError where the checkpoint is of another stage, base, data plan or configuration, and shows the difference.
+        Raises ValueError where the checkpoint is of another stage, base, data plan or configuration, and shows the
+        difference.
         """
         if self.config.run.resume == "never" and found(self.folder):
-            raise ValueError(f"{self.config.run.out} already holds checkpoints; give another --run.out or let --run.resume be auto.")
+            raise ValueError(f"{self.config.run.out} already holds checkpoints; give another --run.out or let "
+                             "--run.resume be auto.")
         newest, problem = None, None
         if self.world.main:
             try:
@@ -93,15 +97,16 @@ class Checkpoints:
         return record["step"]
 
     def comfort(self) -> str:
-        """What can be said of the checkpoints where a run ends early."""
+        """A sentence about the checkpoints for a run that ends early."""
         return f"The last checkpoint in {self.folder} is good" if found(self.folder) else "There is no checkpoint yet"
 
     def compare(self, record: dict) -> None:
         stage = self.learner.stage
         if record["stage"] != stage.name:
-            raise ValueError(f"{self.folder} holds a run of '{record['stage']}', not of '{stage.name}'; give another --run.out.")
+            raise ValueError(f"{self.folder} holds a run of '{record['stage']}', not of '{stage.name}'; give another "
+                             "--run.out.")
         new, fields = flat(to_dict(self.config)), list(leaves(self.config))
-        # What an older checkpoint has no word of, it had at its default.
+        # A key that an older checkpoint lacks had its default value.
         old = {k: f.default for k, _, f in fields if k in new and f.default is not dataclasses.MISSING}
         old = {**plain(old), **flat(record["config"])}
         old["run.plan_steps"] = old["run.plan_steps"] or old["run.max_steps"]
@@ -111,7 +116,8 @@ class Checkpoints:
         wrong = {**{k: v for k, v in changed.items() if k not in free},
                  **differences(flat(record["identity"]), flat(plain(stage.identity)))}
         if wrong:
-            raise ValueError(f"{self.folder} holds a run of other settings; give them again, or another --run.out. What differs: "
+            raise ValueError(f"{self.folder} holds a run of other settings; give them again, or another --run.out. "
+                             "What differs: "
                              + "; ".join(f"{k}: {v}" for k, v in wrong.items()) + ".")
         if changed and self.world.main:
             print("changed since the checkpoint: " + "; ".join(f"{k}: {v}" for k, v in changed.items()), flush=True)
@@ -125,14 +131,15 @@ class Checkpoints:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for key, value in load_file(folder / "optimizer.safetensors", device).items():
             index, name = key.split(".", 1)
-            # The fused optimizer walks parameter and state in memory order, so both need the same strides (channels last).
+            # The fused optimizer walks parameter and state in memory order, so both need the same strides (channels
+            # last).
             like = parameters[int(index)]
             state.setdefault(int(index), {})[name] = torch.empty_like(like).copy_(value) if value.ndim else value
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
     def save(self, step: int) -> None:
-        """Write the checkpoint of a step and remove those no longer kept. Raises OSError in every process where the disk
-        refuses; the checkpoints that were there stay as they are."""
+        """Write the checkpoint of a step and remove those no longer kept. Raises OSError in every process where the
+        disk refuses. The earlier checkpoints then stay as they are."""
         problem = None
         if self.world.main:
             staged = self.folder / f".writing_{step:08d}"
@@ -141,8 +148,8 @@ class Checkpoints:
                 self.remove_old(step)
             except OSError as error:
                 shutil.rmtree(staged, ignore_errors=True)
-                problem = (f"Step {step} could not be saved ({error.strerror or error}); make room in {self.folder} and give the same "
-                           f"command. {self.comfort()}.")
+                problem = (f"Step {step} could not be saved ({error.strerror or error}); make room in {self.folder} "
+                           f"and give the same command. {self.comfort()}.")
         problem = self.world.broadcast(problem)
         if problem:
             raise OSError(problem)
@@ -154,22 +161,23 @@ class Checkpoints:
         staged.mkdir(parents=True)
         slots = {f"{i}.{k}": v if isinstance(v, Tensor) else torch.tensor(v)
                  for i, s in learner.optimizer.state_dict()["state"].items() for k, v in s.items()}
-        files = {f"{name}.safetensors": write_tensors(staged / f"{name}.safetensors", tensors.items()) for name, tensors in (
-            ("trainables", learner.stage.trainables.state_dict()), ("average", learner.average.values), ("optimizer", slots))}
+        files = {f"{name}.safetensors": write_tensors(staged / f"{name}.safetensors", tensors.items())
+                 for name, tensors in (("trainables", learner.stage.trainables.state_dict()),
+                                       ("average", learner.average.values), ("optimizer", slots))}
         write_record(staged, {
             "step": step, "stage": learner.stage.name, "average_count": learner.average.count, "files": files,
             "processes": self.world.size, "identity": learner.stage.identity, "config": to_dict(self.config)})
         sync(staged)
         target = self.folder / f"step_{step:08d}"
-        shutil.rmtree(target, ignore_errors=True)  # only one that was passed over as damaged can be here
+        shutil.rmtree(target, ignore_errors=True)  # an existing folder was passed over as damaged
         staged.rename(target)
         sync(self.folder)
 
     def remove_old(self, step: int) -> None:
         run = self.config.run
-        steps = [n for n, _ in found(self.folder) if n <= step]  # beyond: passed over
+        steps = [n for n, _ in found(self.folder) if n <= step]  # later ones were passed over
         for old in steps[:-run.keep]:
             if not (run.keep_every and old % run.keep_every == 0):
-                # Under another name first: a kill in between must not leave half of one under a checkpoint's name.
+                # Rename first: a kill in between must not leave half a folder under a checkpoint's name.
                 gone = (self.folder / f"step_{old:08d}").rename(self.folder / f".removing_{old:08d}")
                 shutil.rmtree(gone)

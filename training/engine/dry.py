@@ -1,4 +1,4 @@
-"""--dry-run: what a run would be. Settings, parameters and memory by part, buckets, and one step; nothing is written."""
+"""--dry-run: print settings, parameters and memory by part, and buckets; run one step; write nothing."""
 from __future__ import annotations
 
 import time
@@ -23,7 +23,8 @@ def parts_of(stage: Stage) -> Iterator[tuple[str, nn.Module, bool]]:
 
 
 def table(stage: Stage) -> str:
-    """Parameters and memory of each part: weights, and for what learns its gradient, Adam's two moments and the average."""
+    """Parameters and memory of each part. A part that learns also needs its gradient, Adam's two moments and the
+    average."""
     lines = [f"{'part':24}{'parameters':>16}{'learning':>16}{'weights':>14}{'training':>14}"]
     total = [0, 0, 0, 0]
     seen: set[int] = set()
@@ -43,7 +44,7 @@ def line(name: str, row: list[int]) -> str:
 
 
 def dry_run(stage: Stage, config: Any, world: World) -> bool:
-    """Print all of it, on the first process; every process runs the step."""
+    """Print everything on the first process. Every process runs the step."""
     say = print if world.main else lambda *words: None
     say(to_toml(config))
     say(table(stage))
@@ -55,8 +56,8 @@ def dry_run(stage: Stage, config: Any, world: World) -> bool:
     parts, norm = learner.gradients(learner.steps(0))
     learner.step()
     parts = dict(zip(parts, world.mean(list(parts.values()))))
-    say(f"\nthe first step, of {config.run.batch} samples on {world.size} x {world.device.type}, in {len(learner.micro)} "
-        "micro-batches each: "
+    say(f"\nthe first step, of {config.run.batch} samples on {world.size} x {world.device.type}, in "
+        f"{len(learner.micro)} micro-batches each: "
         + "  ".join(f"{k} {v:.4f}" for k, v in parts.items()) + f"  gradient norm {norm:.4f}, "
         f"{time.perf_counter() - clock:.1f} s, at most {peak_memory(world.device):.2f} GiB "
         "(later ones may take more tokens and larger pictures: `sda plan` knows the fullest)")

@@ -1,4 +1,4 @@
-"""What turns gradients into weights: the schedule, the optimizer, the average, and the module that the processes share."""
+"""From gradients to weights: the schedule, the optimizer, the average, and the module that the processes share."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -14,7 +14,8 @@ from .world import World
 
 
 def learning_rate(run: RunConfig, step: int) -> float:
-    """Warm-up, plateau, linear decay to zero (the WSD schedule of MiniCPM, arXiv 2404.06395): a plateau can be extended."""
+    """Learning rate of a step: warm-up, plateau, linear decay to zero (the WSD schedule of MiniCPM, arXiv 2404.06395).
+    The plateau can be extended."""
     start = run.max_steps * (1 - run.decay)
     tail = (run.max_steps - step) / max(1.0, run.max_steps - start)
     return run.lr * min(1.0, (step + 1) / max(1, run.warmup), max(0.0, tail))
@@ -46,7 +47,7 @@ class Average:
         torch._foreach_lerp_([self.values[n] for n in names], [live[n].detach().float() for n in names], 1 - decay)
 
     def swap(self) -> None:
-        """Exchange live and averaged weights; call again to go back."""
+        """Exchange live and averaged weights. A second call restores them."""
         live = dict(self.module.named_parameters())
         for name, value in self.values.items():
             kept = live[name].detach().clone()
@@ -55,7 +56,7 @@ class Average:
 
 
 class Objective(nn.Module):
-    """The stage's loss as a module over its trainables, so that a wrapper of modules sees their forward."""
+    """The stage's loss as a module over its trainables, so that DistributedDataParallel sees their forward."""
 
     def __init__(self, stage: Stage):
         super().__init__()
@@ -78,8 +79,8 @@ class Learner:
         self.open: set[str] | None = None
 
     def set_rates(self, number: int) -> None:
-        """Learning rates of a step. Where a child of the trainables begins or ceases to learn, the module is made anew in
-        every process alike: the scales are a function of the step alone."""
+        """Set the learning rates of a step. Where a child of the trainables begins or ceases to learn, every process
+        makes the module anew: the scales are a function of the step alone."""
         scales = self.stage.scales(number)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.run, number) * scales.get(group["name"], 1.0)
@@ -97,10 +98,11 @@ class Learner:
         return [Step(number, run.planned, run.seed, self.stage.name, self.world.device, positions, run.batch)
                 for positions in self.micro]
 
-    def gradients(self, steps: list[Step], stop: Callable[[], bool] = lambda: False) -> tuple[dict[str, float], float] | None:
-        """Forward and backward of the micro-batches: (this process's mean loss and its parts, the norm of the gradient of all
-        processes before it was clipped). None where `stop`, which is asked before each of them and answers all processes alike,
-        says so: the weights are then those of the step before."""
+    def gradients(self, steps: list[Step],
+                  stop: Callable[[], bool] = lambda: False) -> tuple[dict[str, float], float] | None:
+        """Forward and backward of the micro-batches. Returns (this process's mean loss and its parts, the gradient norm
+        over all processes before clipping). `stop` is asked before each micro-batch and answers the same in all
+        processes. Where it says so, the result is None and the weights are those of the step before."""
         run, device = self.run, self.world.device
         sums: dict[str, Tensor] = {}
         for n, step in enumerate(steps):

@@ -12,7 +12,7 @@ from .world import World
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a run folder that can be none, before anything is loaded. ValueError."""
+    """Refuse a path that cannot be a run folder, before anything is loaded. ValueError."""
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     if not there.is_dir():
         raise ValueError(f"run.out: {there} is a file; give a folder with --run.out.")
@@ -22,7 +22,7 @@ def check_folder(folder: Path) -> None:
 
 @contextmanager
 def alone(folder: Path, world: World) -> Iterator[None]:
-    """Hold a run folder for the processes of one run. The system lets go of it whatever way the first process ends.
+    """Hold a run folder for the processes of one run. The system releases it however the first process ends.
 
     Raises ValueError in every process where another run holds it.
     """
@@ -33,7 +33,7 @@ def alone(folder: Path, world: World) -> Iterator[None]:
             lock.acquire(timeout=0)
         except Timeout:
             problem = f"Another run is writing to {folder}; wait for its end, stop it, or give another --run.out."
-        except NotImplementedError:  # some clusters mount their disks without locks
+        except NotImplementedError:  # some clusters mount their disks without support for locks
             print(f"{folder} lies on a disk without locks: take care that no second run writes there.", flush=True)
     problem = world.broadcast(problem)
     if problem:

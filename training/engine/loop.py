@@ -1,4 +1,4 @@
-"""The training loop: one explicit loop whose whole state is a counter, the trainables, the optimizer and their average."""
+"""The training loop. Its whole state is a counter, the trainables, the optimizer and their average."""
 from __future__ import annotations
 
 import math
@@ -24,14 +24,14 @@ from .run_folder import RunFolder
 from .stage import Stage, Step
 from .world import World
 
-SKIPS = 5  # steps in a row whose loss or gradient may be not finite before a run that skips them gives up
+SKIPS = 5  # this many steps in a row may be skipped as not finite before the run gives up
 
 
 class Signals:
-    """Notes SIGTERM, Ctrl-C and a terminal that closes while it is open, so that the work can end and be saved. A second Ctrl-C
-    stops at once, by KeyboardInterrupt; a second SIGTERM does not, since SLURM and torchrun both send one.
+    """Note SIGTERM, Ctrl-C and a closing terminal, so that the work can end and be saved. A second Ctrl-C stops at
+    once, by KeyboardInterrupt. A second SIGTERM does not, because SLURM and torchrun both send one.
 
-    notice: said at the first signal, "" for nothing.
+    notice: printed at the first signal, "" for nothing.
     """
 
     def __init__(self, notice: str = ""):
@@ -40,7 +40,7 @@ class Signals:
     def __enter__(self) -> Signals:
         self.seen, self.interrupted = False, False
         numbers = [signal.SIGTERM, signal.SIGINT]
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores SIGHUP
             numbers.append(signal.SIGHUP)
         self.previous = {n: signal.signal(n, self.note) for n in numbers}
         return self
@@ -49,7 +49,7 @@ class Signals:
         if number == signal.SIGINT and self.interrupted:
             raise KeyboardInterrupt
         if not self.seen and self.notice:
-            with suppress(OSError):  # print() may not be entered twice, and a terminal may be gone
+            with suppress(OSError):  # print() is not reentrant, and the terminal may be gone
                 os.write(2, f"{self.notice}\n".encode())
         self.seen, self.interrupted = True, self.interrupted or number == signal.SIGINT
 
@@ -67,11 +67,13 @@ def check(stage: Stage, run: RunConfig, world: World) -> None:
 
 @torch.no_grad()
 def blame(stage: Stage, steps: list[Step], run: RunConfig, world: World) -> str:
-    """Names of the samples whose loss is not finite, each asked alone; of the whole batch where only the gradient is not."""
+    """Names of the samples whose loss is not finite; each is computed alone. Where only the gradient is not finite, the
+    names of the whole batch."""
     found: dict[str, bool] = {}
     for step in steps:
-        # Every process asks for all of its samples, so that none waits for another's share of a base.
-        alone = [step] if getattr(stage, "whole_batch", False) else [replace(step, positions=range(p, p + 1)) for p in step.positions]
+        # Every process computes all of its samples, so that none waits for another's shard of the base.
+        alone = ([step] if getattr(stage, "whole_batch", False)
+                 else [replace(step, positions=range(p, p + 1)) for p in step.positions])
         for each in alone:
             with autocast(step.device, run.precision):
                 value = stage.loss(each)[0]
@@ -84,8 +86,8 @@ def blame(stage: Stage, steps: list[Step], run: RunConfig, world: World) -> str:
 def train(stage: Stage, config: Any, world: World) -> bool:
     """Run the stage from its last checkpoint (or from the start) to `config.run.max_steps`, then export.
 
-    Ctrl-C, SIGTERM and SIGHUP, to whichever process, let the micro-batch end in all, save and return False; a finished run
-    returns True. A step whose micro-batches did not all come to their end is done again by the resumed run.
+    Ctrl-C, SIGTERM and SIGHUP may reach any process. All processes then finish the micro-batch, save and return False.
+    A finished run returns True. The resumed run repeats a step whose micro-batches did not all finish.
     """
     run = config.run
     check(stage, run, world)
@@ -104,7 +106,7 @@ def train(stage: Stage, config: Any, world: World) -> bool:
             saved = step
 
     def validate(step: int) -> None:
-        save(step)  # a signal's grace ends before a validation may
+        save(step)  # the grace period of a signal may end before a validation does
         clock = time.perf_counter()
         learner.average.swap()
         stage.trainables.eval()
@@ -136,8 +138,10 @@ def train(stage: Stage, config: Any, world: World) -> bool:
             stopped = found is None
             if not stopped:
                 parts, norm = found
-                # One exchange a step: the mean loss, whether anything is not finite, a signal to any process, a disk that refuses.
-                *means, stopped, refused = world.mean([*parts.values(), float(signals.seen), float(bool(folder.problem))])
+                # One exchange per step: the mean loss, whether anything is not finite, a signal to any process, a disk
+                # that refuses.
+                *means, stopped, refused = world.mean([*parts.values(), float(signals.seen),
+                                                       float(bool(folder.problem))])
                 parts = dict(zip(parts, means))
                 if refused:
                     check_disk()
@@ -148,8 +152,8 @@ def train(stage: Stage, config: Any, world: World) -> bool:
                     skipped += 1
                     words = f"The loss or the gradient of step {number} is not finite; samples: {blame(stage, steps, run, world)}."
                     if run.on_nonfinite == "stop" or skipped > SKIPS:
-                        raise FloatingPointError(f"{words} {checkpoints.comfort()}; --run.on-nonfinite skip passes over up to {SKIPS} "
-                                                 "such steps in a row.")
+                        raise FloatingPointError(f"{words} {checkpoints.comfort()}; --run.on-nonfinite skip passes "
+                                                 f"over up to {SKIPS} such steps in a row.")
                     if world.main:
                         print(f"{words} The step is skipped.", flush=True)
                 learner.clear()
@@ -164,7 +168,7 @@ def train(stage: Stage, config: Any, world: World) -> bool:
                 break
         else:
             last = max(start, run.max_steps)
-            validate(last)  # also for a run that had ended: what is exported carries its figures
+            validate(last)  # a finished run is validated too: its export carries the figures
             learner.average.swap()
             stage.trainables.eval()
             if world.main:
@@ -175,14 +179,14 @@ def train(stage: Stage, config: Any, world: World) -> bool:
 
 
 def chosen(precision: str, device: torch.device) -> str:
-    """What a run computes in and, where the device has something faster, why not in that."""
+    """A line about the precision of a run and, where the device has a faster one, why it is not used."""
     fast = resolve("auto", device)
     why = "" if precision == fast else f", though it computes {fast} faster: so the run began, or was told to"
     return f"computes in {precision} on {device.type}{why}"
 
 
 def launch(stage: Callable[[Any, torch.device], Stage], config: Any) -> bool:
-    """Make the stage of a configuration (with a `run`) on its device and train it; False if it was stopped."""
+    """Make the stage of a configuration (with a `run`) on its device and train it. False where it was stopped."""
     run = config.run
     if run.compile:
         check_compiler()

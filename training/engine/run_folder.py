@@ -1,4 +1,4 @@
-"""The run folder: the resolved configuration, a line of figures for every step, TensorBoard, pictures, and the console line."""
+"""The run folder: the resolved configuration, a line of figures per step, TensorBoard, pictures, and the console."""
 from __future__ import annotations
 
 import json
@@ -27,7 +27,8 @@ except ModuleNotFoundError:  # Windows
 
 
 def peak_memory(device: torch.device) -> float:
-    """Most memory held so far, GiB: the GPU's allocations, or the process's resident set on a CPU (0 where it is not told)."""
+    """Peak memory so far, GiB: the GPU's allocations, or the process's resident set on a CPU (0 where it is
+    unknown)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
     unit = 1 if sys.platform == "darwin" else 1024
@@ -35,9 +36,9 @@ def peak_memory(device: torch.device) -> float:
 
 
 def cut_after(path: Path, step: int) -> int:
-    """Take the lines of later steps than `step` out of metrics.jsonl, so that a resumed run neither repeats nor contradicts itself.
-    A line torn by a kill goes too; one that is damaged goes to metrics.damaged.jsonl, and is said. Returns the step of the newest
-    validation that is left, -1 if there is none."""
+    """Remove the lines of steps after `step` from metrics.jsonl, so that a resumed run neither repeats nor contradicts
+    itself. A line torn by a kill is removed too. A damaged line is moved to metrics.damaged.jsonl, and a message says
+    so. Returns the step of the newest validation that is left, -1 if there is none."""
     if not path.exists():
         return -1
     validated, kept, damaged = -1, [], []
@@ -62,7 +63,7 @@ def cut_after(path: Path, step: int) -> int:
 
 
 def _values(line: bytes) -> dict | None:
-    """What a line of metrics.jsonl says; None where it is none."""
+    """The values of a line of metrics.jsonl; None where it is damaged."""
     try:
         values = json.loads(line)
     except ValueError:
@@ -78,10 +79,10 @@ def duration(seconds: float) -> str:
 
 
 class RunFolder:
-    """What a run writes beside its checkpoints; nothing at all in every process but the first.
+    """What a run writes beside its checkpoints. Only the first process writes.
 
-    A disk that refuses is told in `problem`, for the loop to end all processes alike: one that raised alone would leave the
-    others waiting.
+    `problem` holds the error of a disk that refuses, and the loop ends all processes alike. One process that raised
+    alone would leave the others waiting.
     """
 
     def __init__(self, config: Any, name: str, start: int, main: bool, device: torch.device, pace: Pace):
@@ -90,7 +91,8 @@ class RunFolder:
         self.validated, self.problem = -1, ""
         if not main:
             return
-        from torch.utils.tensorboard import SummaryWriter  # half a second that the other processes need not spend
+        # the import takes half a second, which the other processes save
+        from torch.utils.tensorboard import SummaryWriter
 
         out = config.run.out
         out.mkdir(parents=True, exist_ok=True)
@@ -109,16 +111,18 @@ class RunFolder:
                 f"{self.run.out} and give the same command")
 
     def restart_clock(self) -> None:
-        """Leave what happened since the last step (a save, a validation) out of the speed."""
+        """Leave the time since the last step (a save, a validation) out of the speed."""
         self.clock = time.perf_counter()
 
     def saved(self) -> None:
-        """A checkpoint was written since the last step."""
+        """Note that a checkpoint was written since the last step."""
         self.pace.other("save", time.perf_counter() - self.clock)
         self.restart_clock()
 
-    def step(self, done: int, parts: Mapping[str, float], norm: float, rates: Mapping[str, float], skipped: int) -> None:
-        """A line about the step that ended: metrics.jsonl always, the console and TensorBoard at every `log_every`-th."""
+    def step(self, done: int, parts: Mapping[str, float], norm: float, rates: Mapping[str, float],
+             skipped: int) -> None:
+        """Write a line about the finished step: always to metrics.jsonl, and every `log_every` steps to the console and
+        TensorBoard."""
         now = time.perf_counter()
         took, self.clock = now - self.clock, now
         if not self.main:
@@ -138,8 +142,9 @@ class RunFolder:
               f"{run.batch / self.pace.usual(done - 1):.1f} samples/s  {values['memory_gib']:.1f} GiB  "
               f"{duration(self.pace.left(done))} left", flush=True)
 
-    def validation(self, step: int, figures: Mapping[str, float], pictures: Mapping[str, np.ndarray], seconds: float) -> None:
-        """Figures and pictures [H, W, 3] uint8 of a validation; once for each step."""
+    def validation(self, step: int, figures: Mapping[str, float], pictures: Mapping[str, np.ndarray],
+                   seconds: float) -> None:
+        """Write figures and pictures [H, W, 3] uint8 of a validation; once for each step."""
         self.restart_clock()
         self.pace.other("validation", seconds)
         if not self.main or self.validated == step:
@@ -156,8 +161,9 @@ class RunFolder:
         shown = "  ".join(f"{k} {v:.4f}" for k, v in figures.items())
         print(f"{self.name} {step} validation  {shown}  ({duration(seconds)})", flush=True)
 
-    def draw(self, step: int, values: Mapping[str, float], pictures: Mapping[str, np.ndarray] = MappingProxyType({})) -> None:
-        """Points and pictures in TensorBoard."""
+    def draw(self, step: int, values: Mapping[str, float],
+             pictures: Mapping[str, np.ndarray] = MappingProxyType({})) -> None:
+        """Write points and pictures to TensorBoard."""
         with self.writing():
             for key, value in values.items():
                 self.board.add_scalar(key, value, step)
@@ -165,13 +171,13 @@ class RunFolder:
                 self.board.add_image(key, picture, step, dataformats="HWC")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        numbers = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON knows no NaN
+        numbers = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no NaN
         with self.writing():
             self.lines.write(json.dumps({"step": step, "samples": step * self.run.batch, **numbers}) + "\n")
             self.lines.flush()
 
     def secure(self) -> None:
-        """Have the disk hold the lines so far: a checkpoint must not be newer than them."""
+        """Flush the lines to the disk: a checkpoint must not be newer than them."""
         if self.main:
             with self.writing():
                 os.fsync(self.lines.fileno())

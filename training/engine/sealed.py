@@ -1,8 +1,8 @@
-"""The folder of a checkpoint on disk: whole or absent, and told from everything else that may lie beside it.
+"""The folder of a checkpoint on disk: whole or absent, and distinct from anything else beside it.
 
-`step_<number>` with at least eight digits is a checkpoint; what has any other name belongs to somebody else and is left alone.
-A checkpoint is taken only if complete.json is what was written, of the step that the folder names, and each of its files is, to
-the bit, the one that complete.json names; otherwise the one before it is.
+`step_<number>` with at least eight digits is a checkpoint. A folder of any other name is left alone. A checkpoint is
+taken only if complete.json is unaltered, its step is that of the folder's name, and each file matches its hash in
+complete.json. Otherwise the checkpoint before it is taken.
 """
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from ...kernels.header import DTYPES
 from ..files import file_hash
 
 RECORD = "complete.json"
-SEAL = "sha256"  # of the rest of the record; the checkpoints of earlier versions have none
+SEAL = "sha256"  # hash of the rest of the record; checkpoints of earlier versions have none
 
 
 def plain(data: Any) -> Any:
-    """As it comes back from JSON."""
+    """The data as it comes back from JSON."""
     return json.loads(json.dumps(data, default=str))
 
 
@@ -42,7 +42,8 @@ def found(folder: Path) -> list[tuple[int, Path]]:
 
 
 def read_record(folder: Path) -> dict:
-    """complete.json of a checkpoint. ValueError says what is wrong with it, FileNotFoundError that there is none."""
+    """The complete.json of a checkpoint. ValueError says what is wrong with it, FileNotFoundError that there is
+    none."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except ValueError:
@@ -80,7 +81,7 @@ def damage(folder: Path) -> str | None:
 def newest_whole(folder: Path) -> Path | None:
     """The newest checkpoint that is whole; None where there is no checkpoint at all.
 
-    Says which ones are passed over; raises ValueError where none is left, since starting anew would bury them.
+    Prints which ones are passed over. Raises ValueError where none is left, because a new start would bury them.
     """
     checkpoints = found(folder)
     for _, each in reversed(checkpoints):
@@ -94,16 +95,18 @@ def newest_whole(folder: Path) -> Path | None:
 
 
 def write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int | str]:
-    """Write a safetensors file tensor by tensor, and hash it on the way: {"bytes", "sha256"}.
+    """Write a safetensors file tensor by tensor and hash it on the way: {"bytes", "sha256"}.
 
-    The library takes all tensors as copies on the CPU, which a training may have no room for, and the file would have to be read
-    again. Tied weights are written under each of their names. Raises OSError where the disk refuses.
+    The library needs copies of all tensors on the CPU, for which a training may lack memory, and the file would have to
+    be read again for its hash. Tied weights are written under each of their names. Raises OSError where the disk
+    refuses.
     """
-    # The widest first, so that each begins at a multiple of its width.
+    # The widest dtype comes first, so that each tensor begins at a multiple of its width.
     tensors = sorted(tensors, key=lambda item: (-item[1].element_size(), item[0]))
     head, end = {}, 0
     for name, tensor in tensors:
-        head[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [end, end + tensor.nbytes]}
+        head[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape),
+                      "data_offsets": [end, end + tensor.nbytes]}
         end += tensor.nbytes
     text = json.dumps(head).encode()
     text += b" " * (-len(text) % 8)
@@ -120,8 +123,8 @@ def write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> dict[str
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold a file, or the names in a folder, before what follows."""
-    if os.name == "nt" and path.is_dir():  # Windows opens no folders, and orders their names itself
+    """Flush a file, or the names in a folder, to the disk before what follows."""
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders and flushes their names itself
         return
     handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
     os.fsync(handle)

@@ -1,1 +1,1 @@
-"""What does not learn: the base and its shapes, Flux under a visibility, encoders, text, and painting."""
+"""The parts that do not learn: the base and its shapes, Flux under a visibility, encoders, text, and painting."""

@@ -1,7 +1,7 @@
 """The frozen base: FLUX.1 from one file or a diffusers folder, at any width, offline, in bf16, fp32, int8 or NF4.
 
-Its shape is read from the file itself. The tensors are mapped into memory and brought to the device one by one, so a
-quantised base needs room for itself and one layer, not for the whole in bf16.
+Its shape is read from the file. The tensors are mapped into memory and moved to the device one by one, so a quantised
+base needs room for itself and one layer, not for the whole base in bf16.
 """
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from .fp8 import unscaled
 
 Precision = Literal["auto", "bf16", "fp32", "int8", "nf4"]
 LIBRARY = {"int8": "torchao", "nf4": "bitsandbytes"}
-AXES = {128: [16, 56, 56]}  # width of a head -> its share for each axis of the rotary positions, as all FLUX.1 have it
+AXES = {128: [16, 56, 56]}  # width of a head -> channels of each axis of the rotary positions, as in every FLUX.1
 PREFIX = "model.diffusion_model."
-# What other files have and FLUX.1 has not: (part of a tensor's name, what the file is)
+# Tensors of other models, which FLUX.1 does not have: (part of a tensor's name, what the file is)
 OTHERS = (("lora", "a LoRA"), ("double_stream_modulation_img", "FLUX.2"), ("joint_blocks.", "Stable Diffusion 3"),
           ("distilled_guidance_layer", "Chroma"), ("input_blocks.", "a Stable Diffusion U-Net"),
           ("single_transformer_blocks.", "a part of a diffusers folder (give the folder itself)"))
@@ -35,7 +35,8 @@ CLASSES = {"Flux2Transformer2DModel": "FLUX.2", "SD3Transformer2DModel": "Stable
 
 
 def refuse(path: Path, what: str) -> ValueError:
-    return ValueError(f"{path} is {what}, not FLUX.1; give flux1-dev.safetensors, or the diffusers folder of FLUX.1-dev.")
+    return ValueError(f"{path} is {what}, not FLUX.1; give flux1-dev.safetensors, or the diffusers folder of "
+                      "FLUX.1-dev.")
 
 
 def config_of(path: Path, state: dict[str, Tensor]) -> dict:
@@ -47,10 +48,11 @@ def config_of(path: Path, state: dict[str, Tensor]) -> dict:
     hidden, channels = state["img_in.weight"].shape
     head = len(state["double_blocks.0.img_attn.norm.query_norm.scale"])
     if channels != state["final_layer.linear.weight"].shape[0]:
-        raise ValueError(f"{path} takes a picture beside the noise ({channels} channels; a Fill, Canny or Depth model); "
-                         "the adapter trains through a text-to-image FLUX.1, such as FLUX.1-dev.")
+        raise ValueError(f"{path} takes a picture beside the noise ({channels} channels; a Fill, Canny or "
+                         f"Depth model); the adapter trains through a text-to-image FLUX.1, such as FLUX.1-dev.")
     if head not in AXES:
-        raise ValueError(f"{path} has heads of width {head} and says nothing of its rotary axes; FLUX.1 has heads of width 128.")
+        raise ValueError(f"{path} has heads of width {head} and says nothing of its rotary axes; FLUX.1 has heads of "
+                         "width 128.")
     return dict(hidden_size=hidden, num_heads=hidden // head, depth=count(state, "double_blocks"),
                 depth_single_blocks=count(state, "single_blocks"), axes_dim=AXES[head],
                 context_in_dim=state["txt_in.weight"].shape[1], vec_in_dim=state["vector_in.in_layer.weight"].shape[1],
@@ -65,8 +67,8 @@ def skeleton(path: Path, read: Callable[[Path], dict[str, Tensor]] = checkpoint.
              ) -> tuple[FluxTransformer2DModel, dict[str, Tensor]]:
     """(Flux without weights, on the meta device; its tensors as they are stored, by diffusers' names).
 
-    read: `load_tensors`, or `outline` where only what the file says of itself is asked for. Raises ValueError in one sentence for
-    everything that is no whole FLUX.1, a tensor that nothing here knows included.
+    read: `load_tensors`, or `outline` where only the file's header is wanted. Raises ValueError in one sentence for
+    everything that is not a whole FLUX.1, an unknown tensor included.
     """
     path = Path(path)
     if path.suffix == ".gguf":
@@ -84,13 +86,15 @@ def skeleton(path: Path, read: Callable[[Path], dict[str, Tensor]] = checkpoint.
     return flux, state
 
 
-def from_file(path: Path, read: Callable[[Path], dict[str, Tensor]]) -> tuple[FluxTransformer2DModel, dict[str, Tensor]]:
+def from_file(path: Path,
+              read: Callable[[Path], dict[str, Tensor]]) -> tuple[FluxTransformer2DModel, dict[str, Tensor]]:
     if checkpoint.has_record(path):
         tensors, record = recorded(path, "flux", read)
         config = record["config"]
     else:
         tensors = read(path)
-        if any(k.startswith(PREFIX) for k in tensors):  # beside it lie the VAE and the text encoders of a whole checkpoint
+        # a whole checkpoint also has the VAE and the text encoders
+        if any(k.startswith(PREFIX) for k in tensors):
             tensors = {k[len(PREFIX):]: v for k, v in tensors.items() if k.startswith(PREFIX)}
         tensors = unscaled(path, tensors, PREFIX)
         config = config_of(path, tensors)
@@ -101,17 +105,20 @@ def from_file(path: Path, read: Callable[[Path], dict[str, Tensor]]) -> tuple[Fl
     unknown = sorted(tensors.keys() - to_bfl(flux.state_dict()).keys())
     if unknown:
         raise ValueError(f"{path} has {schema.short(unknown[0])}{f' and {len(unknown) - 1} more' if unknown[1:] else ''}, which FLUX.1 "
-                         "has not: it is of another model or quantised in a way that is not read here; give the bf16, fp16 or fp8 file.")
+                         "has not: it is of another model or quantised in a way that is not read here; give the bf16, "
+                         "fp16 or fp8 file.")
     try:
         return flux, from_bfl(tensors, config["hidden_size"])
     except KeyError as error:
         raise ValueError(f"{path} lacks {error}: it is cut or of another model; download it again.") from None
 
 
-def from_folder(path: Path, read: Callable[[Path], dict[str, Tensor]]) -> tuple[FluxTransformer2DModel, dict[str, Tensor]]:
+def from_folder(path: Path,
+                read: Callable[[Path], dict[str, Tensor]]) -> tuple[FluxTransformer2DModel, dict[str, Tensor]]:
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{path} has no transformer/config.json: give the diffusers folder of FLUX.1-dev, or its single file.")
+        raise ValueError(f"{path} has no transformer/config.json: give the diffusers folder of FLUX.1-dev, or its "
+                         "single file.")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kind = config.get("_class_name")
     if kind != "FluxTransformer2DModel":
@@ -124,15 +131,15 @@ def from_folder(path: Path, read: Callable[[Path], dict[str, Tensor]]) -> tuple[
 
 
 def load_flux(path: Path, precision: Precision = "auto", device: torch.device | str = "cpu") -> FluxTransformer2DModel:
-    """A frozen Flux in eval mode. Raises ValueError in one sentence for everything that is no FLUX.1.
+    """A frozen Flux in eval mode. Raises ValueError in one sentence for everything that is not FLUX.1.
 
-    path: a single file in BFL's layout (fp32, bf16, fp16, or fp8 with or without scales; bare, in a ComfyUI checkpoint, or one of
-        ours), or a diffusers folder (`transformer/` or its parent).
-    precision: of the weights; auto: bf16 where the device computes it fast, fp32 elsewhere. int8 (torchao, one scale per row)
-        and nf4 (bitsandbytes; QLoRA, arXiv 2305.14314) are for the linear layers of the blocks; the norms, the embedders and
-        the last projection stay in what `auto` says, which is also what the quantised layers compute in.
-    `.config.sampling_shift_mu` is there only where the file names the base's own time shift (the miniature's does).
-    """
+    path: a single file in BFL's layout (fp32, bf16, fp16, or fp8 with or without scales; bare, in a ComfyUI checkpoint,
+        or one of ours), or a diffusers folder (`transformer/` or its parent).
+    precision: of the weights; auto: bf16 where the device computes it fast, fp32 elsewhere. int8 (torchao, one scale
+        per row) and nf4 (bitsandbytes; QLoRA, arXiv 2305.14314) are for the linear layers of the blocks; the norms, the
+        embedders and the last projection stay in what `auto` says, which is also what the quantised layers compute in.
+        `.config.sampling_shift_mu` is there only where the file names the base's own time shift (the miniature's does).
+        """
     check_precision(precision)
     flux, state = skeleton(path)
     return filled(flux, precision, device, lambda name, leaf, dtype: state.pop(f"{name}.{leaf}").to(device, dtype))
@@ -140,8 +147,8 @@ def load_flux(path: Path, precision: Precision = "auto", device: torch.device | 
 
 def filled(flux: FluxTransformer2DModel, precision: Precision, device: torch.device | str,
            tensor: Callable[[str, str, torch.dtype], Tensor]) -> FluxTransformer2DModel:
-    """A Flux from the meta device with its weights, frozen: `tensor(name, leaf, dtype)` for every parameter, layer by layer,
-    each of which is quantised before the next one comes. device: where it computes."""
+    """A frozen Flux, filled from the meta device by `tensor(name, leaf, dtype)` for every parameter, layer by layer.
+    Each layer is quantised before the next one is read. device: where it computes."""
     plain = resolve("auto" if precision in LIBRARY else precision, device)
     dtype = torch.bfloat16 if plain == "bf16" else torch.float32
     for name, module in list(flux.named_modules()):
@@ -153,14 +160,15 @@ def filled(flux: FluxTransformer2DModel, precision: Precision, device: torch.dev
 
 
 def check_precision(precision: Precision) -> None:
-    """Raise ValueError where the library that quantises is not there."""
+    """Raise ValueError where the library for a quantised precision is not installed."""
     library = LIBRARY.get(precision)
     if library and importlib.util.find_spec(library) is None:
-        raise ValueError(f"A base in {precision} needs {library}; install it (pip install {library}), or take --base.precision bf16.")
+        raise ValueError(f"A base in {precision} needs {library}; install it (pip install {library}), or take "
+                         "--base.precision bf16.")
 
 
 def is_quantised(name: str) -> bool:
-    """Whether a linear layer of this name is held in the base's precision: those of the blocks are."""
+    """Whether a linear layer of this name is quantised: those of the blocks are."""
     return name.startswith(("transformer_blocks.", "single_transformer_blocks."))
 
 
@@ -182,8 +190,8 @@ def quantise(flux: nn.Module, name: str, layer: nn.Linear, precision: Precision,
 
 
 def base_sha256(path: Path, part: str = "transformer") -> str:
-    """sha256 of a single file, or of the names and hashes of a model folder's configuration and weights; of its `part` where the
-    folder is a whole pipeline's."""
+    """sha256 of a single file, or of the names and hashes of a model folder's configuration and weights. Where the
+    folder is a whole pipeline, only its `part` counts."""
     path = Path(path)
     if path.is_file():
         return file_hash(path)

@@ -1,4 +1,4 @@
-"""What looks at the pictures: the vision towers and Flux's VAE, from files, offline and frozen."""
+"""The encoders of pictures: the vision towers and Flux's VAE, from files, offline and frozen."""
 from __future__ import annotations
 
 import json
@@ -28,13 +28,15 @@ class Latents:
 
     def __init__(self, vae: AutoencoderKL):
         self.vae = vae
-        vae.enable_slicing()  # picture by picture: the convolutions of a batch of large ones would outweigh all else
+        # one picture at a time: the convolutions of a batch of large ones would need most of the memory
+        vae.enable_slicing()
         self.scale, self.shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
         self.channels, self.downsample = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [B, 3, H, W] in [0, 1] -> (mean, deviation) of their latents as Flux takes them, float32 [B, C, h, w]."""
+        """Images [B, 3, H, W] in [0, 1] -> (mean, deviation) of their latents as Flux takes them, float32 [B, C, h,
+        w]."""
         with torch.autocast(images.device.type, enabled=False):
             posterior = self.vae.encode((images * 2 - 1).to(self.vae.dtype)).latent_dist
         return (posterior.mean.float() - self.shift) * self.scale, posterior.std.float() * self.scale
@@ -50,7 +52,7 @@ class Latents:
 def load_vae(path: Path, device: torch.device) -> Latents:
     """Flux's VAE from `ae.safetensors`, from a diffusers folder (`vae/` or its parent), or from one of our files.
 
-    In the dtype of `frozen_dtype`. Raises ValueError where the file is no VAE.
+    Its dtype is that of `frozen_dtype`. Raises ValueError where the file is not a VAE.
     """
     vae, tensors = vae_of(Path(path), checkpoint.load_tensors)
     dtype = frozen_dtype(device)
@@ -59,15 +61,17 @@ def load_vae(path: Path, device: torch.device) -> Latents:
 
 
 def vae_of(path: Path, read: Callable[[Path], dict[str, Tensor]]) -> tuple[AutoencoderKL, dict[str, Tensor]]:
-    """(the VAE of a file without weights, on the meta device; its tensors by diffusers' names), which fit one another. read: as in
-    `base.skeleton`."""
+    """(the VAE of a file without weights, on the meta device; its tensors by diffusers' names). The two fit one
+    another. read: as in `base.skeleton`."""
     if path.is_dir():
         folder = path / "vae" if (path / "vae").is_dir() else path
         if not (folder / "config.json").is_file():
-            raise ValueError(f"{path} has no vae/config.json; give the diffusers folder of FLUX.1-dev, or ae.safetensors.")
+            raise ValueError(f"{path} has no vae/config.json; give the diffusers folder of FLUX.1-dev, or "
+                             "ae.safetensors.")
         config, tensors = json.loads((folder / "config.json").read_text(encoding="utf-8")), folder_tensors(folder, read)
         if config.get("_class_name") != "AutoencoderKL":
-            raise ValueError(f"{path} holds a {config.get('_class_name')}, not Flux's AutoencoderKL; give the VAE of FLUX.1-dev.")
+            raise ValueError(f"{path} holds a {config.get('_class_name')}, not Flux's AutoencoderKL; give the VAE of "
+                             "FLUX.1-dev.")
     elif checkpoint.has_record(path):
         tensors, record = recorded(path, "vae", read)
         config = {"scaling_factor": 1.0, "shift_factor": 0.0, **record["config"]}
@@ -78,7 +82,8 @@ def vae_of(path: Path, read: Callable[[Path], dict[str, Tensor]]) -> tuple[Autoe
     try:
         vae.load_state_dict({k: v.to("meta") for k, v in tensors.items()}, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit the VAE it says it is ({str(error).splitlines()[1].strip()}); download it again.") from None
+        raise ValueError(f"{path} does not fit the VAE it says it is ({str(error).splitlines()[1].strip()}); download "
+                         "it again.") from None
     return vae, tensors
 
 
@@ -94,16 +99,18 @@ def from_single_file(path: Path, read: Callable[[Path], dict[str, Tensor]]) -> t
               "block_out_channels": [tensors[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)],
               "layers_per_block": len({k.split(".")[4] for k in tensors if k.startswith("encoder.down.0.block.")}),
               "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels,
-              "use_quant_conv": "quant_conv.weight" in tensors, "use_post_quant_conv": "post_quant_conv.weight" in tensors,
+              "use_quant_conv": "quant_conv.weight" in tensors,
+              "use_post_quant_conv": "post_quant_conv.weight" in tensors,
               "norm_num_groups": 32, **FLUX_VAE}
     return config, convert_ldm_vae_checkpoint(tensors, config)
 
 
-def load_towers(files: tuple[Path, ...], ids: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> dict[str, VisionTower]:
+def load_towers(files: tuple[Path, ...], ids: tuple[str, ...], device: torch.device,
+                dtype: torch.dtype) -> dict[str, VisionTower]:
     """Frozen vision towers by their ids, in the order of the files.
 
-    ids: for each file the id of a published encoder (kernels/vision/known.py), "" where the file says it itself; may be
-    left out for files that all do. A file may also be a folder with the published safetensors weights.
+    ids: for each file the id of a published encoder (kernels/vision/known.py), "" where the file's record has it. ids
+    may be left out where every file has it. A file may also be a folder with the published safetensors weights.
     """
     towers = [load_one(path, name) for path, name in with_ids(files, ids)]
     found = {tower.config.id: tower.to(device, dtype).requires_grad_(False) for tower in towers}
@@ -113,14 +120,15 @@ def load_towers(files: tuple[Path, ...], ids: tuple[str, ...], device: torch.dev
 
 
 def with_ids(files: Sequence[Path], ids: Sequence[str]) -> list[tuple[Path, str]]:
-    """Every file of a vision tower with its id, which is "" for all of them where no ids are given."""
+    """Every file of a vision tower with its id; "" for all of them where no ids are given."""
     if ids and len(ids) != len(files):
-        raise ValueError(f"Vision towers and ids do not pair up ({len(files)} and {len(ids)}); give one id for each, \"\" for our own.")
+        raise ValueError(f"Vision towers and ids do not pair up ({len(files)} and {len(ids)}); give one id for each, "
+                         "\"\" for our own.")
     return list(zip(map(Path, files), ids or [""] * len(files)))
 
 
 def tower_config(path: Path, name: str) -> TowerConfig:
-    """Which encoder a file is: the published one of this id or, for "", what the file's own record says."""
+    """The encoder of a file: the published one of this id or, for "", the one in the file's own record."""
     if name:
         if name not in KNOWN_TOWERS:
             raise ValueError(f"There is no vision tower '{name}'; the known ones are {', '.join(KNOWN_TOWERS)}.")
@@ -138,7 +146,7 @@ def load_one(path: Path, name: str) -> VisionTower:
 
 
 def check_tower(path: Path, name: str) -> TowerConfig:
-    """Which encoder a file is. ValueError where it is not the one that it is said to be; its weights are not read."""
+    """The encoder of a file. ValueError where the file does not fit the id. Its weights are not read."""
     config = tower_config(path, name)
     if path.is_dir():
         load_tower(config, folder_tensors(path, outline))
@@ -148,7 +156,8 @@ def check_tower(path: Path, name: str) -> TowerConfig:
 
 
 def check_towers(towers: Sequence[tuple[Path, str]], adapter: Path, record: dict) -> None:
-    """Refuse towers that an adapter was not trained with. ValueError where one is missing or its DINOv2 is another one.
+    """Refuse towers that an adapter was not trained with. ValueError where one is missing or its DINOv2 is a different
+    one.
 
     towers: files with their ids, as `with_ids` pairs them. record: of the adapter's file.
     """
@@ -160,12 +169,13 @@ def check_towers(towers: Sequence[tuple[Path, str]], adapter: Path, record: dict
                              "give its file as well.")
     for (path, _), config in zip(towers, configs):
         if config.kind == "dinov2" and not tuned_together(path, config.id, record):
-            raise ValueError(f"{path} is not the '{config.id}' that was tuned with {adapter}; give the one exported with it.")
+            raise ValueError(f"{path} is not the '{config.id}' that was tuned with {adapter}; give the one "
+                             "exported with it.")
 
 
 def tuned_together(path: Path, name: str, record: dict) -> bool:
-    """Whether the file of the tower `name` is the one that an adapter's record asks for; it asks for none where training left
-    the tower as it was published."""
+    """Whether the file of the tower `name` is the one that an adapter's record asks for. The record asks for none where
+    training left the tower as published."""
     if "dinov2_sha256" in record:
         return base_sha256(path) == record["dinov2_sha256"]
     if not record.get("towers", {}).get(name, "").startswith("tuned"):

@@ -19,7 +19,8 @@ def build_flux(config: dict) -> FluxTransformer2DModel:
         raise ValueError(f"hidden_size {config['hidden_size']} is not a multiple of num_heads {config['num_heads']}.")
     return FluxTransformer2DModel(
         patch_size=1, in_channels=config["in_channels"] * config["patch_size"] ** 2, num_layers=config["depth"],
-        num_single_layers=config["depth_single_blocks"], attention_head_dim=config["hidden_size"] // config["num_heads"],
+        num_single_layers=config["depth_single_blocks"],
+        attention_head_dim=config["hidden_size"] // config["num_heads"],
         num_attention_heads=config["num_heads"], joint_attention_dim=config["context_in_dim"],
         pooled_projection_dim=config["vec_in_dim"], guidance_embeds=config["guidance_embed"],
         axes_dims_rope=tuple(config["axes_dim"]),
@@ -46,8 +47,9 @@ def velocity(flux: FluxTransformer2DModel, x: Tensor, t: Tensor, context: Tensor
              guidance: Tensor | None = None) -> Tensor:
     """Predicted noise - x_0 of noisy latents x [B, C, H, W] at times t [B] under context [B, N, D] and pooled [B, P].
 
-    guidance [B]: the scale that a guidance-distilled Flux (FLUX.1-dev) is told; None for one without.
-    A Flux held in half precision computes in it from end to end, whatever autocast would do; x is mixed for `network_time` then.
+    guidance [B]: the guidance scale for a guidance-distilled Flux (FLUX.1-dev); None for a Flux without one. A Flux
+    held in half precision computes in it from end to end, whatever autocast would do. x is then mixed for
+    `network_time`.
     """
     rows, cols = x.shape[-2] // 2, x.shape[-1] // 2
     dtype, device = flux.x_embedder.weight.dtype, x.device.type
@@ -64,8 +66,8 @@ def velocity(flux: FluxTransformer2DModel, x: Tensor, t: Tensor, context: Tensor
 def network_time(flux: FluxTransformer2DModel, t: Tensor) -> Tensor:
     """Times t as the network reads them, in t's dtype.
 
-    diffusers hands the network 1000 t in the network's own dtype, and bf16 has eight bits. Noisy latents are mixed for
-    these times, so that the network is asked about the noise that is there.
+    diffusers passes 1000 t in the network's own dtype, and bf16 has eight bits. Noisy latents are mixed for these
+    times, so that the time matches the noise that is there.
     """
     return (t.to(flux.x_embedder.weight.dtype) * 1000).to(t.dtype) / 1000
 
@@ -76,14 +78,14 @@ def shifted(t: Tensor, mu: float) -> Tensor:
 
 
 def mu_of(flux: FluxTransformer2DModel, patches: int) -> float:
-    """The time shift that the base itself samples with: FLUX.1's grows with the number of image patches, 0.5 at 256 and
-    1.15 at 4096 (black-forest-labs/flux, sampling.py); a base that names one of its own keeps it."""
+    """The time shift that the base itself samples with. FLUX.1's grows with the number of image patches, 0.5 at 256 and
+    1.15 at 4096 (black-forest-labs/flux, sampling.py). A base with its own shift in its config keeps that."""
     own = flux.config.get("sampling_shift_mu")
     return 0.5 + (1.15 - 0.5) * (patches - 256) / (4096 - 256) if own is None else own
 
 
 class Tap:
-    """Keeps the image stream that a block of Flux puts out in the latest forward: `value` [B, P, hidden]."""
+    """Keep the image stream that a block of Flux returned in the latest forward: `value` [B, P, hidden]."""
 
     def __init__(self, block: nn.Module):
         self.value: Tensor | None = None
@@ -115,7 +117,8 @@ _OUTSIDE = {"img_in": "x_embedder", "txt_in": "context_embedder", "final_layer.l
             "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
             "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
             "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2"}
-_FINAL_MODULATION = ("final_layer.adaLN_modulation.1", "norm_out.linear")  # (shift, scale) in BFL, (scale, shift) in diffusers
+# BFL stores (shift, scale), diffusers (scale, shift).
+_FINAL_MODULATION = ("final_layer.adaLN_modulation.1", "norm_out.linear")
 
 
 def _blocks(state: dict, mark: str) -> int:

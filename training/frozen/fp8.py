@@ -1,9 +1,9 @@
-"""Weights in 8-bit floats as what they stand for: ComfyUI's layouts of a scale beside each weight, and plain casts.
+"""Weights in 8-bit floats, dequantised: ComfyUI's layouts with a scale beside each weight, and plain casts.
 
-<layer>.weight in float8, and beside it, of the older layout, `scale_weight`, `scale_input` and one `scaled_fp8` for the file; of the
-newer one, `weight_scale`, `input_scale` and `comfy_quant` (JSON in bytes; or `_quantization_metadata` in the file's header for all
-layers at once). A layer without a scale was cast as it is, and layers of any other float may stand beside.
-Scales of inputs are for products in float8; nothing here computes in that.
+<layer>.weight is in float8. The older layout has `scale_weight` and `scale_input` beside it, and one `scaled_fp8` for
+the file. The newer layout has `weight_scale`, `input_scale` and `comfy_quant` (JSON in bytes; or
+`_quantization_metadata` in the file's header for all layers at once). A layer without a scale was cast as it is. Layers
+of any other float may stand beside. Scales of inputs are for products in float8, which nothing here computes.
 """
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ASIDE = (*SCALES, ".input_scale", ".scale_input", ".comfy_quant")
 
 
 def formats(path: Path, state: dict[str, Tensor], prefix: str) -> dict[str, str]:
-    """{layer: the format that the file names for it}. ValueError where it cannot be read."""
+    """{layer: the format that the file names for it}. ValueError where the names cannot be read."""
     try:
         whole = header.read(path).metadata.get("_quantization_metadata")
         layers = schema.read_json(whole)["layers"] if whole else {}
@@ -29,23 +29,25 @@ def formats(path: Path, state: dict[str, Tensor], prefix: str) -> dict[str, str]
         return found | {name[:-12]: json.loads(bytes(value.tolist()))["format"]
                         for name, value in state.items() if name.endswith(".comfy_quant")}
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path} says of its quantisation what nobody can read; download it again, or give the bf16 file.") from None
+        raise ValueError(f"{path} says of its quantisation what nobody can read; download it again, or give the "
+                         "bf16 file.") from None
 
 
 def unscaled(path: Path, state: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-    """The tensors of a file with every scale worked into its weight, in bf16; the others as they are.
+    """The tensors of a file, with every scale multiplied into its weight, in bf16; the others as they are.
 
-    state: names without the prefix that the file's header may give to layers. Raises ValueError for a format that is no float8, and
-    for a scale that belongs to no weight or does not fit it.
+    state: names without the prefix that the file's header may give to layers. Raises ValueError for a format that is
+    not float8, and for a scale that belongs to no weight or does not fit it.
     """
     named = formats(path, state, prefix)
     for name in named.values():
         if name not in FORMATS:
-            raise ValueError(f"{path} is quantised to {schema.short(name)}, which is not read here; give the bf16, fp16 or fp8 file.")
+            raise ValueError(f"{path} is quantised to {schema.short(name)}, which is not read here; give the bf16, "
+                             "fp16 or fp8 file.")
     out = {name: value for name, value in state.items() if not name.endswith(ASIDE) and name != "scaled_fp8"}
     for layer, name in named.items():
         weight = out.get(f"{layer}.weight")
-        if weight is not None and weight.dtype == torch.uint8:  # as early files store it
+        if weight is not None and weight.dtype == torch.uint8:  # early files store it so
             out[f"{layer}.weight"] = weight.view(FORMATS[name])
     for name, scale in state.items():
         if not name.endswith(SCALES):

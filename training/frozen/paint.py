@@ -18,20 +18,22 @@ def schedule(steps: int, mu: float) -> list[float]:
 
 
 def starting_noise(seeds: Sequence[int], channels: int, height: int, width: int) -> Tensor:
-    """[len(seeds), channels, height, width] float32 on the CPU; every row comes from its own seed, whatever is painted beside it."""
-    return torch.stack([torch.randn(channels, height, width, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    """[len(seeds), channels, height, width] float32 on the CPU. Every row depends on its own seed alone."""
+    return torch.stack([torch.randn(channels, height, width, generator=torch.Generator().manual_seed(seed))
+                        for seed in seeds])
 
 
 @torch.no_grad()
 def paint(flux: FluxTransformer2DModel, vae: Latents, tokens: Tensor, pooled: Tensor | None, regions: Regions | None,
           height: int, width: int, seed: int | Sequence[int] = 0, steps: int = 28, guidance: float = 3.5) -> Tensor:
-    """Pictures [B, 3, height, width] float32 in [0, 1], on the device of the tokens, that Flux paints from embeddings.
+    """Pictures [B, 3, height, width] float32 in [0, 1], on the tokens' device, that Flux paints from embeddings.
 
-    flux: with a RegionAttention in its blocks (`attend_by_region`); its regions are set for this call and taken away after.
-    tokens [B, T, D], pooled [B, P] or None for zeros; regions: of the latent's grid of patches, None where all see all.
+    flux: with a RegionAttention in its blocks (`attend_by_region`); its regions are set for this call and taken away
+    after. tokens [B, T, D], pooled [B, P] or None for zeros; regions: of the latent's grid of patches, None where all
+    see all.
     height, width: in pixels, multiples of twice the VAE's downsampling (16 for FLUX.1).
     seed: of the starting noise, one for each picture; a single number is that of the first, and the others follow it.
-    guidance: what a guidance-distilled Flux is told; no meaning for another.
+    guidance: the guidance scale for a guidance-distilled Flux; unused for another.
     """
     side = 2 * vae.downsample
     if height % side or width % side:

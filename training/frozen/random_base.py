@@ -1,4 +1,4 @@
-"""A Flux of any shape with random weights, in any precision, block by block: what benchmarks train through."""
+"""A Flux of any shape and precision with random weights, block by block: benchmarks train through it."""
 from __future__ import annotations
 
 import torch
@@ -10,7 +10,7 @@ from .flux import build_flux
 
 
 def random_flux(config: dict, precision: Precision, device: torch.device, seed: int = 0) -> FluxTransformer2DModel:
-    """A frozen Flux in eval mode. Layers are drawn on the device and quantised one after another, so it needs room for itself
+    """A frozen Flux in eval mode. Layers are drawn on the device and quantised one by one, so it needs room for itself
     and one layer. config: ComfyUI's field names, as `build_flux` takes them."""
     check_precision(precision)
     with torch.device("meta"):
@@ -20,7 +20,7 @@ def random_flux(config: dict, precision: Precision, device: torch.device, seed: 
     def drawn(name: str, leaf: str, dtype: torch.dtype) -> Tensor:
         module = flux.get_submodule(name)
         value = torch.ones(getattr(module, leaf).shape, device=device, dtype=dtype)
-        if isinstance(module, nn.Linear):  # of unit variance out for unit variance in, as a trained one about is
+        if isinstance(module, nn.Linear):  # unit variance in gives unit variance out, roughly as in a trained layer
             value.normal_(std=value.shape[-1] ** -0.5, generator=generator) if leaf == "weight" else value.zero_()
         return value
 

@@ -1,4 +1,4 @@
-"""diffusers' Flux under a visibility: an attention processor that calls the kernel the nodes call."""
+"""diffusers' Flux under a visibility: an attention processor that calls the same kernel as the nodes."""
 from __future__ import annotations
 
 import torch
@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ...kernels.attention import Regions, masked_attention
 
-SHORT = 512  # tokens; below it, on a CPU, two matrix products beat PyTorch's fused kernel, above all in the backward
+# tokens; on a CPU, two matrix products are faster below it than PyTorch's fused kernel, above all in the backward
+SHORT = 512
 
 
 class RegionAttention:
@@ -45,7 +46,7 @@ class RegionAttention:
 
 
 def short_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """Attention by two matrix products; bias [B or 1, 1, S, T] on the first T keys."""
+    """Attention by two matrix products. bias [B or 1, 1, S, T] applies to the first T keys."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if bias is not None:
         scores = scores + torch.nn.functional.pad(bias, (0, k.shape[2] - bias.shape[-1])).to(scores.dtype)

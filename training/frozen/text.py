@@ -1,6 +1,6 @@
-"""Instructions as Flux's T5 encodes them: what the edit decoder reads in training is what the nodes hand it.
+"""Instructions as Flux's T5 encodes them: the edit decoder reads the same in training as in the nodes.
 
-Texts are padded to a fixed length whose padding nothing masks, as in Flux; ComfyUI pads to 256 tokens.
+Texts are padded to a fixed length. As in Flux, the padding is not masked. ComfyUI pads to 256 tokens.
 """
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 
 
 class InstructionEncoder:
-    """texts -> their encoding [B, L, width] on the encoder's device; `hash` says which encoder it is."""
+    """texts -> their encoding [B, L, width] on the encoder's device. `hash` identifies the encoder."""
 
     def __init__(self, model: nn.Module, ids: Callable[[list[str]], Tensor], hash: str):
         self.model, self.ids, self.hash = model.eval().requires_grad_(False), ids, hash
@@ -37,7 +37,7 @@ class InstructionEncoder:
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Tensor:
         ids = self.ids(list(texts)).to(self.model.device)
-        # An explicit mask of ones: without it some versions of transformers mask the pads on their own.
+        # The mask of ones is explicit: without it some versions of transformers mask the padding on their own.
         return self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
 
 
@@ -46,15 +46,17 @@ def load_instruction_encoder(path: Path, device: torch.device, tokenizer: Path |
     """Flux's T5 from a diffusers folder (FLUX.1-dev's own, or its text_encoder_2), from ComfyUI's single file
     (t5xxl_fp16.safetensors), or the miniature's text encoder. Never downloads.
 
-    tokenizer: the folder of T5's tokenizer; None: in or beside the encoder (tokenizer_2, t5_tokenizer). length: tokens, padding included.
-    precision: of the weights; auto: bf16 where the device computes it fast, fp32 elsewhere; int8 (torchao, one scale per
-    row) halves what T5-XXL takes in bf16, 9.5 GB. The miniature's stays in fp32.
-    ValueError in one sentence for what is missing or does not fit.
+    tokenizer: the folder of T5's tokenizer; None: in or beside the encoder (tokenizer_2, t5_tokenizer). length: tokens,
+    padding included.
+    precision: of the weights; auto: bf16 where the device computes it fast, fp32 elsewhere; int8 (torchao, one scale
+    per row) halves what T5-XXL takes in bf16, 9.5 GB. The miniature's stays in fp32. ValueError in one sentence for
+    what is missing or does not fit.
     """
     if path.is_file() and checkpoint.has_record(path):
         encoder, record = load_word_encoder(path, device)
         words, longest = {word: n for n, word in enumerate(record["config"]["vocabulary"])}, record["config"]["length"]
-        return InstructionEncoder(encoder, lambda texts: torch.tensor([word_ids(text, words, longest) for text in texts]),
+        return InstructionEncoder(encoder,
+                                  lambda texts: torch.tensor([word_ids(text, words, longest) for text in texts]),
                                   base_sha256(path))
     model = load_t5(path, torch.float32 if resolve(precision, device) == "fp32" else torch.bfloat16)
     words = load_tokenizer(path, model.config.vocab_size, tokenizer)
@@ -86,9 +88,10 @@ def encoder_place(path: Path) -> Path:
 
 
 def load_tokenizer(path: Path, vocabulary: int, folder: Path | None = None):
-    """T5's tokenizer, called as transformers' are: the one in `folder` or, for None, in or beside the encoder at `path`.
+    """T5's tokenizer, called as transformers' are. It is the one in `folder` or, for None, the one in or beside the
+    encoder at `path`.
 
-    vocabulary: words that the encoder knows. ValueError where there is none, or one of more words.
+    vocabulary: number of words that the encoder has. ValueError where there is no tokenizer, or one with more words.
     """
     from transformers import AutoTokenizer
 
@@ -96,19 +99,22 @@ def load_tokenizer(path: Path, vocabulary: int, folder: Path | None = None):
     places = (folder,) if folder else (beside / "tokenizer_2", path, beside, beside / "t5_tokenizer")
     found = next((place for place in places if any((place / name).is_file() for name in _TOKENIZER_FILES)), None)
     if found is None:
-        raise ValueError(f"There is no tokenizer {'in ' + str(folder) if folder else 'beside ' + str(path)}; give the folder of T5's, "
-                         "such as tokenizer_2 of FLUX.1-dev or ComfyUI's comfy/text_encoders/t5_tokenizer.")
+        raise ValueError(f"There is no tokenizer {'in ' + str(folder) if folder else 'beside ' + str(path)}; give the "
+                         "folder of T5's, such as tokenizer_2 of FLUX.1-dev or ComfyUI's "
+                         "comfy/text_encoders/t5_tokenizer.")
     words = AutoTokenizer.from_pretrained(found, local_files_only=True)
     if len(words) > vocabulary:
-        raise ValueError(f"The tokenizer in {found} has {len(words)} words and the text encoder {path} {vocabulary}; give its own.")
+        raise ValueError(f"The tokenizer in {found} has {len(words)} words and the text encoder {path} {vocabulary}; "
+                         "give its own.")
     return words
 
 
 def load_t5(path: Path, dtype: torch.dtype) -> nn.Module:
-    """Flux's T5 encoder from a diffusers folder (or its text_encoder_2) or ComfyUI's single file, on the CPU. ValueError where there
-    is none."""
+    """Flux's T5 encoder from a diffusers folder (or its text_encoder_2) or ComfyUI's single file, on the CPU.
+    ValueError where there is none."""
     if not path.exists():
-        raise ValueError(f"There is no text encoder at {path}; give FLUX.1's T5 as a diffusers folder or as ComfyUI's t5xxl file.")
+        raise ValueError(f"There is no text encoder at {path}; give FLUX.1's T5 as a diffusers folder or as ComfyUI's "
+                         "t5xxl file.")
     return _from_folder(encoder_place(path), dtype) if path.is_dir() else _from_file(path, dtype)
 
 
@@ -122,7 +128,8 @@ def t5_width(path: Path) -> int:
 
 def _folder_of_t5(folder: Path) -> Path:
     if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
-        raise ValueError(f"There is no T5 in {folder} (config.json and safetensors); give text_encoder_2 of FLUX.1-dev.")
+        raise ValueError(f"There is no T5 in {folder} (config.json and safetensors); give text_encoder_2 of "
+                         "FLUX.1-dev.")
     return folder
 
 
@@ -130,7 +137,8 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> nn.Module:
     from transformers import T5EncoderModel
 
     try:
-        return T5EncoderModel.from_pretrained(_folder_of_t5(folder), dtype=dtype, local_files_only=True, use_safetensors=True)
+        return T5EncoderModel.from_pretrained(_folder_of_t5(folder), dtype=dtype, local_files_only=True,
+                                              use_safetensors=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"The T5 in {folder} cannot be loaded ({' '.join(str(error).split()).rstrip('.')}).") from error
 
@@ -145,7 +153,8 @@ def t5_config(path: Path, state: dict[str, Tensor]):
         raise ValueError(f"{path} is no plain T5 v1.1 encoder; give ComfyUI's t5xxl_fp16.safetensors.")
     (vocabulary, width), heads = state["shared.weight"].shape, state[biases].shape[1]
     return T5Config(
-        vocab_size=vocabulary, d_model=width, d_kv=state[first].shape[0] // heads, d_ff=state[inner].shape[0], num_heads=heads,
+        vocab_size=vocabulary, d_model=width, d_kv=state[first].shape[0] // heads, d_ff=state[inner].shape[0],
+        num_heads=heads,
         num_layers=1 + max(int(name.split(".")[2]) for name in state if name.startswith("encoder.block.")),
         relative_attention_num_buckets=state[biases].shape[0], feed_forward_proj="gated-gelu", dropout_rate=0.0,
         pad_token_id=0, eos_token_id=1)

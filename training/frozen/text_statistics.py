@@ -1,4 +1,4 @@
-"""Mean and deviation, by channel, of what Flux's T5 writes for real prompts: where the adapter's output starts out."""
+"""Mean and deviation, by channel, of Flux's T5 outputs for real prompts. The adapter's output starts out there."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -10,46 +10,50 @@ from ...kernels import checkpoint, header
 from ...kernels.precision import frozen_dtype
 from .text import load_t5, load_tokenizer, t5_width
 
-ENOUGH = 64  # texts; fewer captions are read beside PROMPTS
-# For sets without captions, or with few: things, people, places, light and style, as prompts name them.
+ENOUGH = 64  # texts; a set with fewer captions is filled up with PROMPTS
+# Prompts for sets with few captions or none: things, people, places, light and style, as prompts name them.
 PROMPTS = (
     "a photo of a red fox in the snow at dusk", "portrait of an old fisherman, deep wrinkles, soft window light",
     "a busy street market in Marrakesh, seen from above", "two children build a sandcastle on a grey beach",
-    "a bowl of ramen with a soft-boiled egg, steam, dark wooden table", "minimalist living room with a green sofa and a round mirror",
+    "a bowl of ramen with a soft-boiled egg, steam, dark wooden table",
+    "minimalist living room with a green sofa and a round mirror",
     "an astronaut riding a horse, oil painting", "close-up of a dew drop on a blade of grass, macro photography",
     "a steam locomotive crosses a stone bridge in autumn", "the word OPEN painted on a blue wooden door",
     "aerial view of rice terraces under morning fog", "a black cat sleeps on a stack of books beside a lamp",
-    "a woman in a yellow raincoat waits at a bus stop, rain, reflections", "modern glass office building against a clear sky",
+    "a woman in a yellow raincoat waits at a bus stop, rain, reflections",
+    "modern glass office building against a clear sky",
     "watercolour of a small harbour with fishing boats", "a violinist on stage, one spotlight, dark background",
-    "three ceramic vases on a shelf, pastel colours", "a mountain lake with snow-covered peaks, golden hour, wide angle",
+    "three ceramic vases on a shelf, pastel colours",
+    "a mountain lake with snow-covered peaks, golden hour, wide angle",
     "an old pickup truck in a field of sunflowers", "a robot waters plants on a balcony, digital art",
 )
 
 
 def is_statistics(path: Path) -> bool:
-    """Whether a path is a file that holds statistics, of `sda statistics` or an exported adapter's; a text encoder otherwise."""
+    """Whether a path is a file that holds statistics, of `sda statistics` or an exported adapter's, and not a text
+    encoder."""
     return path.is_file() and {"text_mean", "text_std"} <= header.read(path).tensors.keys()
 
 
 def check_statistics(path: Path, width: int) -> None:
-    """Refuse what `text_statistics` cannot take for a base that reads texts of `width` channels. Nothing is loaded but a tokenizer.
-    ValueError."""
+    """Refuse what `text_statistics` cannot take for a base that reads texts of `width` channels. Only a tokenizer is
+    loaded. ValueError."""
     if is_statistics(path):
         found = header.read(path).tensors["text_mean"].shape[-1]
     else:
         found = t5_width(path)
         load_tokenizer(path, 2**31)
     if found != width:
-        raise ValueError(f"{path} has texts of {found} channels and the base reads {width}; give the statistics, or the text encoder, "
-                         "of this base.")
+        raise ValueError(f"{path} has texts of {found} channels and the base reads {width}; give the statistics, or "
+                         f"the text encoder, of this base.")
 
 
 def text_statistics(path: Path, captions: list[str]) -> tuple[Tensor, Tensor]:
     """(mean [D], deviation [D]) float32 of the text encoder's outputs, on the CPU.
 
-    path: a safetensors file that holds them as `text_mean` and `text_std`; or FLUX.1's T5 (`text.load_t5`), which reads the captions,
-        and PROMPTS beside them where there are fewer than ENOUGH; padding does not count. It is read on the CPU: it would take 9.5 GB
-        of a card that has yet to hold the base.
+    path: a safetensors file that holds them as `text_mean` and `text_std`; or FLUX.1's T5 (`text.load_t5`), which reads
+        the captions, and PROMPTS beside them where there are fewer than ENOUGH. Padding does not count. T5 runs on the
+        CPU: it would take 9.5 GB of a card that has yet to hold the base.
     """
     if is_statistics(path):
         tensors = checkpoint.load(path, "adapter")[0] if checkpoint.has_record(path) else checkpoint.load_tensors(path)

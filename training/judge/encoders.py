@@ -1,8 +1,8 @@
-"""The eyes of judging: CLIP and DINO from local files, each with its own resize and normalisation. Nothing is ever downloaded.
+"""The encoders of judging: CLIP and DINO from local files, each with its own resize and normalisation. No download.
 
-Three kinds of places are read: a folder as transformers saves one (config.json, model.safetensors, preprocessor_config.json,
-for a text half its tokenizer), a folder as open_clip publishes one (open_clip_config.json, open_clip_model.safetensors), and a
-vision tower's file of this pack.
+Three kinds of places are read: a folder as transformers saves one (config.json, model.safetensors,
+preprocessor_config.json, and a tokenizer for a text half), a folder as open_clip publishes one (open_clip_config.json,
+open_clip_model.safetensors), and a vision tower's file of this pack.
 """
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def to_pixels(pictures: Tensor) -> np.ndarray:
 
 
 class Encoder(nn.Module):
-    """A frozen encoder. `weights` is its file; `reads` says whether it has a text half."""
+    """A frozen encoder. `weights` is its file. `reads` says whether it has a text half."""
 
     reads = False
 
@@ -43,7 +43,7 @@ class Encoder(nn.Module):
         self.device = device
 
     def describe(self) -> dict:
-        """What the protocol says about it."""
+        """The protocol's entry for it."""
         return {"kind": type(self.model).__name__, "file": str(self.weights), "sha256": file_hash(self.weights)}
 
     @torch.no_grad()
@@ -60,13 +60,15 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def keys(self, picture: np.ndarray) -> Tensor:
-        """The last layer's keys [1, N, D] of a picture's tokens, all heads together. ValueError where there are none."""
+        """The last layer's keys [1, N, D] of a picture's tokens, all heads together. ValueError where there are
+        none."""
         names = [name for name, _ in self.model.named_modules() if name.endswith((".k_proj", ".attention.key"))]
         if not names or self.reads:
             raise ValueError(f"{self.weights} is no DINO, whose keys the structure distance reads: "
                              "give the folder of dino-vitb8.")
         caught = []
-        handle = self.model.get_submodule(names[-1]).register_forward_hook(lambda module, args, output: caught.append(output))
+        handle = self.model.get_submodule(names[-1]).register_forward_hook(
+            lambda module, args, output: caught.append(output))
         try:
             self._whole(picture)
         finally:
@@ -80,7 +82,7 @@ class Encoder(nn.Module):
         raise NotImplementedError
 
     def _whole(self, picture: np.ndarray) -> None:
-        """Look at a picture whose aspect is kept where the network allows it."""
+        """Encode a picture and keep its aspect where the network allows it."""
         self._images([picture])
 
 
@@ -109,7 +111,8 @@ class TransformersEncoder(Encoder):
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
         here = {"local_files_only": True}
-        super().__init__(AutoModel.from_pretrained(folder, use_safetensors=True, **here), folder / "model.safetensors", device)
+        super().__init__(AutoModel.from_pretrained(folder, use_safetensors=True, **here), folder / "model.safetensors",
+                         device)
         self.processor = AutoImageProcessor.from_pretrained(folder, **here)
         self.reads = hasattr(self.model, "get_text_features")
         self.tokenizer = AutoTokenizer.from_pretrained(folder, **here) if self.reads else None
@@ -127,19 +130,19 @@ class TransformersEncoder(Encoder):
         return _pooled(self.model.get_text_features(**words.to(self.device)))
 
     def _whole(self, picture: np.ndarray) -> None:
-        """As Splice does: the short side to 224 px, the long one at most 480, ImageNet's normalisation."""
+        """Splice's preprocessing: the short side to 224 px, the long one at most 480, ImageNet's normalisation."""
         height, width = picture.shape[:2]
         scale = min(SHORT / min(height, width), LONG / max(height, width))
         size = (round(height * scale), round(width * scale))
         pixels = F.interpolate(to_tensor([picture]), size, mode="bilinear", antialias=True)
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (_MEAN, _STD))
-        # DINOv2's classes always interpolate their position table and know no such word.
+        # DINOv2's classes always interpolate their position table and do not take this argument.
         extra = {} if self.model.config.model_type.startswith("dinov2") else {"interpolate_pos_encoding": True}
         self.model(pixel_values=((pixels - mean) / std).to(self.device), **extra)
 
 
 class OpenClipEncoder(Encoder):
-    """A whole CLIP of open_clip from a folder in its published layout."""
+    """A complete CLIP of open_clip from a folder in its published layout."""
 
     reads = True
 
@@ -159,23 +162,26 @@ class OpenClipEncoder(Encoder):
 
 
 def _pooled(features) -> Tensor:
-    """transformers 5 wraps what transformers 4 gave as it is."""
+    """The features of transformers 5, which wraps them, or of transformers 4, which does not."""
     return features if isinstance(features, Tensor) else features.pooler_output
 
 
 def load_encoder(path: Path, device: torch.device) -> Encoder:
-    """The encoder of a folder or a file. ValueError in one sentence where there is none or its weights are no safetensors."""
+    """The encoder of a folder or a file. ValueError in one sentence where there is none or its weights are not
+    safetensors."""
     if path.is_file():
         return TowerEncoder(path, device)
     for mark, weights, kind in (("open_clip_config.json", "open_clip_model.safetensors", OpenClipEncoder),
                                 ("config.json", "model.safetensors", TransformersEncoder)):
         if (path / mark).is_file():
             if not (path / weights).is_file():
-                raise ValueError(f"{path} has no {weights}: download the model's safetensors, other weights are not read.")
+                raise ValueError(f"{path} has no {weights}: download the model's safetensors, other weights are "
+                                 "not read.")
             try:
                 return kind(path, device)
             except (OSError, KeyError, RuntimeError, ValueError) as error:
                 reason = str(error).splitlines()[0]
-                raise ValueError(f"The encoder in {path} cannot be read ({reason}): download its folder again.") from error
+                raise ValueError(f"The encoder in {path} cannot be read ({reason}): download its "
+                                 "folder again.") from error
     raise ValueError(f"There is no encoder at {path}: give a folder with config.json or open_clip_config.json, "
                      "or a tower's file.")

@@ -1,7 +1,7 @@
-"""`sda evaluate`: pictures are repainted from their embeddings, edits are carried out, and both are measured and shown.
+"""`sda evaluate`: repaint pictures from their embeddings, carry out edits, and measure and show both.
 
-The run folder holds `pictures/` (one folder for each sample), `results.json` and `index.html`. What is painted already is not
-painted again; the measures are taken anew each time, so that one can be added without painting.
+The run folder holds `pictures/` (one folder for each sample), `results.json` and `index.html`. A painted picture is not
+painted again. The measures are taken anew each time, so that one can be added without painting.
 """
 from __future__ import annotations
 
@@ -33,23 +33,25 @@ from .painter import Files, Painter, seed_of
 from .samples import Edits, Pictures, Sample, Skipped
 
 VAE = "vae"  # the autoencoder's round trip: the ceiling
-COPY, NOTHING = "unedited", "source"  # the unedited embedding painted, and the source picture itself: what an edit must beat
-PROTOCOL = ("seed", "steps", "guidance", "resolution", "precision")  # what decides the pixels, beside the files
+# the painted unedited embedding, and the source picture itself: an edit must beat both
+COPY, NOTHING = "unedited", "source"
+PROTOCOL = ("seed", "steps", "guidance", "resolution", "precision")  # these decide the pixels, beside the files
 SOFTWARE = ("torch", "diffusers", "transformers", "open_clip_torch", "torchmetrics", "lpips")
 
 
 @dataclass(frozen=True)
 class Config:
     out: Path
-    """Folder for pictures/, results.json and index.html; run again, it goes on where it was."""
+    """Folder for pictures/, results.json and index.html. A second run continues in it."""
     flux: Path
     """The base: a BFL single file, a diffusers folder, or the miniature's file."""
     adapter: Path
     vae: Path
     towers: tuple[Path, ...]
-    """The adapter's vision towers: our files, or published ones that tower_ids names."""
+    """The adapter's vision towers: this pack's files, or published ones that tower_ids names."""
     tower_ids: tuple[str, ...] = ()
-    """For each tower the id of a published encoder, "" where the file says it itself; left out where all do."""
+    """For each tower the id of a published encoder, "" where the file's record has it. Left out where every file has
+    it."""
     images: str = ""
     """Pictures to reconstruct: a folder or URL of picture files, or one that `sda prepare` filled."""
     edits: str = ""
@@ -58,40 +60,40 @@ class Config:
     text: Path | None = None
     """The base's text encoder, which reads the instructions."""
     tokenizer: Path | None = None
-    """Folder of its tokenizer where that does not lie beside it."""
+    """Folder of its tokenizer, where it is not beside it."""
     presets: tuple[str, ...] = ("tree128",)
-    """Hierarchies to reconstruct with, by name or as global<n>; edits take the first."""
+    """Hierarchies to reconstruct with, by name or as global<n>. Edits take the first."""
     mode: Literal["parallel", "autoregressive"] = "parallel"
-    """How the edit decoder writes."""
+    """Modes of the edit decoder."""
     limit: int = 0
-    """Take only the first so many pictures and as many edits; 0 takes all."""
+    """Take only this many pictures and this many edits, the first ones. 0 takes all."""
     resolution: int = 512
-    """Pictures are cropped to the aspect bucket of this resolution in pixels."""
+    """Resolution in pixels. Pictures are cropped to its aspect buckets."""
     steps: int = 28
     """Euler steps of Flux."""
     guidance: float = 3.5
-    """What a guidance-distilled base (FLUX.1-dev) is told."""
+    """Guidance that a guidance-distilled base (FLUX.1-dev) is given."""
     seed: int = 0
-    """Of the noise, which depends on it and on the picture alone."""
+    """Seed of the noise, which depends on it and on the picture alone."""
     batch: int = 8
     """Pictures painted at once."""
     precision: Precision = "auto"
-    """Of Flux: bf16, fp32, int8 or nf4; auto: what the folder was begun with or, for a new one, bf16 where the device computes
-    it fast and fp32 elsewhere."""
+    """Precision of Flux: bf16, fp32, int8 or nf4. auto: the one that the folder began with or, for a new one, bf16
+    where the device computes it fast and fp32 elsewhere."""
     device: str = "auto"
     clip: Path | None = None
-    """CLIP of the measures: a folder of transformers or open_clip, or a tower's file."""
+    """CLIP of the measures: a transformers or open_clip folder, or a tower's file."""
     dino: Path | None = None
-    """DINO of the measures; DreamBooth and MagicBrush take dino-vits16."""
+    """DINO of the measures. DreamBooth and MagicBrush take dino-vits16."""
     structure: Path | None = None
-    """DINO of the structure distance; Splice takes dino-vitb8."""
+    """DINO of the structure distance. Splice takes dino-vitb8."""
     lpips: Path | None = None
     """Backbone of LPIPS: the safetensors of torchvision's AlexNet, SqueezeNet 1.1 or VGG-16."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One of the two things that are judged: what it looks at, what is painted of it, and how that is measured."""
+    """One of the two tasks that are judged: its samples, the pictures painted of them, and their measures."""
 
     name: str
     samples: Pictures
@@ -105,10 +107,11 @@ def tasks_of(config: Config) -> list[Task]:
     if config.limit < 0 or config.batch < 1 or config.steps < 1:
         raise ValueError("--limit must be at least 0, --batch and --steps at least 1.")
     for preset in config.presets:
-        named_hierarchy(preset)  # refuses an unknown one before anything loads
+        named_hierarchy(preset)  # it refuses an unknown one before anything loads
     tasks = []
     if config.images:
-        tasks.append(Task("reconstruction", Pictures(config.images, config.resolution), (VAE, *config.presets), RECONSTRUCTION))
+        tasks.append(Task("reconstruction", Pictures(config.images, config.resolution), (VAE, *config.presets),
+                          RECONSTRUCTION))
     if config.edits:
         for key in ("editor", "text"):
             if getattr(config, key) is None:
@@ -118,7 +121,7 @@ def tasks_of(config: Config) -> list[Task]:
 
 
 def run(config: Config) -> bool:
-    """False where a signal stopped it; the same line goes on from there."""
+    """Run the command. False where a signal stopped it; the same command then continues."""
     tasks = tasks_of(config)
     make_writable(config.out)
     try:
@@ -131,13 +134,14 @@ def run(config: Config) -> bool:
 
 
 def judge(config: Config, tasks: list[Task]) -> None:
-    """Load, paint, measure and write."""
+    """Load, paint, measure and write the results."""
     device, agreed = pick_device(config.device), config.out / "protocol.json"
     began = json.loads(agreed.read_text(encoding="utf-8")) if agreed.exists() else {}
     config = resolve_precisions(config, device, began)
     print(f"Flux paints in {config.precision} on {device.type}", flush=True)
     eyes = Judge({name: getattr(config, name) for name in ("clip", "dino", "structure", "lpips")}, device)
-    painter = Painter(Files(**{field.name: getattr(config, field.name) for field in fields(Files)}), device, config.precision)
+    painter = Painter(Files(**{field.name: getattr(config, field.name) for field in fields(Files)}), device,
+                      config.precision)
     protocol = {key: getattr(config, key) for key in PROTOCOL} | painter.describe()
     agree(agreed, began, protocol)
     if painter.editor is not None:
@@ -153,7 +157,7 @@ def judge(config: Config, tasks: list[Task]) -> None:
 
 
 def carry_out(task: Task, config: Config, painter: Painter, eyes: Judge) -> dict:
-    """Paint and measure one task; what results.json says of it."""
+    """Paint and measure one task. Returns its part of results.json."""
     folder, found, skipped = config.out / "pictures" / task.name, [], []
     with tqdm(total=min(len(task.samples), config.limit or len(task.samples)), desc=task.name, unit="picture") as bar:
         for batch in batches(task.samples, config, skipped):
@@ -169,13 +173,15 @@ def carry_out(task: Task, config: Config, painter: Painter, eyes: Judge) -> dict
                          "give other pictures or a lower --resolution.")
     names = list(found[0]["values"])
     means = {name: {measure: summary([it["values"][name][measure] for it in found if measure in it["values"][name]])
-                    for measure in task.measures if any(measure in it["values"][name] for it in found)} for name in names}
+                    for measure in task.measures if any(measure in it["values"][name] for it in found)}
+                    for name in names}
     return {"set": task.samples.describe(), "count": len(found), "missing": eyes.missing(task.measures),
             "skipped": [vars(each) for each in skipped], "means": means, "samples": found}
 
 
 def batches(samples: Pictures, config: Config, skipped: list[Skipped]) -> Iterator[list[Sample]]:
-    """Samples of one size, at most `batch` of them; the same picture twice counts once. What is left out goes to `skipped`."""
+    """Batches of samples of one size, at most `batch` of them. The same picture twice counts once. Left-out samples go
+    to `skipped`."""
     waiting: dict[tuple, list[Sample]] = {}
     seen: dict[str, str] = {}
     for sample in samples:
@@ -196,7 +202,7 @@ def batches(samples: Pictures, config: Config, skipped: list[Skipped]) -> Iterat
 
 
 def paint(painter: Painter, task: Task, config: Config, folder: Path, batch: list[Sample]) -> None:
-    """Write what is not there yet: the samples' own pictures and those painted of them."""
+    """Write the missing pictures: the samples' own and those painted of them."""
     for sample in batch:
         for name, picture in (("source", sample.source), ("target", sample.target)):
             if picture is not None:
@@ -219,7 +225,7 @@ def paint(painter: Painter, task: Task, config: Config, folder: Path, batch: lis
 
 
 def measured(eyes: Judge, task: Task, folder: Path, sample: Sample) -> dict:
-    """A sample's record: who it is, and its measures by what was painted."""
+    """A sample's record: its identity, and its measures by what was painted."""
     painted = {name: np.asarray(Image.open(folder / sample.key / f"{name}.png")) for name in task.painted}
     record = {"key": sample.key, "name": sample.name, "size": list(sample.source.shape[:2])}
     if task.name == "reconstruction":
@@ -238,7 +244,8 @@ def make_writable(folder: Path) -> None:
 
 
 def agree(file: Path, before: dict, now: dict) -> None:
-    """Refuses a folder whose pictures another protocol has painted; files that were not needed so far may come to it."""
+    """Refuse a folder whose pictures were painted under another protocol. Files that were not needed before may be
+    added."""
     for key in before.keys() & now.keys():
         if before[key] != now[key]:
             raise ValueError(f"{file.parent} holds pictures of another {key} ({before[key]}, now {now[key]}): "
@@ -260,7 +267,7 @@ def write(file: Path, text: str) -> None:
 
 
 def finite(value):
-    """As JSON has it: infinite numbers are null, at any depth."""
+    """The value as JSON has it: infinite numbers are null, at any depth."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,7 +1,7 @@
-"""The measures of judging: how alike two pictures are, in pixels, to trained eyes, in structure, and in what has changed.
+"""The measures of judging: how alike two pictures are, in pixels, features, structure, and in what has changed.
 
-Pictures are tensors [B, 3, H, W] float32 in [0, 1], features are rows [B, D]; every function gives one number per row, [B].
-Networks stay outside (encoders.py), so that every formula here can be checked by hand.
+Pictures are tensors [B, 3, H, W] float32 in [0, 1], features are rows [B, D]. Every function gives one number per row,
+[B]. The networks are in encoders.py, so that every formula here can be checked by hand.
 """
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from ..files import file_hash
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB; infinite for equal pictures."""
+    """Peak signal-to-noise ratio in dB. It is infinite for equal pictures."""
     return peak_signal_noise_ratio(a, b, data_range=1.0, dim=(1, 2, 3), reduction="none")
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Structural similarity (Wang et al. 2004): Gaussian window of deviation 1.5 px, 11 px wide, mean over the channels and
-    over the places where the whole window lies in the picture; 1 is equal."""
-    _, full = structural_similarity_index_measure(a, b, data_range=1.0, sigma=1.5, reduction="none", return_full_image=True)
-    # Releases of torchmetrics differ in whether their own mean counts the rim, where the window sees reflections.
+    """Structural similarity (Wang et al. 2004). The Gaussian window has a deviation of 1.5 px and is 11 px wide. The
+    mean is over the channels and over the places where the whole window lies in the picture. 1 is equal."""
+    _, full = structural_similarity_index_measure(a, b, data_range=1.0, sigma=1.5, reduction="none",
+                                                  return_full_image=True)
+    # Releases of torchmetrics differ in whether their own mean counts the border, where the window sees reflections.
     return full[..., 5:-5, 5:-5].mean((1, 2, 3))
 
 
@@ -38,13 +39,13 @@ def l1(a: Tensor, b: Tensor) -> Tensor:
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine of two rows of features, -1..1: CLIP-I, DINO-I and CLIP-T by the encoder whose features they are."""
+    """Cosine of two rows of features, -1..1: CLIP-I, DINO-I or CLIP-T, depending on the encoder."""
     return F.cosine_similarity(a.float(), b.float(), dim=-1)
 
 
 def directional(source: Tensor, edited: Tensor, source_text: Tensor, edited_text: Tensor) -> Tensor:
-    """CLIP-directional similarity (StyleGAN-NADA, arXiv 2108.00946): the cosine between the change of the picture and the
-    change of its caption, of features of unit length; 0 where nothing has changed."""
+    """CLIP-directional similarity (StyleGAN-NADA, arXiv 2108.00946): the cosine between the change of the picture and
+    the change of its caption, of features of unit length; 0 where nothing has changed."""
     features = (source, edited, source_text, edited_text)
     before, after, said_before, said_after = (F.normalize(x.float(), dim=-1) for x in features)
     return cosine(after - before, said_after - said_before)
@@ -58,15 +59,17 @@ def self_similarity(keys: Tensor) -> Tensor:
 
 def structure_distance(a: Tensor, b: Tensor) -> Tensor:
     """Mean squared difference of the self-similarities of two pictures' keys [B, N, D] (Splice, arXiv 2201.00424; PnP
-    Inversion, arXiv 2310.01506, prints it times 1000). Their keys: DINO ViT-B/8's last layer, class token included."""
+    Inversion, arXiv 2310.01506, prints it times 1000). Their keys are those of DINO ViT-B/8's last layer, class token
+    included."""
     return (self_similarity(a) - self_similarity(b)).square().mean((1, 2))
 
 
 class Lpips(nn.Module):
-    """LPIPS (Zhang et al., arXiv 1801.03924) version 0.1 by the `lpips` library: its own heads on a backbone from a local file.
+    """LPIPS (Zhang et al., arXiv 1801.03924) version 0.1 by the `lpips` library: its heads on a backbone from a local
+    file.
 
-    path: safetensors of torchvision's AlexNet, SqueezeNet 1.1 or VGG-16 trained on ImageNet (`features.*`), which the
-    file's own tensors tell apart. ValueError for any other file.
+    path: safetensors of torchvision's AlexNet, SqueezeNet 1.1 or VGG-16 trained on ImageNet (`features.*`). The file's
+    tensors tell which it is. ValueError for any other file.
     """
 
     def __init__(self, path: Path, device: torch.device | None = None):
@@ -75,7 +78,7 @@ class Lpips(nn.Module):
 
         state = {name: tensor for name, tensor in checkpoint.load_tensors(path).items() if name.startswith("features.")}
         self.backbone = backbone_of(state, path)
-        with warnings.catch_warnings():  # torchvision's, about how lpips asks for a network without weights
+        with warnings.catch_warnings():  # torchvision warns about how lpips asks for a network without weights
             warnings.simplefilter("ignore")
             self.model = lpips.LPIPS(net=self.backbone, pnet_rand=True, verbose=False)
         # "slice2.3.weight" is layer 3 of torchvision's `features`; the layers after the last slice are not used.
@@ -85,7 +88,7 @@ class Lpips(nn.Module):
         self.to(device).requires_grad_(False).eval()
 
     def describe(self) -> dict[str, str]:
-        """What the protocol says about it."""
+        """The protocol's entry for it."""
         return {"kind": f"LPIPS 0.1, {self.backbone}", "file": str(self.path), "sha256": file_hash(self.path)}
 
     @torch.no_grad()
@@ -106,8 +109,8 @@ def backbone_of(state: dict[str, Tensor], path: Path) -> str:
 
 
 def summary(values: Sequence[float]) -> dict[str, float | int | None]:
-    """{"mean", "error", "count", "infinite"}: the mean, its standard error (None for a single value) and how many values
-    it is over. Infinite ones (the PSNR of equal pictures) are counted apart: one of them would hide all others."""
+    """{"mean", "error", "count", "infinite"}: the mean, its standard error (None for a single value) and the number of
+    values. Infinite values (the PSNR of equal pictures) are counted apart: a single one would hide all others."""
     finite = [value for value in values if math.isfinite(value)]
     count = len(finite)
     mean = sum(finite) / count if count else None

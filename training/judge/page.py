@@ -13,10 +13,10 @@ from PIL import Image
 from .measures import MEASURES
 from .published import TABLES
 
-SHOWN = 200  # samples of a task whose pictures are on the page; results.json has all
+SHOWN = 200  # samples of a task whose pictures are on the page; results.json has all samples
 SIDE = 448   # px: longest side of a picture on the page
 TITLES = {"reconstruction": "Reconstructions", "edits": "Edits"}
-# What stands in a sample's folder -> what a person calls it. Presets and modes are called as they are.
+# A name in a sample's folder -> its label on the page. Presets and modes keep their names.
 NAMES = {"source": "source", "target": "true edit", "vae": "autoencoder alone", "unedited": "embedding unedited"}
 WHAT = {
     "vae": "its round trip: the ceiling of what Flux can paint",
@@ -36,7 +36,7 @@ def number(value: float | None) -> str:
 
 
 def table(results: dict) -> str:
-    """The means, for the terminal."""
+    """The table of means for the terminal."""
     lines = []
     for name, task in results["tasks"].items():
         measures = measures_of(task)
@@ -55,7 +55,7 @@ def measures_of(task: dict) -> list[str]:
 
 
 def page(results: dict, folder: Path) -> str:
-    """The whole page; pictures are read from `folder`/pictures."""
+    """The whole page. Pictures are read from `folder`/pictures."""
     tasks = results["tasks"]
     counts = " and ".join(f"{task['count']} {TITLES[name].lower()}" for name, task in tasks.items())
     published = _published(tasks)
@@ -71,7 +71,7 @@ def page(results: dict, folder: Path) -> str:
 
 
 def _table(head: list[str], rows: list[tuple[str, list[str]]]) -> str:
-    """head and cells are HTML; every row has a class."""
+    """A table. head and cells are HTML. Every row has a class."""
     lines = [f"<tr class='{kind}'>{''.join(cells)}</tr>" for kind, cells in rows]
     return (f"<div class='wide'><table><thead><tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr></thead>"
             f"<tbody>{''.join(lines)}</tbody></table></div>")
@@ -104,8 +104,10 @@ def _task(name: str, task: dict) -> str:
     measures = measures_of(task)
     rows = [("", [_method(method), *(_mean(means, m) for m in measures)]) for method, means in task["means"].items()]
     parts = [f"<h2>{TITLES[name]}: means of {task['count']}</h2>", _table(["", *_head(measures)], rows),
-             "<p class='soft'>With the standard error of the mean. &uarr; higher is better, &darr; lower is better.</p>"]
-    for items, words in ((task["missing"], "Measures left out for want of a file"), (task["skipped"], "Pictures left out")):
+             "<p class='soft'>With the standard error of the mean. &uarr; higher is better, &darr; lower is "
+             "better.</p>"]
+    for items, words in ((task["missing"], "Measures left out for want of a file"),
+                         (task["skipped"], "Pictures left out")):
         lines = [f"<b>{escape(i['measure'])}</b>: give <code>--{i['key']}</code> {escape(i['needs'])}" if "measure" in i
                  else f"<b>{escape(i['name'])}</b>: {escape(i['reason'])}" for i in items]
         if lines:
@@ -141,11 +143,13 @@ def _published(tasks: dict) -> str:
                         _cell(escape(row.source) + (" (second hand)" if row.read == "secondary" else ""), "text")])
                   for row in it.rows]
         parts += [f"<h3>{escape(it.title)} <span class='tag'>another protocol</span></h3>",
-                  f"<p class='soft'>Theirs: {escape(it.protocol)}.</p>", _table(["", *_head(measures), SOURCE], ours + theirs)]
+                  f"<p class='soft'>Theirs: {escape(it.protocol)}.</p>",
+                  _table(["", *_head(measures), SOURCE], ours + theirs)]
     if not parts:
         return ""
-    return ("<h2 id='published'>Beside published figures</h2><p>None of these was measured as ours were: data, sizes and the "
-            "encoders of the measures differ, and so do the tables among themselves. Read them as orders of magnitude.</p>"
+    return ("<h2 id='published'>Beside published figures</h2><p>None of these was measured as ours were: data, "
+            "sizes and the encoders of the measures differ, and so do the tables among themselves. Read them as "
+            "orders of magnitude.</p>"
             + "".join(parts))
 
 
@@ -166,7 +170,7 @@ def _gallery(name: str, task: dict, folder: Path) -> str:
 
 
 def _key(method: str, measure: str) -> str:
-    """A name for a data attribute, which knows lower-case letters and digits only as JavaScript reads it."""
+    """A name for a data attribute. JavaScript reads such names as lower-case letters and digits only."""
     return "".join(c for c in f"{method}{measure}".lower() if c.isalnum())
 
 
@@ -177,14 +181,15 @@ def _card(place: int, sample: dict, folder: Path, measures: list[str]) -> str:
     attributes = " ".join(f'data-{key}="{escape(str(value))}"' for key, value in data.items())
     title = f"<b>{escape(asked)}</b> <span class='soft'>{escape(sample['name'])}</span>" if asked else escape(sample["name"])
     order = ["source", *(["target"] if asked else []), *(m for m in sample["values"] if m != "source")]
-    values = {**sample["values"], "source": {}}  # of the source itself, which stands first, the means say enough
+    values = {**sample["values"], "source": {}}  # the means say enough about the source itself, which stands first
     figures = "".join(_figure(name, folder / f"{name}.png", values.get(name, {}), measures) for name in order)
     return f"<article class='card' {attributes}><h3>{title}</h3><div class='strip'>{figures}</div></article>"
 
 
 def _figure(name: str, file: Path, values: dict, measures: list[str]) -> str:
     label = escape(NAMES.get(name, name))
-    listed = "".join(f"<span>{escape(MEASURES[m].label)} <b>{number(values[m])}</b></span>" for m in measures if m in values)
+    listed = "".join(f"<span>{escape(MEASURES[m].label)} <b>{number(values[m])}</b></span>" for m in measures
+                     if m in values)
     return (f"<figure><img src='{_inline(file)}' alt='{label}'><figcaption>{label}</figcaption>"
             f"<div class='values'>{listed}</div></figure>")
 

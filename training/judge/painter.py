@@ -1,6 +1,6 @@
-"""Base, adapter, towers, autoencoder and edit decoder from files: pictures to embeddings, edits of them, and pictures again.
+"""Base, adapter, towers, autoencoder and edit decoder from files: they embed pictures, edit embeddings and paint.
 
-One painter for the miniature and for FLUX.1: the files themselves say which they are.
+One painter serves the miniature and FLUX.1: the files themselves say which they are.
 """
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from .encoders import to_pixels
 
 @dataclass(frozen=True)
 class Files:
-    """What a painter is made of. tower_ids: as `training/frozen/encoders.py: load_towers` takes them. The last three are for edits:
-    text is the base's text encoder, which reads the instructions, with its tokenizer where that lies elsewhere."""
+    """The files of a painter. tower_ids: as `training/frozen/encoders.py: load_towers` takes them. The last three are
+    for edits: text is the base's text encoder, which reads the instructions; its tokenizer may lie elsewhere."""
 
     flux: Path
     adapter: Path
@@ -47,15 +47,16 @@ class Files:
 
 
 class Painter:
-    """Loads everything, or says in one sentence (ValueError) which files do not belong together.
+    """Load everything, or say in one sentence (ValueError) which files do not belong together.
 
-    precision: of Flux, as `training/frozen/base.py: load_flux` takes it. The networks of ours compute in float32, the towers
-    in the dtype of `frozen_dtype`.
+    precision: of Flux, as `training/frozen/base.py: load_flux` takes it. The adapter and the edit decoder compute in
+    float32, the towers in the dtype of `frozen_dtype`.
     """
 
     def __init__(self, files: Files, device: torch.device, precision: Precision):
         self.files, self.device = files, device
-        self.hashes = {"flux": base_sha256(files.flux), "adapter": file_hash(files.adapter), "vae": base_sha256(files.vae, "vae")}
+        self.hashes = {"flux": base_sha256(files.flux), "adapter": file_hash(files.adapter),
+                       "vae": base_sha256(files.vae, "vae")}
         self.hashes |= {f"tower {path.name}": base_sha256(path) for path in files.towers}
         self.adapter, self.record = self._adapter()
         self.towers = self._towers()
@@ -65,7 +66,8 @@ class Painter:
             self.editor, self.read = self._editor(), load_instruction_encoder(files.text, device, files.tokenizer)
             self.hashes["text"] = self.read.hash
         self.vae = load_vae(files.vae, device)
-        self.flux = load_flux(files.flux, precision, device)  # the largest last, when all else is known to fit
+        # the largest comes last, when everything else is known to fit
+        self.flux = load_flux(files.flux, precision, device)
         attend_by_region(self.flux)
 
     def _adapter(self) -> tuple[Adapter, dict]:
@@ -87,7 +89,8 @@ class Painter:
         editor, record = load_editor(path, self.device)
         trained = record.get("adapter_sha256")
         if trained is not None and trained != self.hashes["adapter"]:
-            raise ValueError(f"{path} was trained on another adapter than {self.files.adapter}: give the edit decoder's own.")
+            raise ValueError(f"{path} was trained on another adapter than {self.files.adapter}: give the edit "
+                             "decoder's own.")
         return editor
 
     def describe(self) -> dict[str, str]:
@@ -120,7 +123,8 @@ class Painter:
             boxes, strengths = embedding.boxes.cpu(), embedding.strengths.cpu()
             bias = region_bias(boxes, strengths, (height // side, width // side), embedding.token_count)
             regions = Regions(bias.to(self.device))
-        made = paint(self.flux, self.vae, embedding.tokens, embedding.pooled, regions, height, width, seeds, steps, guidance)
+        made = paint(self.flux, self.vae, embedding.tokens, embedding.pooled, regions, height, width, seeds, steps,
+                     guidance)
         return to_pixels(made)
 
     def round_trip(self, pictures: Tensor) -> np.ndarray:
@@ -129,5 +133,5 @@ class Painter:
 
 
 def seed_of(key: str, seed: int) -> int:
-    """The seed of a picture's noise: of the picture and the run's seed alone, whatever else is painted."""
+    """The seed of a picture's noise. It depends on the picture and the run's seed alone."""
     return int.from_bytes(hashlib.sha256(f"{seed} {key}".encode()).digest()[:7], "big")

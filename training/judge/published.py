@@ -1,8 +1,9 @@
-"""Published figures beside which ours are shown: facts, each with its source and with what it was measured on.
+"""Published figures to compare with: each with its source and with what it was measured on.
 
-None of them was measured by this protocol, and the tables not by one another's: within a table figures can be compared,
-across tables only their order of magnitude. `read` says whether a figure was read in the paper's own text or code ("primary")
-or in another paper's table or a model card ("secondary"). Measures are named as in `training/judge/measures.py`.
+None of them was measured by this protocol, and each table has its own. Figures can be compared within a table; across
+tables only their order of magnitude can. `read` says whether a figure was read in the paper's own text or code
+("primary") or in another paper's table or a model card ("secondary"). Measures are named as in
+`training/judge/measures.py`.
 """
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """task: "reconstruction" or "edits", whose means are shown above the rows. protocol: what was measured, and on what."""
+    """A published table. task: "reconstruction" or "edits", whose means are shown above the rows. protocol: what was
+    measured, and on what."""
 
     title: str
     task: str
@@ -39,7 +41,8 @@ TABLES = (
               Row("UniLIP, tuned CLIP, 32x down", {"psnr": 22.99, "ssim": 0.747}, _UNILIP),
               Row("RAE on CLIP, 256 px", {"psnr": 17.44, "ssim": 0.403, "lpips": 0.324}, _OPENVISION),
               Row("RepTok, 1 token (ablation)", {"psnr": 14.94}, _REPTOK, _SECOND),
-              Row("Emu2, CLIP tokens and a diffusion decoder, 448 px", {"psnr": 13.49, "ssim": 0.423}, _UNILIP, _SECOND),
+              Row("Emu2, CLIP tokens and a diffusion decoder, 448 px", {"psnr": 13.49, "ssim": 0.423}, _UNILIP,
+                  _SECOND),
           )),
     Table("Reconstruction by inversion of FLUX.1-dev", "reconstruction",
           "first 1,000 pictures of DCI, no reuse of features", (
@@ -54,14 +57,16 @@ TABLES = (
               Row("another real picture of the subject", {"dino": 0.774, "clip_i": 0.885}, "USO"),
           )),
     Table("Edits against the true edited picture", "edits",
-          "MagicBrush test set; measures between the edit and the set's target picture; CLIP-T with the target's caption", (
+          "MagicBrush test set; measures between the edit and the set's target picture; CLIP-T with the "
+          "target's caption", (
               Row("InstructPix2Pix", {"clip_i": 0.837, "clip_t": 0.245, "l1": 0.093, "dino": 0.767}, _EDITS, _SECOND),
               Row("MagicBrush", {"clip_i": 0.883, "clip_t": 0.261, "l1": 0.058, "dino": 0.871}, _EDITS, _SECOND),
               Row("Emu Edit", {"clip_i": 0.897, "clip_t": 0.261, "l1": 0.052, "dino": 0.879}, _EDITS, _SECOND),
           )),
     Table("Edits against the source picture", "edits",
           "Emu Edit test set; measures between the edit and the source; CLIP-T with the target's caption", (
-              Row("InstructPix2Pix", {"clip_i_source": 0.834, "clip_t": 0.219, "l1_source": 0.121, "dino_source": 0.762},
+              Row("InstructPix2Pix", {"clip_i_source": 0.834, "clip_t": 0.219, "l1_source": 0.121,
+                                      "dino_source": 0.762},
                   _EDITS, _SECOND),
               Row("MagicBrush", {"clip_i_source": 0.838, "clip_t": 0.222, "l1_source": 0.100, "dino_source": 0.776},
                   _EDITS, _SECOND),
@@ -74,7 +79,8 @@ TABLES = (
               Row("FluxSpace, smile", {"clip_i_source": 0.9038, "dino_source": 0.9347}, _FLUXSPACE, _SECOND),
           )),
     Table("Edits by inversion of FLUX.1-dev", "edits",
-          "PIE-Bench, 700 pictures; structure distance to the source, CLIP-T of the whole picture; no true edited picture", (
+          "PIE-Bench, 700 pictures; structure distance to the source, CLIP-T of the whole picture; no true "
+          "edited picture", (
               Row("RF-Inversion, 28 steps", {"structure_source": 0.0406, "clip_t": 0.2520}, _PROEDIT),
               Row("RF-Solver, 15 steps", {"structure_source": 0.0311, "clip_t": 0.2600}, _PROEDIT),
               Row("FireFlow, 15 steps", {"structure_source": 0.0283, "clip_t": 0.2598}, _PROEDIT),

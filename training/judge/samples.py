@@ -1,4 +1,4 @@
-"""What is judged: pictures of a folder or of a prepared set, edits of a prepared set, and what of them was left out."""
+"""The samples to judge: pictures of a folder or of a prepared set, edits of a prepared set, and those left out."""
 from __future__ import annotations
 
 import hashlib
@@ -18,10 +18,11 @@ from ..data.sources import files_of
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One picture, or one edit. key: 16 hex digits of its content's hash; name: for people; source, target: [H, W, 3] uint8.
+    """One picture, or one edit. key: 16 hex digits of its content's hash. name: for people. source, target: [H, W, 3]
+    uint8.
 
-    Of an edit, `instruction` is what was asked, `target` the true edited picture, `captions` what the set says about the
-    two pictures ("" where it says nothing).
+    For an edit, `instruction` is the request, `target` the true edited picture, `captions` the set's captions of the
+    two pictures ("" where it has none).
     """
 
     key: str
@@ -34,7 +35,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Skipped:
-    """What was left out, and why."""
+    """A sample that was left out, and why."""
 
     name: str
     reason: str
@@ -52,7 +53,7 @@ def rows_first(picture: Tensor) -> np.ndarray:
 class Pictures:
     """Pictures to reconstruct. place: a folder or fsspec URL with picture files, or one that `sda prepare` filled.
 
-    Iterating gives Sample or Skipped. Raises ValueError where there is nothing to look at.
+    Iteration gives Sample or Skipped. Raises ValueError where there are no pictures.
     """
 
     def __init__(self, place: str, resolution: int):

@@ -23,7 +23,7 @@ from .text import encode, token_ids
 from .towers import read_tower, save_tower, unit_images
 from .vae import load_vae, to_pixels
 
-VALIDATED = 48  # scenes of a validation
+VALIDATED = 48  # number of scenes of a validation
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Config:
     cache: Path
     export: Path
     export_dinov2: Path
-    """The DINOv2 tower with its last blocks tuned: the adapter's own."""
+    """The adapter's own DINOv2 tower, with its last blocks tuned."""
     table: str = "tree128"
     """The full query table: a preset or global<n>."""
     validate: str = "tree128"
@@ -70,7 +70,7 @@ class AdapterStage:
         self.objective = AdapterObjective(flux, attention, adapter, self.towers, config.objective)
         if config.run.compile:
             compile_blocks(adapter.layers, flux.transformer_blocks, flux.single_transformer_blocks)
-        # The tower's last blocks are trainables from the start, so that checkpoints never change shape; they learn late.
+        # The tower's last blocks are trainables from the start, so that checkpoints keep their shape. They learn late.
         self.tuned = nn.ParameterList(self.objective.unlock())
         self.trainables = nn.ModuleDict({"adapter": adapter, "tuned": self.tuned})
         self.frozen = {"flux": flux, "vae": self.vae, **self.towers}
@@ -88,7 +88,8 @@ class AdapterStage:
 
     def loss(self, step: Step):
         index = np.random.default_rng([step.seed, 7, step.number]).integers(self.config.scenes, size=step.batch)[step.positions]
-        return self.objective.loss(Batch(take(self.latents, index, self.device), unit_images("train", index, self.device)), step)
+        return self.objective.loss(Batch(take(self.latents, index, self.device),
+                                         unit_images("train", index, self.device)), step)
 
     def validate(self) -> dict[str, float]:
         truth = [scene("validation", i) for i in range(VALIDATED)]

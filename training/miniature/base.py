@@ -1,8 +1,8 @@
 """Stage 2b: the tiny text encoder and the tiny Flux, trained together from captions (and instructions) to latents.
 
-Beside the flow loss a linear head on the image stream of a middle block names what each patch shows: representation
-alignment (REPA, arXiv 2410.06940) with the scene's own truth as the teacher. A second head tells the patch's own row and
-column, which rotary positions alone give a patch no direct way to know. Flux's file has neither.
+Beside the flow loss, a linear head on the image stream of a middle block names what each patch shows: representation
+alignment (REPA, arXiv 2410.06940) with the scene's truth as the teacher. A second head predicts the patch's row and
+column, which rotary positions alone do not give a patch directly. Flux's file has neither head.
 """
 from __future__ import annotations
 
@@ -33,9 +33,10 @@ from .vae import load_vae, to_pixels
 FLUX = dict(hidden_size=192, num_heads=3, depth=3, depth_single_blocks=6, axes_dim=[8, 28, 28], context_in_dim=192,
             vec_in_dim=192, in_channels=8, mlp_ratio=4, theta=10000, qkv_bias=True, guidance_embed=False, patch_size=2,
             latent={"channels": 8, "scale": 1.0, "shift": 0.0, "downsample": 8}, sampling_shift_mu=0.5)
-VALIDATED = 48  # scenes of a validation
+VALIDATED = 48  # number of scenes of a validation
 TAPPED = 1  # the single block whose image stream the alignment head reads
-FINE = 0.7  # share of places said as coordinates: they leave less to chance than words do, so there is more to learn from them
+# share of places given as coordinates: they are more exact than words, so they teach more
+FINE = 0.7
 
 
 @dataclass(frozen=True)
@@ -48,30 +49,30 @@ class Config:
     export_text: Path
     cache: Path
     scenes: int = 80_000
-    """Distinct training scenes, visited again and again."""
+    """Number of distinct training scenes, which are visited again and again."""
     mu: float = 1.2
-    """Time shift of training and sampling: what stands where is settled while little but noise is left."""
+    """Time shift of training and sampling. The layout is decided while there is little but noise."""
     opening: int = 2000
-    """Steps at the start whose times all lie above 0.9, where a picture can be told from its text alone."""
+    """Number of first steps whose times all lie above 0.9, where only the text tells the picture."""
     uniform: float = 0.2
     """Share of uniform times beside the shifted logit-normal ones."""
     drop_text: float = 0.1
     """Share of empty prompts, for classifier-free guidance."""
     drop_pooled: float = 0.5
-    """Share of zero pooled vectors: what the adapter will give."""
+    """Share of zero pooled vectors, such as the adapter will give."""
     instructions: float = 0.25
-    """Share of texts that are a source caption with an instruction, whose picture is the edited scene."""
+    """Share of texts that are a source caption with an instruction. Their picture is the edited scene."""
     align: float = 0.6
     """Weight of the alignment loss."""
     place: float = 0.1
-    """Weight of telling the patch's own place."""
+    """Weight of predicting the patch's own place."""
     text_scale: float = 0.3
-    """Learning rate of the text encoder as a share of Flux's: it knows its words already."""
+    """Learning rate of the text encoder as a share of Flux's: it already knows its words."""
 
 
 def training_text(index: int, visit: int, instructions: float) -> str:
     """A caption of training scene `index`, differently worded at each visit; or a source scene and the instruction that
-    leads to it (read backwards: the inverse of a random edit of the scene)."""
+    leads to it (the inverse of a random edit of the scene)."""
     rng = generator("train", index, purpose=100 + visit)
     truth = scene("train", index)
     if rng.random() < instructions:
@@ -83,7 +84,7 @@ def training_text(index: int, visit: int, instructions: float) -> str:
 
 
 def inverse_instruction(change, fine: bool) -> str | None:
-    """The instruction that turns the edited scene back into its source, None where it cannot be said exactly."""
+    """The instruction that turns the edited scene back into its source. None where it cannot be said exactly."""
     old, new = change.subject, change.result
     if change.operation == "remove":
         return f"add {describe(old, True)}" if fine else None
@@ -102,7 +103,8 @@ def _labels(index: int) -> np.ndarray:
 
 
 def labels_of(index) -> Tensor:
-    """What the patches of training scenes show, [N, 64, 15]; remembered, since drawing them again costs time every epoch."""
+    """The patch labels of training scenes, [N, 64, 15]. They are cached, because drawing them costs time every
+    epoch."""
     return torch.from_numpy(np.stack([_labels(int(i)) for i in index]))
 
 
@@ -110,7 +112,8 @@ def name_loss(named: Tensor, labels: Tensor, told: Tensor | None = None) -> Tens
     """Cross-entropy of predicted against true patch labels, [B, 64, 15] both (scenes.patch_labels), over samples whose
     scene the model was `told` ([B] bool; None: all)."""
     colours, shapes = named.float().split([10, 5], -1)
-    entropy = -(labels[..., :10] * colours.log_softmax(-1)).sum(-1) - (labels[..., 10:] * shapes.log_softmax(-1)).sum(-1)
+    entropy = (-(labels[..., :10] * colours.log_softmax(-1)).sum(-1)
+               - (labels[..., 10:] * shapes.log_softmax(-1)).sum(-1))
     return entropy.mean() if told is None else (entropy.mean(1) * told).mean()
 
 
@@ -146,7 +149,7 @@ class BaseStage:
                     nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
         nn.init.zeros_(self.flux.proj_out.weight), nn.init.zeros_(self.flux.proj_out.bias)
         self.identity = {"vae": file_hash(config.vae), "text": file_hash(config.text)}
-        self.figures: dict[str, float] = {}  # of the latest validation; the exported file carries them
+        self.figures: dict[str, float] = {}  # of the latest validation, for the exported file
         attend_by_region(self.flux)
         self.tap = Tap(self.flux.single_transformer_blocks[TAPPED])
         self.objective = torch.compile(self._objective) if config.run.compile else self._objective
@@ -193,15 +196,17 @@ class BaseStage:
         truth = [scene("validation", i) for i in range(VALIDATED)]
         words = [caption(s) for s in truth]
         with autocast(self.device, self.config.run.precision):
-            pictures = sample_text(self.flux, self.trainables["text"], self.vae, words, self.device, cfg=2.0, mu=self.config.mu)
+            pictures = sample_text(self.flux, self.trainables["text"], self.vae, words, self.device, cfg=2.0,
+                                   mu=self.config.mu)
         found = [parse(p) for p in pictures]
-        self.figures = {"f1_colour_place": f1(truth, found, colour_place), "f1_shape_place": f1(truth, found, shape_place)}
+        self.figures = {"f1_colour_place": f1(truth, found, colour_place),
+                        "f1_shape_place": f1(truth, found, shape_place)}
         return self.figures
 
     def export(self, step: int) -> None:
         save_text_encoder(self.config.export_text, self.trainables["text"], step)
         config = {**FLUX, "sampling_shift_mu": self.config.mu}
-        # Eight bits are enough for Flux: the difference in velocity is far below the noise of training.
+        # Eight bits are enough for Flux: the difference in velocity is far below the training's noise.
         checkpoint.save(self.config.export_flux, to_bfl(self.flux.state_dict()), kind="flux", config=config, step=step,
                         dtype=torch.int8, figures=self.figures, vae_sha256=file_hash(self.config.vae),
                         text_encoder_sha256=file_hash(self.config.export_text))
@@ -210,8 +215,9 @@ class BaseStage:
 @torch.no_grad()
 def sample(flux, contexts: list[tuple[Tensor, Tensor]], weights: list[float], noise: Tensor, steps: int = 20,
            mu: float = 0.5, start: float = 1.0) -> Tensor:
-    """Euler sampling: noise [B, 8, 16, 16] at time `start` -> latents, along the sum of weights x velocities of contexts
-    (context [B, N, D], pooled [B, P]); classifier-free guidance s is weights [s, 1 - s] over (prompt, empty)."""
+    """Euler sampling: noise [B, 8, 16, 16] at time `start` -> latents, along the sum of weights x velocities of
+    contexts (context [B, N, D], pooled [B, P]); classifier-free guidance s is weights [s, 1 - s] over (prompt,
+    empty)."""
     times = shifted(torch.linspace(1, 0, steps + 1).clamp(min=1e-9), mu)
     times[-1] = 0
     times = torch.cat([torch.tensor([start]), times[times < start]])
@@ -224,7 +230,8 @@ def sample(flux, contexts: list[tuple[Tensor, Tensor]], weights: list[float], no
 
 
 @torch.no_grad()
-def sample_text(flux, text, vae, prompts: list[str], device, cfg: float, mu: float, seed: int = 0, steps: int = 20) -> np.ndarray:
+def sample_text(flux, text, vae, prompts: list[str], device, cfg: float, mu: float, seed: int = 0,
+                steps: int = 20) -> np.ndarray:
     """Pictures [B, 128, 128, 3] uint8 of the prompts."""
     noise = torch.randn(len(prompts), 8, 16, 16, generator=torch.Generator().manual_seed(seed)).to(device)
     contexts, weights = [encode(text, token_ids(prompts, device))], [cfg]

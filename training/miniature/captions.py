@@ -56,7 +56,8 @@ def caption(scene: Scene, rng: np.random.Generator | None = None, fine: bool = F
 
 @dataclass(frozen=True)
 class Edit:
-    """An instruction, the scene it starts from and the scene it asks for. `subject` is the thing it names (None: add)."""
+    """An instruction, the scene it starts from and the scene it asks for. `subject` is the thing it names (None:
+    add)."""
 
     operation: str
     instruction: str

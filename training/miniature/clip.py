@@ -27,7 +27,7 @@ class Config:
 
 class ClipStage:
     name = "clip"
-    whole_batch = True  # every text is told from all the others
+    whole_batch = True  # every text is contrasted with all the others
 
     def __init__(self, config: Config, device: torch.device):
         self.config, self.device = config, device

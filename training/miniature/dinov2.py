@@ -1,6 +1,6 @@
-"""Stage 3b: a tiny DINOv2, trained to paint masked patches (SimMIM, arXiv 2111.09886) and to name what each patch shows.
+"""Stage 3b: a tiny DINOv2, trained to paint masked patches (SimMIM, arXiv 2111.09886) and to name every patch.
 
-DINOv2's own self-distillation needs more images than a laptop has; what the adapter wants of this tower is the same:
+DINOv2's own self-distillation needs more images than a laptop can train on. The adapter needs the same from this tower:
 dense features that say what is where.
 """
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Config:
     masked: float = 0.25
     """Share of patches replaced by the mask token, in half of the images."""
     names: float = 0.3
-    """Weight of naming each patch's colours and shapes beside painting its pixels."""
+    """Weight of naming each patch's colours and shapes, beside painting its pixels."""
 
 
 class Dinov2Stage:
@@ -50,7 +50,8 @@ class Dinov2Stage:
         patches = F.unfold(x, DINOV2.patch, stride=DINOV2.patch).transpose(1, 2)
         painted = (self.trainables["paint"](features).float() - patches).abs().mean()
         colours, shapes = self.trainables["name"](features).float().split([10, 5], -1)
-        named = -(labels[..., :10] * colours.log_softmax(-1)).sum(-1) - (labels[..., 10:] * shapes.log_softmax(-1)).sum(-1)
+        named = (-(labels[..., :10] * colours.log_softmax(-1)).sum(-1)
+                 - (labels[..., 10:] * shapes.log_softmax(-1)).sum(-1))
         return painted, named.mean()
 
     def loss(self, step: Step):

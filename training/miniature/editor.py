@@ -1,6 +1,6 @@
-"""Stage 5: the miniature's edit decoder on random instructions, with the adapter's embedding of the edited scene as target.
+"""Stage 5: the miniature's edit decoder, from random instructions to the adapter's embedding of the edited scene.
 
-The decoder that ships is T5's; stage `editor-llm` trains a small causal LLM on the same samples, to be compared with it.
+The shipped decoder is T5's. Stage `editor-llm` trains a small causal LLM on the same samples, for comparison.
 """
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from .text import encode, load_text_encoder, token_ids
 from .towers import read_tower
 from .vae import to_tensor
 
-VALIDATED = 96  # edits of a validation
+VALIDATED = 96  # number of edits of a validation
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Config:
     heads: int = 4
     layers: int = 4
     feed_forward: int = 416
-    """Inner width of the feed-forward layers of an LLM; T5's is 2.5 times its width."""
+    """Inner width of the feed-forward layers of an LLM. T5's is 2.5 times its width."""
     scenes: int = 200_000
     objective: EditorTraining = field(default_factory=EditorTraining)
     augmentation: Augmentation = field(default_factory=Augmentation)
@@ -62,8 +62,10 @@ class Config:
         if self.stack == "t5":
             return T5EditDecoderConfig(dim, dim, hierarchy, self.width, self.heads, self.layers)
         return LLMEditDecoderConfig(dim, dim, hierarchy, {
-            "model_type": self.stack, "hidden_size": self.width, "num_attention_heads": self.heads, "num_key_value_heads": self.heads,
-            "head_dim": self.width // self.heads, "num_hidden_layers": self.layers, "intermediate_size": self.feed_forward})
+            "model_type": self.stack, "hidden_size": self.width, "num_attention_heads": self.heads,
+            "num_key_value_heads": self.heads,
+            "head_dim": self.width // self.heads, "num_hidden_layers": self.layers,
+            "intermediate_size": self.feed_forward})
 
 
 def change_of(split: str, index: int, seed: int = 0, operation: str | None = None) -> Edit:
@@ -73,10 +75,11 @@ def change_of(split: str, index: int, seed: int = 0, operation: str | None = Non
 
 
 def augmented(change: Edit, kind: str, rng: np.random.Generator) -> Edit:
-    """The edit as it is ("plain"), turned round ("reversed": back from its target, by coordinates) or without an effect
-    ("identity": no instruction, or one that asks for what is so already)."""
+    """The edit as it is ("plain"), reversed ("reversed": from its target back, by coordinates) or without an effect
+    ("identity": no instruction, or one for what is already so)."""
     if kind == "reversed":
-        return replace(change, instruction=inverse_instruction(change, fine=True), source=change.target, target=change.source,
+        return replace(change, instruction=inverse_instruction(change, fine=True), source=change.target,
+                       target=change.source,
                        subject=change.result, result=change.subject)
     if kind == "identity":
         return Edit(kind, nothing_to_do(change, rng), change.source, change.source, None, None)
@@ -135,7 +138,8 @@ class EditorStage:
         index = (step.rand() * config.scenes).long().tolist()
         preset = config.presets[int(torch.randint(len(config.presets), (), generator=step.shared()))]
         kinds = [config.augmentation.kind(draw) for draw in step.rand().tolist()]
-        changes = [augmented(change_of("train", i), kind, generator_of("train", i, purpose=32)) for i, kind in zip(index, kinds)]
+        changes = [augmented(change_of("train", i), kind, generator_of("train", i, purpose=32))
+                   for i, kind in zip(index, kinds)]
         return self.losses(changes, preset, step)
 
     def scales(self, step: int) -> dict[str, float]:

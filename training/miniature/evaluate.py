@@ -1,10 +1,10 @@
-"""Measures the shipped miniature on scenes that it was never trained on.
+"""Measure the shipped miniature on scenes that it was never trained on.
 
     python3 run.py eval [--scenes N] [--seed S] [--json] [--dump DIR]
     python3 run.py eval kit [--scenes N] [--seed S] [--json]
 
-Reconstruction, locality, editing and blend, or the artist's kit, as the modules of `evaluation/` define them. A run over
-256 scenes replaces benchmarks/miniature.md, one of the kit over 64 benchmarks/kit.md.
+The parts are reconstruction, locality, editing and blend, or the artist's kit, as the modules of `evaluation/` define
+them. A run over 256 scenes replaces benchmarks/miniature.md. A run of the kit over 64 replaces benchmarks/kit.md.
 """
 from __future__ import annotations
 
@@ -28,15 +28,17 @@ from .scenes import render
 
 
 def painted_in_all(count: int, absent: Sequence[str] = ()) -> int:
-    """Pictures that Flux paints for `count` scenes where some adapters are absent; `copy` costs none."""
+    """Number of pictures that Flux paints for `count` scenes where some adapters are absent. `copy` costs none."""
     variants = [name for name, variant in VARIANTS.items() if variant.adapter not in absent]
     swapped = [name for name in locality.VARIANTS.values() if name in variants]
-    return (count * (len(variants) + reconstruction.PAINTED + len(editing.DECODERS) - 1) + len(swapped) * locality.pairs(count)
+    return (count * (len(variants) + reconstruction.PAINTED + len(editing.DECODERS) - 1) + len(swapped)
+            * locality.pairs(count)
             + len(editing.STARTS) * editing.trials(count) + len(blend.AMOUNTS) * blend.pairs(count))
 
 
 def run(system: Miniature, count: int, seed: int) -> tuple[dict, dict, dict]:
-    """(results as `--json` prints them, figures beside them for the page, what was painted) of the first `count` test scenes.
+    """(results as `--json` prints them, figures beside them for the page, what was painted) of the first `count` test
+    scenes.
 
     The last is {"edits", "sources", "reconstructions" (by name), "edited" (by decoder)}.
     """
@@ -52,7 +54,8 @@ def run(system: Miniature, count: int, seed: int) -> tuple[dict, dict, dict]:
     local, same_ground, widened = locality.locality(system, scenes, sources, noise, rebuilt)
     start = editing.best_start(system, editing.trials(count), seed)
     edited = editing.edit_pictures(system, changes, sources, noise, rebuilt["tree128"], start)
-    edits = {name: editing.by_operation(changes, reconstruction.parse_all(pictures)) for name, pictures in edited.items()}
+    edits = {name: editing.by_operation(changes, reconstruction.parse_all(pictures))
+             for name, pictures in edited.items()}
     results = {"text": text, "reconstruction": figures, "locality": local, "editing": edits,
                "blend": {"evenness": blend.blend_evenness(system, scenes, sources, noise)}}
     other = reconstruction.others(scenes)
@@ -74,9 +77,9 @@ def run_kit(system: Miniature, count: int, seed: int) -> tuple[dict, dict, dict]
 
 @dataclass(frozen=True)
 class Part:
-    """What can be measured: on how many scenes by default (`fewer` on a CPU that computes float32 fastest, so that it takes no
-    longer there), with which adapters, how many pictures that paints (of a number of scenes, without some adapters), and where
-    its page goes."""
+    """One part of the evaluation: its number of scenes by default (`fewer` on a CPU that computes float32 fastest, so
+    that it takes no longer there), its adapters, the pictures that it paints (for a number of scenes, without some
+    adapters), and its page."""
 
     scenes: int
     fewer: int
@@ -88,7 +91,8 @@ class Part:
 
 
 PARTS = {"system": Part(256, 64, ADAPTERS, painted_in_all, run, table.page, table.PAGE),
-         "kit": Part(64, 64, ("tree128",), lambda count, absent: kit.PAINTED * count, run_kit, table.kit_page, table.KIT_PAGE)}
+         "kit": Part(64, 64, ("tree128",), lambda count, absent: kit.PAINTED * count, run_kit, table.kit_page,
+                     table.KIT_PAGE)}
 
 
 def rounded(value):
@@ -99,8 +103,8 @@ def rounded(value):
 
 
 def dump(folder: Path, painted: dict) -> None:
-    """One folder for each scene: source.png, reconstruction_<name>.png, edit_<decoder>.png, and scene.json with the scene,
-    the instruction, its operation and the edited scene (coordinates in pixels)."""
+    """One folder for each scene: source.png, reconstruction_<name>.png, edit_<decoder>.png, and scene.json with the
+    scene, the instruction, its operation and the edited scene (coordinates in pixels)."""
     for index, change in enumerate(painted["edits"]):
         own = folder / f"{index:04d}"
         own.mkdir(parents=True, exist_ok=True)
@@ -117,8 +121,10 @@ def dump(folder: Path, painted: dict) -> None:
 def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="run.py eval", description=__doc__.split("\n\n")[0])
-    parser.add_argument("part", nargs="?", choices=list(PARTS), default="system", help="what is measured (default: system)")
-    parser.add_argument("--scenes", type=int, help="test scenes, at least 2 (default: 256, or 64 on a CPU without bf16; for kit 64)")
+    parser.add_argument("part", nargs="?", choices=list(PARTS), default="system",
+                        help="what is measured (default: system)")
+    parser.add_argument("--scenes", type=int,
+                        help="test scenes, at least 2 (default: 256, or 64 on a CPU without bf16; for kit 64)")
     parser.add_argument("--seed", type=int, default=0, help="another seed makes fresh scenes and noise (default: 0)")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--dump", type=Path, help="folder for every source, reconstruction and edit")
@@ -134,11 +140,12 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--dump keeps the pictures of the system, not of the kit; leave one of the two out.")
     try:
         if options.dump:
-            options.dump.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+            options.dump.mkdir(parents=True, exist_ok=True)  # this fails before the work, not after it
         absent = {name: command for name, command in left_out(options.assets).items() if name in part.adapters}
         for name, command in absent.items():
             print(f"left out, since it is not there: {name} (`{command}` trains it)", file=sys.stderr)
-        with tqdm(total=part.pictures(options.scenes, tuple(absent)), desc="painting", unit="picture", mininterval=1) as bar:
+        with tqdm(total=part.pictures(options.scenes, tuple(absent)), desc="painting", unit="picture",
+                  mininterval=1) as bar:
             adapters = [name for name in part.adapters if name not in absent]
             system = Miniature(options.assets, device, bar.update, adapters)
             bar.write(f"computes in {system.precision} on {system.device.type}", file=sys.stderr)

@@ -20,7 +20,8 @@ def cached_latents(vae_path: Path, split: str, count: int, folder: Path, device:
         folder.mkdir(parents=True, exist_ok=True)
         vae, counter = load_vae(vae_path, device), path.with_suffix(".count")
         start = int(counter.read_text()) if counter.exists() else 0
-        store = np.lib.format.open_memmap(path, mode="r+" if start else "w+", dtype=np.float16, shape=(count, 8, 16, 16))
+        store = np.lib.format.open_memmap(path, mode="r+" if start else "w+", dtype=np.float16,
+                                          shape=(count, 8, 16, 16))
         for first in range(start, count, batch):
             index = range(first, min(count, first + batch))
             with torch.no_grad(), autocast(device):

@@ -28,8 +28,8 @@ def _overlap(mask: np.ndarray, thing: Thing) -> float:
 
 
 def parse(image: np.ndarray) -> Scene:
-    """[128, 128, 3] uint8 -> the scene it shows. A blob of a thing's colour is always reported, as the shape it resembles
-    most; the ground is the ground colour that covers most pixels."""
+    """[128, 128, 3] uint8 -> the scene it shows. A blob of a thing's colour is always reported, as the shape it
+    resembles most. The ground is the ground colour that covers most pixels."""
     distance = ((image.astype(np.float32)[:, :, None] - _PALETTE) ** 2).sum(-1)
     label = distance.argmin(-1)
     counts = np.bincount(label.ravel(), minlength=len(_NAMES))

@@ -1,4 +1,4 @@
-"""Stage 0: look at the world. Writes scenes of a split as PNG with their truth, and the held-out scene that is bundled."""
+"""Stage 0: look at the world. Write scenes of a split as PNG with their truth, and the bundled held-out scene."""
 from __future__ import annotations
 
 import json

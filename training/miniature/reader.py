@@ -1,9 +1,9 @@
 """Stage 2a: the text encoder alone learns to say what is where, before Flux learns to paint it.
 
-Two readers look at the encoding. A small transformer decoder with one learned query per patch names what each patch shows;
-a linear map of every shape's word recalls the words about it, its size, colour and place, so that what belongs together
-stands in one token. A step costs far less than one with Flux, and a base that starts from this encoder is ahead of one
-that starts from nothing at every step (README.md has the figures). The readers are thrown away.
+Two readers look at the encoding. A small transformer decoder with one learned query per patch names what each patch
+shows. A linear map of every shape's word recalls the words about it (its size, colour and place), so that one token
+holds them together. A step costs far less than one with Flux. A base that starts from this encoder is ahead at every
+step of one that starts from nothing (README.md has the figures). The readers are thrown away.
 """
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ class Reader(nn.Module):
         return self.out(self.decoder(self.queries.expand(len(context), -1, -1), context))
 
 
-ABOUT = (-2, -1, 2, 3, 4)  # where size, colour and place stand, seen from a shape's word: "a small red circle at 34 88"
+ABOUT = (-2, -1, 2, 3, 4)  # offsets of size, colour and place from a shape's word: "a small red circle at 34 88"
 
 
 def recall_loss(recalled: Tensor, ids: Tensor, codes: Tensor) -> Tensor:
-    """Mean squared error of the words about every shape's word. recalled [B, L, 5 W]; ids [B, L]; codes [V, W], one for each
-    word of the vocabulary."""
-    # The last places lie in the padding, so rolling over the end meets no word of a shape.
+    """Mean squared error of the words about every shape's word. recalled [B, L, 5 W]; ids [B, L]; codes [V, W], one for
+    each word of the vocabulary."""
+    # The last places are padding, so rolling over the end meets no shape's word.
     about = torch.stack([ids.roll(-offset, 1) for offset in ABOUT], -1)
     shapes = torch.isin(ids, torch.tensor([VOCABULARY.index(shape) for shape in SHAPES], device=ids.device))
     error = (recalled.float().unflatten(-1, (len(ABOUT), -1)) - codes[about]).square().mean((-1, -2))
@@ -79,7 +79,8 @@ class ReaderStage:
         config = self.config
         index = (step.rand() * config.scenes).long().tolist()
         ids = [tokenize(training_text(i, step.number, config.instructions)) for i in index]
-        named, recall = self.read(torch.tensor(ids, device=self.device), [patch_labels(scene("train", i)) for i in index])
+        named, recall = self.read(torch.tensor(ids, device=self.device),
+                                  [patch_labels(scene("train", i)) for i in index])
         return named + recall, {"named": named, "recall": recall}
 
     def scales(self, step: int) -> dict[str, float]:

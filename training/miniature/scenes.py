@@ -119,7 +119,8 @@ def scene(split: str, index: int, seed: int = 0) -> Scene:
 
 
 def distance_field(shape: str, radius: float, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
-    """Signed distance in pixels (negative inside; exact enough near the edge for anti-aliasing) at offsets from the centre."""
+    """Signed distance in pixels (negative inside; exact enough near the edge for anti-aliasing) at offsets from the
+    centre."""
     if shape == "circle":
         return np.hypot(dx, dy) - 0.9 * radius
     if shape == "square":
@@ -150,8 +151,8 @@ def render(scene: Scene) -> np.ndarray:
 
 
 def patch_labels(scene: Scene, grid: int = 8) -> np.ndarray:
-    """What each cell of a grid shows: [grid * grid, 15] float32, two distributions side by side, the share of the cell's
-    area taken by each of (6 colours, 4 grounds) and by each of (4 shapes, no shape)."""
+    """What each cell of a grid shows: [grid * grid, 15] float32, two distributions side by side, the share of the
+    cell's area taken by each of (6 colours, 4 grounds) and by each of (4 shapes, no shape)."""
     colours, cell = np.zeros((10, SIZE, SIZE), np.float32), SIZE // grid
     shapes = np.zeros((5, SIZE, SIZE), np.float32)
     for thing in scene.things:

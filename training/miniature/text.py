@@ -17,8 +17,8 @@ ARCHITECTURE = dict(vocab_size=len(VOCABULARY), d_model=192, d_kv=48, d_ff=512, 
 
 
 def build_text_encoder(architecture: dict = ARCHITECTURE) -> T5EncoderModel:
-    """A T5 encoder whose number words start as waves of their number, so that near coordinates are near from the start:
-    as sixty-four unrelated words each would have to be learnt alone."""
+    """A T5 encoder whose number words start as waves of their number, so that near coordinates start out near. As
+    sixty-four unrelated words each would have to be learnt alone."""
     encoder = T5EncoderModel(T5Config(**architecture))
     numbers = [n for n, word in enumerate(VOCABULARY) if word.isdigit()]
     with torch.no_grad():

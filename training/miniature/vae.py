@@ -35,10 +35,11 @@ class Config:
     squared: float = 4.0
     """Weight of the mean squared error beside the mean absolute one: shapes are few pixels among much ground."""
     busy: int = 2
-    """Images of each batch that are crowded with overlapping things, for the same reason."""
+    """Number of images of each batch that are crowded with overlapping things, for the same reason."""
     crop: int = 64
-    """Side in pixels of the windows trained on until the rate decays; whole images from then on. A window lies about a thing,
-    so that four times the edges fit into the same time; the whole images then teach the norms and the middle attention."""
+    """Side in pixels of the training windows until the rate decays; from then on whole images are used. A window lies
+    around a thing, so that four times the edges fit into the same time. The whole images then teach the norms and the
+    middle attention."""
 
 
 def images(split: str, indices, seed: int = 0) -> Tensor:
@@ -76,9 +77,10 @@ class VaeStage:
     def loss(self, step: Step):
         run = self.config.run
         side = self.config.crop if step.number < run.max_steps * (1 - run.decay) else 128
-        windows = (128 // side) ** 2  # of each sample, so that every step has as many pixels
+        windows = (128 // side) ** 2  # per sample, so that every step has as many pixels
         index = (step.rand(windows) * self.config.scenes).long().tolist()
-        x = to_tensor([self.window(i, position < self.config.busy, side) for position, row in zip(step.positions, index) for i in row])
+        x = to_tensor([self.window(i, position < self.config.busy, side)
+                       for position, row in zip(step.positions, index) for i in row])
         x = x.to(self.device, memory_format=torch.channels_last)
         noise = step.randn(windows, 8, side // 8, side // 8).flatten(0, 1)
         absolute, squared, kl = self.objective(x, noise)

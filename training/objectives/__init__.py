@@ -1,1 +1,1 @@
-"""What is asked of what learns: to reconstruct a picture, to edit an embedding, and how both are drawn and augmented."""
+"""The objectives: reconstruct a picture, edit an embedding, and how samples are drawn and augmented."""

@@ -1,7 +1,7 @@
-"""More from every edit: nothing to do (identity), and the way back (the instruction reversed, source and target swapped).
+"""Augmentation of edits: identity (nothing to do), and reversal (source and target swapped, instruction reversed).
 
-Identity teaches what to leave alone: without it a decoder has never seen an instruction that changes nothing. The way back
-doubles the instructions: who learns "add X" from a picture learns "remove X" from the same.
+Identity teaches what to leave alone: without it a decoder never sees an instruction that changes nothing. Reversal
+doubles the instructions: a decoder that learns "add X" from a picture learns "remove X" from the same.
 """
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 T = TypeVar("T")
-# Instructions that ask for no change; an instruction may be missing as well.
+# These instructions ask for no change. An instruction may be missing as well.
 NOTHING = ("", "keep everything as it is", "do not change anything", "leave the picture as it is", "no change",
            "make no changes to the image")
 _ADD = re.compile(r"(?:please )?(?:add|insert) (?P<what>.+)")
@@ -26,17 +26,17 @@ _PLURALS = re.compile(r"(?:people|men|women|children|geese|mice|sheep|clothes|[a
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Shares of the samples, 0 to 1."""
+    """Shares of the samples that are augmented, 0 to 1."""
 
     identity: float = 0.0
     """Samples whose target is their source."""
     reversed: float = 0.0
-    """Samples that are turned round, where the instruction can be."""
+    """Samples that are reversed, where the instruction can be."""
 
     def __post_init__(self):
         if not (0 <= self.identity and 0 <= self.reversed and self.identity + self.reversed <= 1):
-            raise ValueError(f"identity {self.identity} and reversed {self.reversed} are shares of the samples; they add up to "
-                             "at most 1.")
+            raise ValueError(f"identity {self.identity} and reversed {self.reversed} are shares of the samples; they "
+                             f"add up to at most 1.")
 
     def kind(self, draw: float) -> str:
         """"identity", "reversed" or "plain", for a number drawn uniformly from [0, 1)."""
@@ -44,8 +44,8 @@ class Augmentation:
 
 
 def reverse_instruction(text: str) -> str | None:
-    """The instruction that undoes this one, where a plain rule can tell: what was added is removed, what was removed is
-    added, what took a place gives it back. None for everything else, and where several things are asked for."""
+    """The instruction that undoes this one, where a plain rule can tell: an added thing is removed, a removed thing is
+    added, and a replacement is reversed. None for everything else, and where several things are asked for."""
     text = " ".join(text.lower().split()).rstrip(".! ")
     if _SEVERAL.search(text):
         return None
@@ -68,9 +68,10 @@ def _with_article(thing: str) -> str:
 
 
 def augmented(sample: tuple[T, T, str], draw: float, word: float, shares: Augmentation) -> tuple[T, T, str]:
-    """(source, target, instruction) as it is, without an effect, or back from its target.
+    """(source, target, instruction): plain, identity, or reversed.
 
-    draw, word: uniform from [0, 1); the second picks the words that ask for nothing. What cannot be turned round stays as it is.
+    draw, word: uniform in [0, 1). `word` picks the text that asks for nothing. A sample that cannot be reversed stays
+    as it is.
     """
     source, target, text = sample
     kind = shares.kind(draw)

@@ -1,7 +1,8 @@
 """Training the edit decoder: from (source embedding, instruction) to the adapter's embedding of the true edited image.
 
-All modes that the decoder has learn in every step. Clean teacher forcing drifts when the decoder later reads its own output, so the
-autoregressive mode's history is the target with noise, and part of it is replaced by the source's tokens.
+Every step trains all modes that the decoder has. With clean teacher forcing a decoder drifts when it later reads its
+own output. So the history of the autoregressive mode is the target with noise, and part of it is replaced by the
+source's tokens.
 """
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ class EditorTraining:
     replaced: float = 0.2
     """Share of the history replaced by source tokens."""
     changed: float = 4.0
-    """How much more a fully changed token weighs than an unchanged one."""
+    """Weight of a fully changed token above that of an unchanged one."""
 
 
 def load_editor(path: Path, device: torch.device) -> tuple[EditDecoder, dict]:
@@ -33,20 +34,22 @@ def load_editor(path: Path, device: torch.device) -> tuple[EditDecoder, dict]:
 
 
 def corrupt(target: Tensor, source: Tensor, std: Tensor, settings: EditorTraining, step: Step) -> Tensor:
-    """A history [B, T, D] such as the decoder may have written itself."""
+    """A history [B, T, D] as the decoder itself might have written it."""
     noise = step.randn(*target.shape[1:]) * std * settings.noise
     swap = step.rand(target.shape[1]) < settings.replaced
     return torch.where(swap[..., None], source, target) + noise
 
 
-def editor_loss(decoder: EditDecoder, source: Tensor, target: Tensor, boxes: Tensor, levels: Tensor, instruction: Tensor,
-                settings: EditorTraining, step: Step, flow: Callable[[Tensor], Tensor] | None = None, flow_weight: float = 0.0
+def editor_loss(decoder: EditDecoder, source: Tensor, target: Tensor, boxes: Tensor, levels: Tensor,
+                instruction: Tensor,
+                settings: EditorTraining, step: Step, flow: Callable[[Tensor], Tensor] | None = None,
+                flow_weight: float = 0.0
                 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean squared error on normalised tokens, summed over the decoder's modes; tokens that change weigh more.
 
-    source, target [B, T, D]; boxes [T, 4], levels [T]; instruction [B, L, text_dim]. flow: a further loss of the tokens that
-    are written in one pass, weighted by flow_weight. The parts are the error of each mode, `copy`, that of the unedited source,
-    and `flow`.
+    source, target [B, T, D]; boxes [T, 4], levels [T]; instruction [B, L, text_dim]. flow: a further loss on the tokens
+    that are written in one pass, weighted by flow_weight. The parts are the error of each mode, `copy` (the error of
+    the unedited source) and `flow`.
     """
     truth, before = decoder.normalise(target), decoder.normalise(source)
     change = (truth - before).square().mean(-1)

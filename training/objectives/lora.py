@@ -10,7 +10,8 @@ from ...kernels.edit_decoder import EditDecoder, LLMEditDecoder
 
 
 def add_lora(decoder: LLMEditDecoder, rank: int, alpha: float) -> None:
-    """Freeze the LLM and give each of its linear layers a LoRA in float32; everything else of the decoder goes on learning.
+    """Freeze the LLM and give each of its linear layers a LoRA in float32; everything else of the decoder goes on
+    learning.
 
     The update is alpha / rank times the product of two matrices of that rank, zero at the start.
     """
@@ -26,7 +27,8 @@ def add_lora(decoder: LLMEditDecoder, rank: int, alpha: float) -> None:
 
 
 def merged_state(decoder: EditDecoder) -> dict[str, Tensor]:
-    """The decoder's weights with the LoRA worked in, so that they load without peft; as they are where there is none."""
+    """The decoder's weights with the LoRA worked in, so that they load without peft; as they are where there is
+    none."""
     state = decoder.state_dict()
     if not any(".lora_" in name for name in state):
         return state
@@ -42,7 +44,8 @@ def merged_state(decoder: EditDecoder) -> dict[str, Tensor]:
 
 
 class Learned(nn.Module):
-    """The parameters of a module that may learn, and its buffers, without its frozen weights: what a checkpoint holds."""
+    """The parameters of a module that may learn, and its buffers, without its frozen weights: the content of a
+    checkpoint."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -54,15 +57,18 @@ class Learned(nn.Module):
 
 
 def load_llm(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """The base model of a causal LLM in a local folder (config.json and safetensors), without its head. Never downloads."""
+    """The base model of a causal LLM in a local folder (config.json and safetensors), without its head. Never
+    downloads."""
     from transformers import AutoModel
 
     if not (folder / "config.json").is_file():
-        raise ValueError(f"There is no LLM in {folder} (no config.json); give the folder of a causal LLM such as Qwen3.")
+        raise ValueError(f"There is no LLM in {folder} (no config.json); give the folder of a causal LLM such "
+                         "as Qwen3.")
     try:
         llm = AutoModel.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"The LLM in {folder} cannot be loaded ({' '.join(str(error).split()).rstrip('.')}).") from error
     if not hasattr(llm.config, "hidden_size"):
-        raise ValueError(f"{folder} holds a {llm.config.model_type!r}, which is more than a text model; give a causal LLM of text.")
+        raise ValueError(f"{folder} holds a {llm.config.model_type!r}, which is more than a text model; give a causal "
+                         "LLM of text.")
     return llm

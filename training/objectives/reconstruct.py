@@ -1,9 +1,9 @@
 """Training the adapter through a frozen Flux: flow matching under the visibility, with growing hierarchies.
 
-Every batch uses one hierarchy, drawn from those that its phase of the run allows: the run grows from few tokens to the whole
-query table. Whole fine levels are dropped at random, so that one checkpoint serves every preset, and coarse ones, so that the
-regions' tokens speak for themselves.
-Flux and the towers are frozen; in the last phase the last blocks of the DINOv2 tower may learn too.
+Every batch uses one hierarchy, drawn from those that its phase of the run allows. The run grows from few tokens to the
+whole query table. Fine levels are dropped at random, so that one checkpoint serves every preset. Coarse levels are
+dropped too, so that the regions' tokens carry their own content. Flux and the towers are frozen. In the last phase the
+last blocks of the DINOv2 tower may learn too.
 """
 from __future__ import annotations
 
@@ -31,23 +31,25 @@ class AdapterTraining:
 
     growth: tuple[tuple, ...] = ((0.1, "global16"), (0.2, "global32"), (0.4, "tree64"),
                                  (1.0, "global16", "global32", "tree64", "tree112", "tree128", "tree128"))
-    """Phases as (end, preset, preset, ...): until this share of the run each batch takes one of the presets at random."""
+    """Phases as (end, preset, preset, ...): until this share of the run each batch takes one of the presets at
+    random."""
     similarity: float = 0.02
     """Weight of the mean squared cosine between tokens of one image."""
     masked: bool = True
-    """Patches see only the tokens whose boxes they overlap. False is the ablation."""
+    """Patches see only the tokens whose boxes they overlap. False is for the ablation."""
     level_dropout: float = 0.0
-    """Share of batches that leave out the finer levels of their preset, from a random one on."""
+    """Share of batches that drop the finer levels of their preset, from a random one on."""
     coarse_dropout: float = 0.0
-    """Share of batches that leave out the coarser levels of their preset, up to a random one. Where the whole picture's own
-    tokens are always there they learn to say everything, and the regions' tokens nothing."""
+    """Share of batches that drop the coarser levels of their preset, up to a random one. If the tokens of the whole
+    picture were always there, they would learn everything and the regions' tokens nothing."""
     mu: float | Literal["resolution"] = 0.5
-    """Time shift of training; "resolution": the one that the base itself samples with, which in FLUX.1 grows with the number
-    of patches. Above the base's it spends the steps where tokens, not the noisy picture, tell what to paint."""
+    """Time shift of training. "resolution": the shift that the base itself samples with, which in FLUX.1 grows with the
+    number of patches. A larger one spends more steps where the tokens, not the noisy picture, determine what to
+    paint."""
     uniform: float = 0.2
     """Share of uniform times beside the shifted logit-normal ones."""
     guidance: float = 1.0
-    """What a guidance-distilled base (FLUX.1-dev) is told: at 1.0 it predicts the plain velocity."""
+    """Guidance that a guidance-distilled base (FLUX.1-dev) is given. At 1.0 it predicts the plain velocity."""
     unlock: float = 0.8
     """Share of the run after which DINOv2's last blocks learn too."""
     unlock_blocks: int = 1
@@ -56,14 +58,14 @@ class AdapterTraining:
 
     def __post_init__(self):
         if not (0 <= self.level_dropout and 0 <= self.coarse_dropout and self.level_dropout + self.coarse_dropout <= 1):
-            raise ValueError(f"level_dropout {self.level_dropout} and coarse_dropout {self.coarse_dropout} are shares of the batches; "
-                             "they add up to at most 1.")
+            raise ValueError(f"level_dropout {self.level_dropout} and coarse_dropout {self.coarse_dropout} are shares "
+                             f"of the batches; they add up to at most 1.")
 
     def presets(self, progress: float) -> tuple[str, ...]:
         return next(tuple(phase[1:]) for phase in self.growth if progress < phase[0] or phase is self.growth[-1])
 
     def token_counts(self) -> set[int]:
-        """How many tokens a batch of the run may have."""
+        """The possible numbers of tokens of a batch of the run."""
         found = set()
         for levels in (named_hierarchy(name).levels for phase in self.growth for name in phase[1:]):
             cuts = [levels, *(levels[:n] for n in range(1, len(levels)) if self.level_dropout),
@@ -88,8 +90,8 @@ class AdapterTraining:
 
 @dataclass(frozen=True)
 class Batch:
-    """latents [B, C, H, W] as Flux takes them, images [B, 3, h, w] in [0, 1], and the features of the towers that are known
-    already (tower id -> [B, N, C]); no images where all of them are."""
+    """latents [B, C, H, W] as Flux takes them, images [B, 3, h, w] in [0, 1], and the known features of the towers
+    (tower id -> [B, N, C]). images is None where all features are known."""
 
     latents: Tensor
     images: Tensor | None
@@ -130,22 +132,24 @@ class AdapterObjective:
             return None
         key = (hierarchy, grid)
         if key not in self._regions:
-            if len(self._regions) >= 16:  # buckets times presets are many, and large at 1024 px
+            if len(self._regions) >= 16:  # buckets x presets are many, and each is large at 1024 px
                 del self._regions[next(iter(self._regions))]
             self._regions[key] = regions_for(hierarchy, grid, device)
         return self._regions[key]
 
     def features(self, images: Tensor | None, known: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Tower id -> patch features of images in [0, 1]; `known` ones are taken as they are."""
+        """Tower id -> patch features of images in [0, 1]. Features in `known` are taken as they are."""
         known = known or {}
         return known | {name: tower(images) for name, tower in self.towers.items() if name not in known}
 
     def embed(self, batch: Batch, hierarchy: Hierarchy) -> tuple[Tensor, Tensor]:
-        """(tokens [B, T, D], pooled [B, P]) of the pictures; the pooled vector of an adapter without a head for it is zero."""
+        """(tokens [B, T, D], pooled [B, P]) of the pictures. The pooled vector is zero for an adapter without a head
+        for it."""
         tokens, pooled = self.adapter(self.features(batch.images, batch.features), hierarchy)
         return tokens, tokens.new_zeros(len(tokens), self.flux.config.pooled_projection_dim) if pooled is None else pooled
 
-    def flow(self, latents: Tensor, noise: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor, hierarchy: Hierarchy) -> Tensor:
+    def flow(self, latents: Tensor, noise: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor,
+             hierarchy: Hierarchy) -> Tensor:
         """[B] mean squared error of the velocity that Flux predicts at times t under the embedding."""
         x = latents + network_time(self.flux, t)[:, None, None, None] * (noise - latents)
         guidance = torch.full_like(t, self.settings.guidance) if self.flux.config.guidance_embeds else None

@@ -1,4 +1,4 @@
-"""When in the flow a sample is trained: the draw of its time."""
+"""The draw of a sample's time in the flow."""
 from __future__ import annotations
 
 import torch
@@ -9,7 +9,7 @@ from ..frozen.flux import shifted
 
 
 def sample_times(step: Step, mu: float, uniform: float) -> Tensor:
-    """One time in (0, 1) for each sample of the step: sigmoid of a normal with the shift applied, or, for a share `uniform`,
-    uniform."""
+    """One time in (0, 1) for each sample of the step: the sigmoid of a normal number with the shift applied or, for a
+    share `uniform`, a uniform number."""
     normal, flat, pick = torch.sigmoid(step.randn()), step.rand(), step.rand() < uniform
     return torch.where(pick, flat, shifted(normal, mu)).clamp(1e-3, 1 - 1e-3)

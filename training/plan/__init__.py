@@ -1,1 +1,1 @@
-"""What a training costs, told before it starts."""
+"""The cost of a training, before it starts."""

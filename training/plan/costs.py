@@ -1,9 +1,10 @@
-"""What an adapter training costs, from the shapes alone: parameters, FLOPs and memory of one step. Checked against what
-PyTorch counts (tests) and against what the machine at hand takes (`run.py bench plan`).
+"""The cost of an adapter training from the shapes alone: parameters, FLOPs and memory of one step. Tests check it
+against PyTorch's counts, and `run.py bench plan` against the machine at hand.
 
-FLOPs follow torchtitan's correction for Flux: a token passes through one stream of each double block, so it meets about 6.5
-of the 12 billion weights, and the modulation is computed once for a sample. The base is frozen: its backward computes the
-gradient of inputs but not of weights, so a step costs twice the forward, three times with checkpointing.
+FLOPs follow torchtitan's correction for Flux. A token passes through one stream of each double block, so it meets about
+6.5 of the 12 billion weights, and the modulation is computed once for a sample. The base is frozen: its backward
+computes the gradient of inputs but not of weights. So a step costs twice the forward, or three times with
+checkpointing.
 """
 from __future__ import annotations
 
@@ -15,21 +16,25 @@ from ...kernels.adapter import AdapterConfig
 from ...kernels.vision.towers import TowerConfig
 from ..frozen.base import is_quantised
 
-FLUX1_DEV = dict(hidden_size=3072, num_heads=24, depth=19, depth_single_blocks=38, axes_dim=[16, 56, 56], context_in_dim=4096,
+FLUX1_DEV = dict(hidden_size=3072, num_heads=24, depth=19, depth_single_blocks=38, axes_dim=[16, 56, 56],
+                 context_in_dim=4096,
                  vec_in_dim=768, in_channels=16, patch_size=2, guidance_embed=True)
 FLUX1_VAE = dict(latent_channels=16, block_out_channels=[128, 256, 512, 512], layers_per_block=2)
 VAE_PARAMETERS = 83_819_683
 T5_PARAMETERS = 4_762_310_656  # the encoder of T5 v1.1 XXL
-LEARNING = 16  # bytes of a checkpoint for each number that learns: itself, its average and Adam's two moments, in float32
-# Bytes of a weight. int8: one bf16 scale a row; nf4: half a byte, one byte a block of 64 for its scale and 1/64 of that again.
+# bytes of a checkpoint for each number that learns: itself, its average and Adam's two moments, in float32
+LEARNING = 16
+# Bytes of a weight. int8: one bf16 scale a row; nf4: half a byte, one byte a block of 64 for its scale and 1/64 of that
+# again.
 BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "nf4": 0.5 + 1 / 64 + 4 / 256 / 64}
-# Bytes that a block of each kind keeps for its backward, for each token and channel, in bf16 (measured by saved-tensor hooks).
+# Bytes that a block of each kind keeps for its backward, for each token and channel, in bf16 (measured by saved-tensor
+# hooks).
 KEPT = {"double": 40, "single": 34}
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Of one sample, by part; a multiply and an add count as two."""
+    """FLOPs of one sample, by part. A multiply and an add count as two."""
 
     forward: float
     backward: float
@@ -50,7 +55,8 @@ class Flops:
 def flux_flops(flux, patches: int, tokens: int, checkpointing: bool, pooled: bool = True) -> tuple[float, float, float]:
     """(forward, backward, recomputed) FLOPs of one sample through a frozen Flux.
 
-    flux: a FluxTransformer2DModel.config. pooled: whether the pooled vector learns, so that a gradient passes the modulation.
+    flux: a FluxTransformer2DModel.config. pooled: whether the pooled vector learns, so that a gradient passes through
+    the modulation.
     """
     h, s = flux.num_attention_heads * flux.attention_head_dim, patches + tokens
     doubles, singles = flux.num_layers, flux.num_single_layers
@@ -62,7 +68,7 @@ def flux_flops(flux, patches: int, tokens: int, checkpointing: bool, pooled: boo
     vector = flux.pooled_projection_dim * h + h * h
     last = 2 * h * h
     forward = streams + attention + modulation + edges + patches * flux.in_channels * h + times + vector + last
-    # No gradient goes to the noisy picture, so the first block's picture stream passes none through its q, k and v.
+    # The noisy picture gets no gradient, so the first block's picture stream passes none through its q, k and v.
     unused = 3 * h * h * patches if doubles else 0
     backward = streams - unused + 2 * attention + flux.joint_attention_dim * h * tokens + patches * flux.in_channels * h
     backward += (modulation + vector + last) if pooled else 0
@@ -82,22 +88,23 @@ def adapter_flops(config: AdapterConfig, queries: int) -> float:
 
 def tower_layers(config: TowerConfig) -> int:
     shape = config.architecture.get("vision_cfg", config.architecture)
-    return shape.get("num_hidden_layers") or shape.get("layers") or 27  # open_clip names a SigLIP by timm's name; so400m has 27
+    # open_clip configures a SigLIP by timm's name; so400m has 27 layers
+    return shape.get("num_hidden_layers") or shape.get("layers") or 27
 
 
 def tower_parameters(config: TowerConfig) -> float:
-    """Of a vision transformer, to a few percent: 12 width^2 a layer, and the patch embedding."""
+    """Parameters of a vision transformer, to a few percent: 12 width^2 per layer, and the patch embedding."""
     return 12.0 * tower_layers(config) * config.width ** 2 + 3 * config.patch ** 2 * config.width
 
 
 def tower_flops(config: TowerConfig) -> float:
-    """Forward of one picture, to a few percent."""
+    """FLOPs of the forward of one picture, to a few percent."""
     patches = config.grid[0] * config.grid[1]
     return 2.0 * tower_parameters(config) * patches + 4.0 * tower_layers(config) * patches ** 2 * config.width
 
 
 def vae_flops(config, height: int, width: int) -> float:
-    """Forward of one picture through the encoder of an AutoencoderKL, of this config."""
+    """FLOPs of the forward of one picture through the encoder of an AutoencoderKL with this config."""
     get = config.get
     widths, pixels, inside = get("block_out_channels"), height * width, get("block_out_channels")[0]
     total = 9.0 * 3 * inside * pixels
@@ -113,7 +120,7 @@ def vae_flops(config, height: int, width: int) -> float:
 
 
 def base_bytes(flux: nn.Module, precision: str) -> float:
-    """Of the frozen Flux's weights."""
+    """Bytes of the frozen Flux's weights."""
     rest = BYTES["fp32" if precision == "fp32" else "bf16"]
     total = 0.0
     for name, module in flux.named_modules():
@@ -126,7 +133,8 @@ def base_bytes(flux: nn.Module, precision: str) -> float:
 
 
 def activation_bytes(flux, patches: int, tokens: int, micro: int, checkpointing: bool) -> float:
-    """Of a micro-batch, at most: what the blocks keep for the backward, or with checkpointing their inputs and one block."""
+    """Bytes of a micro-batch, at most: what the blocks keep for the backward or, with checkpointing, their inputs and
+    one block."""
     h = flux.num_attention_heads * flux.attention_head_dim
     one = micro * (patches + tokens) * h
     if checkpointing:
@@ -135,10 +143,12 @@ def activation_bytes(flux, patches: int, tokens: int, micro: int, checkpointing:
 
 
 def adapter_activation_bytes(config: AdapterConfig, micro: int) -> float:
-    """Of a micro-batch: what the adapter's layers keep under autocast, about 60 bytes a query and 14 a patch and channel."""
+    """Bytes of a micro-batch that the adapter's layers keep under autocast: per layer and channel about 60 for a query
+    and 14 for a patch."""
     queries = sum(r * c * t for r, c, t in config.hierarchy)
     patches = config.towers[0].grid[0] * config.towers[0].grid[1]
-    return micro * config.width * (60 * config.layers * queries + (14 * config.layers + 20 * len(config.towers)) * patches)
+    return micro * config.width * (60 * config.layers * queries
+                                   + (14 * config.layers + 20 * len(config.towers)) * patches)
 
 
 def parameters(module: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""`sda plan`: parameters, memory by part, FLOPs, speed and cost of an adapter training, before anything is bought or loaded."""
+"""`sda plan`: parameters, memory, FLOPs, speed and cost of an adapter training, before anything is bought or loaded."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -28,7 +28,7 @@ class Card:
     peak: float
     """Dense bf16 TFLOP/s with fp32 sums, from the maker's data sheet."""
     price: float
-    """US dollars an hour to rent, a round figure; --price says yours."""
+    """Rent in US dollars per hour, a round figure. --price gives another."""
     link: float
     """GB/s between the cards of one machine, each way."""
 
@@ -38,26 +38,26 @@ CARDS = {"h100": Card(80, 989, 2.5, 450), "h200": Card(141, 989, 3.5, 450), "b20
          "4090": Card(24, 165, 0.4, 32), "5090": Card(32, 209, 0.7, 64), "3090": Card(24, 71, 0.25, 32)}
 NETWORK = 25.0  # GB/s of one card to other machines
 # Share of the peak that a step reaches: a compiled base in bf16 the aim of this project, 33-39% is what mature trainers
-# report; int8 and NF4, which cannot be compiled, by their ratio to it in unsloth's FLUX LoRA figures on one B200 (bf16 4.12
-# steps/s; int8 2.14; NF4 1.81), which fits SimpleTuner's 1 to 1.5 s a step of NF4 on a 4090.
+# report; int8 and NF4, which cannot be compiled, by their ratio to it in unsloth's FLUX LoRA figures on one B200 (bf16
+# 4.12 steps/s; int8 2.14; NF4 1.81), which fits SimpleTuner's 1 to 1.5 s a step of NF4 on a 4090.
 SHARE = {"bf16": 0.40, "int8": 0.21, "nf4": 0.18, "fp32": 0.05}
-EAGER = 0.8  # of a compiled step's speed, in bf16 and fp32
+EAGER = 0.8  # share of a compiled step's speed, in bf16 and fp32
 RESERVE = 2.0  # GB for CUDA itself and what the allocator cannot use
 
 
 @dataclass(frozen=True)
 class Config(settings.Config):
     gpus: int = 1
-    """How many, over all machines."""
+    """Number of GPUs, over all machines."""
     gpu: Literal[tuple(CARDS)] = "h100"
     per_machine: int = 8
     price: float = 0.0
-    """US dollars an hour for one card; 0: a round figure for its kind."""
+    """US dollars per hour for one card. 0: a round figure for its kind."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A share of the run at one resolution. bytes: by part. seconds: of one step of the whole world."""
+    """A share of the run at one resolution. bytes: by part. seconds: of one step of all GPUs together."""
 
     resolution: int
     share: float
@@ -67,15 +67,16 @@ class Phase:
 
 
 class Estimate:
-    """All that a configuration says of its cost. Files that are not there yet are taken to be FLUX.1-dev's."""
+    """All figures of a configuration's cost. Files that are not there yet are assumed to be FLUX.1-dev's."""
 
     def __init__(self, config: Config):
-        if config.base.precision == "auto":  # every card of the list computes it fast
+        if config.base.precision == "auto":  # every card in the list computes bf16 fast
             config = replace(config, base=replace(config.base, precision="bf16"))
         self.config, self.card = config, CARDS[config.gpu]
         self.local = min(config.gpus, config.per_machine)
         known = check(config, World(0, config.gpus, 0, self.local, torch.device("cpu")), absent=True)
-        files = (*((path, "vision.files") for path in config.vision.files), (config.base.vae, "base.vae"), (config.base.text, "base.text"))
+        files = (*((path, "vision.files") for path in config.vision.files), (config.base.vae, "base.vae"),
+                 (config.base.text, "base.text"))
         self.assumed = [f"{key} {path}" for path, key in ((config.base.flux, "base.flux"), *files) if not path.exists()]
         self.plan = None
         if prepared(config.data.index):
@@ -84,7 +85,8 @@ class Estimate:
             self.assumed.append(f"data.index {config.data.index}")
         with torch.device("meta"):
             self.flux = known.flux or build_flux(costs.FLUX1_DEV)
-        self.towers = [known.towers.get(place) or self.tower(path, name) for place, (path, name) in enumerate(config.vision.named())]
+        self.towers = [known.towers.get(place) or self.tower(path, name)
+                       for place, (path, name) in enumerate(config.vision.named())]
         self.seeing = sum(map(costs.tower_parameters, self.towers))
         with torch.device("meta"):
             self.adapter = build_adapter(config, self.flux.config, self.towers)
@@ -94,7 +96,8 @@ class Estimate:
 
     def tower(self, path: Path, name: str) -> TowerConfig:
         if name not in KNOWN_TOWERS:
-            raise ValueError(f"There is no {path}, and vision.ids names no published encoder for it; give the file's place or its id.")
+            raise ValueError(f"There is no {path}, and vision.ids names no published encoder for it; give the file's "
+                             "place or its id.")
         return KNOWN_TOWERS[name]
 
     def all_phases(self):
@@ -107,7 +110,8 @@ class Estimate:
     def phase(self, resolution: int, share: float) -> Phase:
         config, flux = self.config, self.flux.config
         patches, tokens = (resolution // 16) ** 2, named_hierarchy(config.adapter.table).token_count
-        forward, backward, again = costs.flux_flops(flux, patches, tokens, config.base.checkpointing, config.adapter.pooled)
+        forward, backward, again = costs.flux_flops(flux, patches, tokens, config.base.checkpointing,
+                                                    config.adapter.pooled)
         encoders = sum(map(costs.tower_flops, self.towers)) + costs.vae_flops(costs.FLUX1_VAE, resolution, resolution)
         flops = costs.Flops(forward, backward, again, encoders, costs.adapter_flops(self.adapter.config, tokens))
         return Phase(resolution, share, flops, self.memory(patches, tokens, resolution), self.step_seconds(flops))
@@ -117,7 +121,7 @@ class Estimate:
         weights = costs.base_bytes(self.flux, config.base.precision)
         if config.base.sharded:
             block = weights / (flux.num_layers + flux.num_single_layers)
-            weights = weights / self.local + 3 * block  # its share, and the blocks that are gathered
+            weights = weights / self.local + 3 * block  # the card's shard, and the blocks that are gathered
         learning = self.learning
         return {
             "frozen base": weights,
@@ -126,7 +130,8 @@ class Estimate:
             "gradients": 4.0 * learning * (2 if config.gpus > 1 else 1),  # DDP keeps them in buckets too
             "optimizer": 8.0 * learning,
             "average": 4.0 * learning,
-            "activations of the base": costs.activation_bytes(flux, patches, tokens, self.micro, config.base.checkpointing),
+            "activations of the base": costs.activation_bytes(flux, patches, tokens, self.micro,
+                                                              config.base.checkpointing),
             "activations of the adapter": costs.adapter_activation_bytes(self.adapter.config, self.micro),
             "VAE at work": 3.0 * 2 * 128 * resolution ** 2 * 2,
             "CUDA and the allocator": RESERVE * 1e9,
@@ -135,7 +140,7 @@ class Estimate:
     def step_seconds(self, flops: costs.Flops) -> float:
         config = self.config
         reached = self.card.peak * 1e12 * self.reached
-        # Towers, VAE and adapter are compiled with nothing and quantised with nothing: half of the usual share.
+        # Towers, VAE and adapter are neither compiled nor quantised, so they reach half of the usual share.
         rest = self.card.peak * 1e12 * 0.25
         samples = config.run.batch / config.gpus
         seconds = samples * (flops.base / reached + (flops.encoders + flops.adapter) / rest)
@@ -149,7 +154,7 @@ class Estimate:
 
     @property
     def reached(self) -> float:
-        """Share of the card's peak that the base is taken to reach."""
+        """Share of the card's peak that the base is assumed to reach."""
         precision = self.config.base.precision
         return SHARE[precision] * (EAGER if precision in ("bf16", "fp32") and not self.config.run.compile else 1)
 
@@ -159,30 +164,32 @@ class Estimate:
 
     @property
     def starting(self) -> float:
-        """GB of one card at the fullest moment before the first step: all weights, and one layer that has yet to be quantised. The
-        text encoder is read on the CPU."""
+        """Peak GB of one card before the first step: all weights, and one layer that has yet to be quantised. The text
+        encoder is read on the CPU."""
         parts, largest = self.phases[0].bytes, max(p.numel() for p in self.flux.parameters())
         whole = 0.0 if self.config.base.sharded else costs.base_bytes(self.flux, self.config.base.precision) + 4.0 * largest
         return (whole + parts["vision towers and VAE"] + 4.0 * self.learning) / 1e9 + RESERVE
 
     @property
     def host(self) -> dict[str, float]:
-        """GB of a machine's own memory that the start takes, by part; the parts come one after the other. float32 where its CPU
-        computes no bfloat16 fast takes twice as much."""
+        """GB of a machine's own memory that the start takes, by part. The parts come one after the other. Where the CPU
+        does not compute bfloat16 fast, float32 takes twice as much."""
         text = 0.0 if is_statistics(self.config.base.text) else 2.0 * costs.T5_PARAMETERS
         base = self.local * costs.base_bytes(self.flux, "bf16") if self.config.base.sharded else 0.0
-        return {"text encoder, once, by the first process": text / 1e9, "base, before it is cut over the cards": base / 1e9}
+        return {"text encoder, once, by the first process": text / 1e9,
+                "base, before it is cut over the cards": base / 1e9}
 
     @property
     def graphs(self) -> tuple[int, int]:
-        """(buckets, numbers of tokens) of the run: a compiled block has a graph for each pair."""
-        shapes = ({b for groups in self.plan.groups.values() for b, rows in groups.items() if len(rows) >= self.config.run.batch}
+        """(buckets, numbers of tokens) of the run. A compiled block has a graph for each pair."""
+        shapes = ({b for groups in self.plan.groups.values() for b, rows in groups.items()
+                   if len(rows) >= self.config.run.batch}
                   if self.plan else {b for pixels in self.config.data.pixels() for b in buckets(pixels)})
         return len(shapes), len(self.config.objective.token_counts())
 
     @property
     def most(self) -> float:
-        """GB of a card at the fullest moment, of the start or of a phase."""
+        """Peak GB of a card, over the start and every phase."""
         return max(self.starting, *(sum(phase.bytes.values()) / 1e9 for phase in self.phases))
 
     @property
@@ -222,34 +229,40 @@ class Estimate:
         fullest = max(self.phases, key=lambda p: sum(p.bytes.values()))
         lines += ["", f"memory of one card at {fullest.resolution} px, micro-batches of {self.micro}:"]
         lines += [f"  {name:28}{value / 1e9:>8.2f} GB" for name, value in fullest.bytes.items()]
-        lines.append(f"  {'together':28}{sum(fullest.bytes.values()) / 1e9:>8.2f} GB of {card.memory:g} on a {config.gpu}")
+        lines.append(f"  {'together':28}{sum(fullest.bytes.values()) / 1e9:>8.2f} GB of {card.memory:g} on a "
+                     f"{config.gpu}")
         lines.append(f"  {'before the first step':28}{self.starting:>8.2f} GB")
-        lines += [f"memory of a machine at the start, {name}: {value:.1f} GB" for name, value in self.host.items() if value]
+        lines += [f"memory of a machine at the start, {name}: {value:.1f} GB" for name, value in self.host.items()
+                  if value]
         saved, slowest = costs.LEARNING * self.learning / 1e9, max(p.seconds for p in self.phases)
         micro = slowest * self.micro * config.gpus / config.run.batch
-        lines.append(f"a checkpoint has {saved:.1f} GB and the slowest micro-batch takes {micro:.1f} s: after a SIGTERM "
-                     f"{micro + saved:.0f} s are enough on a disk that writes 1 GB/s")
+        lines.append(f"a checkpoint has {saved:.1f} GB and the slowest micro-batch takes {micro:.1f} s: after "
+                     f"a SIGTERM {micro + saved:.0f} s are enough on a disk that writes 1 GB/s")
         if config.run.compile:
             shapes, counts = self.graphs
             lines.append(f"compiled as they first come: {shapes} buckets x {counts} numbers of tokens = {shapes * counts} graphs of each "
                          f"kind of Flux's blocks, {counts} of the adapter's")
             if shapes * counts > GRAPHS:
-                lines.append(f"  beyond {GRAPHS} graphs PyTorch goes on without compiling: take fewer resolutions or presets")
+                lines.append(f"  beyond {GRAPHS} graphs PyTorch goes on without compiling: take fewer resolutions "
+                             "or presets")
         price = config.price or card.price
         hours = self.hours
-        lines += ["", f"{config.run.max_steps:,} steps of {config.run.batch} on {config.gpus} x {config.gpu}: about {hours:,.1f} hours, "
-                      f"{hours * config.gpus:,.0f} GPU hours, {hours * config.gpus * price:,.0f} dollars at {price:g} an hour",
-                  f"The model: the base in {config.base.precision}{', compiled,' if config.run.compile else ''} reaches {self.reached:.0%} "
-                  f"of {card.peak:g} TFLOP/s, the rest 25%; every batch has all of the table's tokens; reading pictures keeps up."]
+        lines += ["", f"{config.run.max_steps:,} steps of {config.run.batch} on {config.gpus} x {config.gpu}: about "
+                      f"{hours:,.1f} hours, {hours * config.gpus:,.0f} GPU hours, {hours * config.gpus * price:,.0f} "
+                      f"dollars at {price:g} an hour",
+                  f"The model: the base in {config.base.precision}{', compiled,' if config.run.compile else ''} "
+                  f"reaches {self.reached:.0%} of {card.peak:g} TFLOP/s, the rest 25%; every batch has all of the "
+                  "table's tokens; reading pictures keeps up."]
         if self.most > card.memory:
-            lines += ["", f"This does not fit: {self.most:.1f} GB are wanted and a {config.gpu} has {card.memory:g}. Change "
+            lines += ["", f"This does not fit: {self.most:.1f} GB are wanted and a {config.gpu} has "
+                      f"{card.memory:g}. Change "
                           + ", or ".join(self.remedies()) + "."]
         return "\n".join(lines)
 
 
 def run(config: Config) -> None:
-    """Print the plan; ValueError for whatever `sda train adapter` refuses, and, after the table that shows why, where the training does
-    not fit the card."""
+    """Print the plan. ValueError for whatever `sda train adapter` refuses and, after the table that shows why, where
+    the training does not fit the card."""
     estimate = Estimate(config)
     print(estimate.report())
     if estimate.most > CARDS[config.gpu].memory:

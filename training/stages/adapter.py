@@ -45,15 +45,18 @@ class AdapterStage:
         # Hashing a base takes a minute, so one process does it for all.
         self.identity = world.broadcast({
             "base": base_sha256(base.flux), "vae": base_sha256(base.vae, "vae"),
-            "towers": {name: base_sha256(path) for name, path in zip(towers, config.vision.files)}} if world.main else None)
-        self.identity |= {"data": self.plan.hash, "held_out": self.held.hash, "guidance_embeds": bool(flux.guidance_embeds),
+            "towers": {name: base_sha256(path) for name, path in zip(towers, config.vision.files)}} if world.main
+            else None)
+        self.identity |= {"data": self.plan.hash, "held_out": self.held.hash,
+                          "guidance_embeds": bool(flux.guidance_embeds),
                           "pooled_width": flux.pooled_projection_dim, "adapter": adapter.config.to_json()}
         self.through_flux(adapter, towers, world)
         self.feed = self.make_feed(train, world)
         self.validation = Held(self.held, config.validation.resolution, config.data.on_corrupt, world, decode)
 
     def place(self, adapter: Adapter, world: World) -> None:
-        """Put the adapter's outputs where the text encoder's are; a run that goes on has that in its checkpoint."""
+        """Give the adapter's outputs the text encoder's mean and deviation. A run that is resumed has them in its
+        checkpoint."""
         config = self.config
         if config.run.resume == "auto" and not config.run.dry_run and found(config.run.out / "checkpoints"):
             return
@@ -68,19 +71,19 @@ class AdapterStage:
         return feed_of(self.plan, config.run, data, world, self.reader)
 
     def kept_out(self, name: str) -> int:
-        """How many of a tower's last blocks learn, so that no cache can hold what they make."""
+        """How many of a tower's last blocks learn. A cache cannot hold their outputs."""
         return self.config.objective.unlock_blocks if self.objective.towers[name].config.kind == "dinov2" else 0
 
     def through_flux(self, adapter: Adapter, towers: dict[str, VisionTower], world: World) -> None:
-        """Load the base, the largest part, after all else has proved to fit."""
+        """Load the base, the largest part, after everything else has been checked."""
         config, base = self.config, self.config.base
         flux = load_flux(base.flux, base.precision, "cpu" if base.sharded else self.device)
         attention = attend_by_region(flux)
         if base.checkpointing:
             flux.enable_gradient_checkpointing()
         self.objective = AdapterObjective(flux, attention, adapter, towers, config.objective)
-        # DINOv2's last blocks are trainables from the start, so that checkpoints never change shape; they learn late, and
-        # in float32, for their steps are small.
+        # DINOv2's last blocks are trainables from the start, so that checkpoints never change shape; they learn late,
+        # and in float32, for their steps are small.
         tuned = nn.ParameterList(self.objective.unlock())
         for parameter in tuned:
             parameter.data = parameter.data.float()
@@ -128,34 +131,40 @@ class AdapterStage:
             return self.objective.embed(Batch(images, images), named_hierarchy(self.config.validation.preset))
 
     def validate(self) -> dict[str, float]:
-        """The flow loss at each of the fixed times, with the same noise for a picture at every validation, and their mean."""
+        """The flow loss at each of the fixed times, and their mean. A picture gets the same noise at every
+        validation."""
         settings, hierarchy = self.config.validation, named_hierarchy(self.config.validation.preset)
         own: dict[int, list[float]] = {}
         for share in self.validation.batches(len(self.held), self.config.run.micro or 4):
             images = send(share.samples, self.device)
             tokens, pooled = self.embed(images)
             latents = self.vae.moments(images)[0]
-            noise = torch.stack([torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(row)) for row in share.rows])
+            noise = torch.stack([torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(row))
+                                 for row in share.rows])
             with autocast(self.device, self.config.run.precision):
-                flows = [self.objective.flow(latents, noise.to(self.device), torch.full((len(images),), time, device=self.device),
+                flows = [self.objective.flow(latents, noise.to(self.device),
+                                             torch.full((len(images),), time, device=self.device),
                                              tokens, pooled, hierarchy) for time in settings.times]
             if share.counts:
                 own |= zip(share.rows, torch.stack(flows, 1).double().tolist())
         means = np.mean(list(self.validation.gathered(own).values()), 0).tolist()
-        return {"flow": sum(means) / len(means), **{f"flow_{time:g}": mean for time, mean in zip(settings.times, means)}}
+        return {"flow": sum(means) / len(means),
+                **{f"flow_{time:g}": mean for time, mean in zip(settings.times, means)}}
 
     def pictures(self) -> dict[str, np.ndarray]:
         """One grid: the held-out pictures above what Flux paints from their embeddings."""
         settings, world = self.config.validation, self.validation.world
         hierarchy = named_hierarchy(settings.preset)
         own: dict[int, np.ndarray] = {}
-        for share in self.validation.batches(settings.pictures, min(self.config.run.micro or 4, -(-settings.pictures // world.size))):
+        for share in self.validation.batches(settings.pictures,
+                                             min(self.config.run.micro or 4, -(-settings.pictures // world.size))):
             images = send(share.samples, self.device)
             height, width = images.shape[-2:]
             grid = (height // (2 * self.vae.downsample), width // (2 * self.vae.downsample))
             tokens, pooled = self.embed(images)
             with autocast(self.device, self.config.run.precision):
-                painted = paint(self.objective.flux, self.vae, tokens, pooled, self.objective.regions(hierarchy, grid, self.device),
+                painted = paint(self.objective.flux, self.vae, tokens, pooled,
+                                self.objective.regions(hierarchy, grid, self.device),
                                 height, width, share.rows, settings.steps, settings.guidance)
             if share.counts:
                 own |= zip(share.rows, torch.cat([images, painted], 2).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy())

@@ -20,7 +20,8 @@ from .settings import Config
 def build_adapter(config: Config, flux, towers: list[TowerConfig]) -> Adapter:
     """The adapter of a configuration for a base of this `FluxTransformer2DModel.config`, with random weights."""
     shape = config.adapter
-    return Adapter(AdapterConfig(named_hierarchy(shape.table).to_json(), tuple(towers), shape.width, shape.heads, shape.layers,
+    return Adapter(AdapterConfig(named_hierarchy(shape.table).to_json(), tuple(towers), shape.width, shape.heads,
+                                 shape.layers,
                                  flux.joint_attention_dim, flux.pooled_projection_dim if shape.pooled else None))
 
 
@@ -28,12 +29,13 @@ def write_adapter(config: Config, identity: dict, state: dict[str, Tensor], tune
                   to: Path | None = None, dtype: str | None = None) -> list[Path]:
     """Write semantic_adapters/<run>.safetensors and, where DINOv2 was tuned, clip_vision/<run>_<tower>.safetensors.
 
-    identity: of the stage. state: the adapter's averaged weights and its buffers. tuned: DINOv2's averaged last blocks, in the
-    order of `AdapterObjective.unlock`. dtype: fp16 unless another is asked for. Returns the paths.
+    identity: of the stage. state: the adapter's averaged weights and its buffers. tuned: DINOv2's averaged last blocks,
+    in the order of `AdapterObjective.unlock`. dtype: fp16 unless another is asked for. Returns the paths.
     """
     dtype = DTYPES[dtype or "fp16"]
     to, name = to or config.run.out / "export", config.run.out.name
-    common = {"step": step, "licence": config.licence, "code": code_version(), "base_sha256": identity["base"], "run": name}
+    common = {"step": step, "licence": config.licence, "code": code_version(), "base_sha256": identity["base"],
+              "run": name}
     towers = dict(identity["towers"])
     paths = [to / "semantic_adapters" / f"{name}.safetensors"]
     blocks = config.objective.unlock_blocks
@@ -48,13 +50,17 @@ def write_adapter(config: Config, identity: dict, state: dict[str, Tensor], tune
                     parameter.copy_(next(left))
             paths.append(to / "clip_vision" / f"{name}_{tower.config.id}.safetensors")
             checkpoint.save(paths[-1], tower.model.state_dict(), kind="vision_tower", config=tower.config.to_json(),
-                            dtype=dtype, tuned_blocks=blocks, tuned_from_sha256=identity["towers"][tower.config.id], **common)
+                            dtype=dtype, tuned_blocks=blocks, tuned_from_sha256=identity["towers"][tower.config.id],
+                            **common)
             towers[tower.config.id] = f"tuned: {paths[-1].name}"
     adapter, growth = identity["adapter"], config.objective.growth
-    begun = [phase for phase, start in zip(growth, (0, *(p[0] for p in growth))) if start * config.run.planned < max(step, 1)]
+    begun = [phase for phase, start in zip(growth, (0, *(p[0] for p in growth)))
+             if start * config.run.planned < max(step, 1)]
     checkpoint.save(paths[0], state, kind="adapter", config=adapter, dtype=dtype, hierarchy=adapter["hierarchy"],
-                    masked=config.objective.masked, widths={"text": adapter["out_dim"], "pooled": identity["pooled_width"]},
-                    presets=sorted({name for phase in begun for name in phase[1:]}), growth_phase=[len(begun), len(growth)],
+                    masked=config.objective.masked,
+                    widths={"text": adapter["out_dim"], "pooled": identity["pooled_width"]},
+                    presets=sorted({name for phase in begun for name in phase[1:]}),
+                    growth_phase=[len(begun), len(growth)],
                     guidance_embeds=identity["guidance_embeds"], base_precision=config.base.precision, towers=towers,
                     steps_planned=config.run.max_steps, **common)
     return paths

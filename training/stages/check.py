@@ -1,6 +1,6 @@
 """`sda check`: whole files of this pack against the digests in their records.
 
-The nodes do it for every file that is hashed in less than a second; this does it for files of any size.
+The nodes check every file that is hashed in less than a second. This command checks files of any size.
 """
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Config:
 
 
 def run(config: Config) -> bool:
-    """Say of each file whether it is as it was saved; ValueError for the first that is not."""
+    """Print for each file whether it is as it was saved. ValueError for the first that is not."""
     for path in config.files:
         verdict = "is as it was saved" if checkpoint.verify(path) else "was saved before there were digests: only its form is checked"
         print(f"{path} {verdict}.")

@@ -24,17 +24,17 @@ from .settings import Config, check_base, check_files, check_settings
 
 @dataclass(frozen=True)
 class Outlines:
-    """What the files of a configuration say of themselves; None, or left out, for those that are not there."""
+    """What the headers of a configuration's files say. None, or left out, for files that are not there."""
 
     flux: FluxTransformer2DModel | None
-    """On the meta device."""
+    """The base, on the meta device."""
     towers: dict[int, TowerConfig]
-    """By their place in vision.files."""
+    """The towers by their place in vision.files."""
 
 
 def check(config: Config, world: World, absent: bool = False) -> Outlines:
-    """Refuse in one sentence what cannot be: settings, processes, libraries, and files that are missing or unfit, of which no more
-    than the headers are read. absent: whether a file may be missing still. ValueError."""
+    """Refuse in one sentence what cannot work: settings, processes, libraries, and files that are missing or unfit.
+    Only the headers of files are read. absent: whether a file may still be missing. ValueError."""
     base, vision = config.base, config.vision.named()
     check_settings(config)
     check_base(base, world)
@@ -68,7 +68,8 @@ def prepared(url: str) -> bool:
 
 
 def pictures_of(config: Config) -> tuple[Index, Index, Plan]:
-    """(pictures to train on, those held out, the plan of the batches). ValueError where they do not do for the configuration."""
+    """(pictures to train on, held-out pictures, the plan of the batches). ValueError where they are not enough for the
+    configuration."""
     index = Index.read(config.data.index)
     if index.kind != "pictures":
         raise ValueError(f"{config.data.index} holds edits, not pictures; prepare pictures with `sda prepare`.")

@@ -1,4 +1,4 @@
-"""Samples of `sda train editor`: the two pictures of an edit, what the towers see in them where that is cached, and the words."""
+"""Samples of `sda train editor`: the two pictures of an edit, their cached tower features, and the instruction."""
 from __future__ import annotations
 
 import torch
@@ -12,13 +12,13 @@ from ..frozen.encoders import tower_config
 from .settings import Vision
 
 Side = tuple[Tensor, dict[str, Tensor]]
-"""One picture [3, H, W] uint8 (empty where nobody looks at it) and its cached features, tower id -> [N, C]."""
+"""One picture [3, H, W] uint8 (empty where nothing reads it) and its cached features, tower id -> [N, C]."""
 
 
 class EditReader:
     """(index, row, bucket) -> (source, target, instruction), both of them a Side.
 
-    cache: the folder that `sda cache` filled, "" for none; with one, nobody needs the pictures but the flow loss. Raises
+    cache: the folder that `sda cache` filled, "" for none. With a cache only the flow loss needs the pictures. Raises
     ValueError where the cache lacks a sample, CorruptSample where one cannot be read.
     """
 
@@ -36,7 +36,8 @@ class EditReader:
         return (source, self.features(row, bucket, "")), (target, self.features(row, bucket, "target")), text
 
     def features(self, row: int, bucket: tuple[int, int], member: str) -> dict[str, Tensor]:
-        return {tower: cache.read(row, self.resolution[bucket], member)["features"].float() for tower, cache in self.caches.items()}
+        return {tower: cache.read(row, self.resolution[bucket], member)["features"].float()
+                for tower, cache in self.caches.items()}
 
 
 def sent(sides: list[Side], device: torch.device) -> Side:

@@ -1,4 +1,5 @@
-"""`sda train editor`: the edit decoder on prepared edits, towards a frozen adapter's embedding of the edited picture."""
+"""`sda train editor`: the edit decoder on prepared edits, towards a frozen adapter's embedding of the edited
+picture."""
 from __future__ import annotations
 
 import numpy as np
@@ -27,7 +28,7 @@ from .held_out import Held, feed_of, plan_of
 
 __all__ = ["Config", "EditorStage", "run"]
 
-MEASURED = 256  # pictures that the statistics of the adapter's tokens are of
+MEASURED = 256  # pictures over which the statistics of the adapter's tokens are taken
 
 
 class EditorStage:
@@ -37,7 +38,7 @@ class EditorStage:
         self.config, self.device = config, device
         world = World.start(config.run.device)
         check(config, world)
-        # The towers also where a cache stands in for them: it holds what any other DINOv2 saw just as well.
+        # The towers are checked even where a cache replaces them: it may hold the features of another DINOv2.
         self.adapter, self.record = load_adapter(config.adapter, device)
         check_towers(config.vision.named(), config.adapter, self.record)
         self.data(world)
@@ -63,7 +64,8 @@ class EditorStage:
         config, device = self.config, self.device
         half = frozen_dtype(device, config.run.precision)
         self.towers = {} if config.data.cache else load_towers(config.vision.files, config.vision.ids, device, half)
-        self.text = load_instruction_encoder(config.text.path, device, config.text.tokenizer, config.text.length, config.text.precision)
+        self.text = load_instruction_encoder(config.text.path, device, config.text.tokenizer, config.text.length,
+                                             config.text.precision)
         space = self.adapter.config.out_dim, self.text.width, self.adapter.config.hierarchy
         self.decoder = new_decoder(config.decoder, space, half).to(device).train()
         if config.decoder.start is None:
@@ -94,7 +96,8 @@ class EditorStage:
     def fingerprint(self) -> dict:
         config = self.config
         begun = config.decoder.llm or config.decoder.start
-        return {"data": self.plan.hash, "held_out": self.held.hash, "adapter": file_hash(config.adapter), "text": self.text.hash,
+        return {"data": self.plan.hash, "held_out": self.held.hash, "adapter": file_hash(config.adapter),
+                "text": self.text.hash,
                 "towers": {tower_config(path, name).id: base_sha256(path) for path, name in config.vision.named()},
                 "base": self.record["base_sha256"], "begun_from": base_sha256(begun) if begun else None,
                 "decoder": self.decoder.config.to_json()}
@@ -129,7 +132,8 @@ class EditorStage:
                 features = {name: torch.cat([known[name] for _, known in sides]) for name in sides[0][1]}
             return self.adapter(features, hierarchy)
 
-    def losses(self, source: Side, target: Side, texts: list[str], preset: str, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, source: Side, target: Side, texts: list[str], preset: str,
+               step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         hierarchy, count = named_hierarchy(preset), len(texts)
         tokens, pooled = self.embed([source, target], hierarchy)
         flow = None
@@ -158,7 +162,7 @@ class EditorStage:
         return {}
 
     def validate(self) -> dict[str, float]:
-        """The parts of the loss over the held-out edits, with the same noise and times at every validation."""
+        """The parts of the loss over the held-out edits. Noise and times are the same at every validation."""
         own: dict[int, tuple[int, dict[str, float]]] = {}
         self.decoder.eval()
         with autocast(self.device, self.config.run.precision):
@@ -175,12 +179,14 @@ class EditorStage:
 
     @torch.no_grad()
     def pictures(self) -> dict[str, np.ndarray]:
-        """Held-out edits of one shape, one a row: source, what the written embedding paints, what the true one paints, target."""
+        """Held-out edits of one shape, one per row: source, painted from the written embedding, painted from the true
+        one, target."""
         if self.flow is None:
             return {}
         settings, world = self.config.validation, self.validation.world
         own: dict[int, np.ndarray] = {}
-        for share in self.validation.batches(settings.pictures, min(self.config.run.micro or 16, -(-settings.pictures // world.size))):
+        for share in self.validation.batches(settings.pictures,
+                                             min(self.config.run.micro or 16, -(-settings.pictures // world.size))):
             rows = self.painted(*self.batch(share.samples), share.rows)
             if share.counts:
                 own |= zip(share.rows, rows.mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy())
@@ -188,7 +194,7 @@ class EditorStage:
         return {"edits": np.concatenate([row for row in rows if row.shape == rows[0].shape])} if rows else {}
 
     def painted(self, source: Side, target: Side, texts: list[str], seeds: list[int]) -> Tensor:
-        """[B, 3, H, 4 W] in [0, 1]: a row of `pictures` each."""
+        """[B, 3, H, 4 W] in [0, 1]: one row of `pictures` per edit."""
         settings, hierarchy = self.config.validation, named_hierarchy(self.config.validation.preset)
         height, width = source[0].shape[-2:]
         tokens, pooled = self.embed([source, target], hierarchy)
@@ -198,7 +204,8 @@ class EditorStage:
         regions = regions_for(hierarchy, (height // side, width // side), self.device) if self.flow.masked else None
         with autocast(self.device, self.config.run.precision):
             written = self.decoder.generate(tokens, hierarchy.boxes(), hierarchy.level_ids(), self.text(texts))
-            found = [paint(self.flow.flux, self.flow.vae, each, pooled, regions, height, width, seeds, settings.steps, settings.guidance)
+            found = [paint(self.flow.flux, self.flow.vae, each, pooled, regions, height, width, seeds, settings.steps,
+                           settings.guidance)
                      for each in (written, truth)]
         return torch.cat([source[0], *found, target[0]], 3)
 

@@ -16,21 +16,24 @@ from .editor_settings import Config, new_decoder
 
 def write_editor(config: Config, identity: dict, decoder: EditDecoder, step: int, to: Path | None = None,
                  dtype: str | None = None) -> Path:
-    """Write edit_decoders/<run>.safetensors, an LLM's LoRA worked in. Returns its path.
+    """Write edit_decoders/<run>.safetensors, with an LLM's LoRA merged. Returns its path.
 
     identity: of the stage. dtype: bf16 unless another is asked for.
     """
     name = config.run.out.name
     path = (to or config.run.out / "export") / "edit_decoders" / f"{name}.safetensors"
-    checkpoint.save(path, merged_state(decoder), kind="edit_decoder", config=decoder.config.to_json(), dtype=DTYPES[dtype or "bf16"],
+    checkpoint.save(path, merged_state(decoder), kind="edit_decoder", config=decoder.config.to_json(),
+                    dtype=DTYPES[dtype or "bf16"],
                     hierarchy=list(decoder.config.hierarchy), step=step, steps_planned=config.run.max_steps,
-                    base_sha256=identity["base"], adapter_sha256=identity["adapter"], text_encoder_sha256=identity["text"],
+                    base_sha256=identity["base"], adapter_sha256=identity["adapter"],
+                    text_encoder_sha256=identity["text"],
                     towers=identity["towers"], licence=config.licence, code=code_version(), run=name)
     return path
 
 
 def export_editor(folder: Path, record: dict, to: Path, dtype: str | None) -> Path:
-    """Write the averaged weights of a checkpoint; of what the run read, only the LLM or the file that it began from is needed."""
+    """Write the averaged weights of a checkpoint. Of the run's inputs, only the LLM or the file that it began from is
+    needed."""
     config = build(Config, record["config"], str(folder))
     shape = read_config(record["identity"]["decoder"])
     decoder = new_decoder(config.decoder, (shape.dim, shape.text_dim, shape.hierarchy), torch.float32)

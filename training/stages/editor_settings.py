@@ -1,4 +1,4 @@
-"""Settings of `sda train editor`, what is refused before anything is loaded, and the decoder that they ask for."""
+"""Settings of `sda train editor`, the checks before anything is loaded, and the decoder they describe."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -35,29 +35,29 @@ class Text:
     path: Path
     """Flux's T5: the folder of FLUX.1-dev, its text_encoder_2, or ComfyUI's t5xxl_fp16.safetensors."""
     tokenizer: Path | None = None
-    """The folder of its tokenizer, where it does not lie beside it."""
+    """The folder of its tokenizer, where it is not beside it."""
     length: int = LENGTH
-    """Tokens of an instruction with its padding: ComfyUI pads to 256."""
+    """Tokens of an instruction, padding included. ComfyUI pads to 256."""
     precision: TextPrecision = "auto"
 
 
 @dataclass(frozen=True)
 class Decoder:
     architecture: Literal["t5", "causal_lm"] = "t5"
-    """A T5 decoder, made anew, which writes in one pass and token by token; or a trained causal LLM, in one pass."""
+    """A new T5 decoder writes in one pass and token by token; a trained causal LLM writes in one pass."""
     width: int = 1024
-    """Of a T5."""
+    """Width of a new T5 decoder. `heads` and `layers` are its too."""
     heads: int = 16
     layers: int = 12
     llm: Path | None = None
     """The folder of a causal LLM (config.json and safetensors), such as Qwen3's base models."""
     start: Path | None = None
-    """An edit decoder's file to go on from, for the same adapter: what an earlier run exported. Its sizes are its own."""
+    """An exported edit decoder to continue from, for the same adapter. Its file gives the sizes."""
     lora_rank: int = 64
-    """Of the LoRA on the LLM, which is frozen; 0 trains the whole LLM."""
+    """Rank of the LoRA on the LLM, which is frozen. 0 trains the whole LLM."""
     lora_alpha: float = 64.0
     checkpointing: bool = free(False)
-    """Compute each block again in the backward instead of keeping its activations."""
+    """Compute each block again in the backward pass instead of keeping its activations."""
 
 
 @dataclass(frozen=True)
@@ -65,39 +65,39 @@ class Flux:
     """The frozen base; only `flow` needs it."""
 
     flux: Path | None = None
-    """FLUX.1 as a single file or a diffusers folder, the one that the adapter was trained through."""
+    """FLUX.1 as a single file or a diffusers folder: the base that the adapter was trained through."""
     vae: Path | None = None
     precision: Precision = "auto"
     sharded: bool = free(False)
-    """Cut the base over the processes of each machine; it is replicated otherwise."""
+    """Shard the base over the processes of each machine. Otherwise it is replicated."""
     checkpointing: bool = free(True)
-    """Compute each block of Flux again in the backward instead of keeping its activations."""
+    """Compute each block of Flux again in the backward pass instead of keeping its activations."""
 
 
 @dataclass(frozen=True)
 class Validation:
     preset: str = free("tree128")
     resolution: int = 512
-    """Of the held-out edits, which are chosen among those that fill it."""
+    """Resolution of the held-out edits, in pixels. They are chosen among those that fill it."""
     pictures: int = free(4)
-    """How many of the held-out edits are painted, where Flux is there."""
+    """How many of the held-out edits are painted, where Flux is loaded."""
     steps: int = free(20)
-    """Of the sampler."""
+    """Steps of the sampler."""
     guidance: float = free(3.5)
-    """What a guidance-distilled base is told when it paints."""
+    """Guidance that a guidance-distilled base is given when it paints."""
 
 
 @dataclass(frozen=True)
 class Config:
     run: RunConfig
     adapter: Path
-    """The adapter's file: what it makes of the edited picture is what the decoder learns to write."""
+    """The adapter's file. The decoder learns to write its embedding of the edited picture."""
     vision: Vision
     text: Text
     data: Data
-    """Edits that `sda prepare-edits` made. A cache must hold what all of the towers see in both pictures."""
+    """Edits that `sda prepare-edits` made. A cache must hold the features of all towers for both pictures."""
     presets: tuple[str, ...] = ("tree128", "tree128", "tree64", "global32")
-    """Each batch takes one of them at random."""
+    """Hierarchy presets. Each batch takes one of them at random."""
     decoder: Decoder = field(default_factory=Decoder)
     objective: EditorTraining = field(default_factory=EditorTraining)
     augmentation: Augmentation = field(default_factory=lambda: Augmentation(identity=0.05, reversed=0.15))
@@ -105,15 +105,16 @@ class Config:
     base: Flux = field(default_factory=Flux)
     validation: Validation = field(default_factory=Validation)
     licence: str = free("not stated")
-    """Of the exported file; the base's and the LLM's own licences have a word to say about it."""
+    """Licence of the exported file. The licences of the base and of the LLM apply as well."""
 
 
 def check(config: Config, world: World) -> None:
-    """Refuse in one sentence what cannot be, before anything is loaded. ValueError."""
+    """Refuse in one sentence what cannot work, before anything is loaded. ValueError."""
     decoder, base = config.decoder, config.base
     if decoder.llm and (decoder.architecture == "t5" or decoder.start):
         raise ValueError("decoder.llm is given for a T5; set decoder.architecture to causal_lm, or leave the LLM out."
-                         if decoder.architecture == "t5" else "decoder.start has an LLM of its own; leave decoder.llm out.")
+                         if decoder.architecture == "t5"
+                         else "decoder.start has an LLM of its own; leave decoder.llm out.")
     if decoder.architecture == "causal_lm" and not (decoder.llm or decoder.start):
         raise ValueError("decoder.llm is missing: give the folder of a causal LLM such as Qwen3.")
     if not config.presets:
@@ -135,8 +136,8 @@ def check(config: Config, world: World) -> None:
 
 
 def new_decoder(settings: Decoder, space: tuple, dtype: torch.dtype) -> EditDecoder:
-    """The decoder before its training, frozen where it does not learn. space: (dim, text_dim, hierarchy) of the adapter and
-    the text encoder; dtype: of a frozen LLM."""
+    """The decoder before its training, frozen where it does not learn. space: (dim, text_dim, hierarchy) of the adapter
+    and the text encoder. dtype: of a frozen LLM."""
     if settings.start:
         decoder = read_decoder(settings, space)
     elif settings.architecture == "t5":
@@ -154,12 +155,14 @@ def new_decoder(settings: Decoder, space: tuple, dtype: torch.dtype) -> EditDeco
 
 
 def read_decoder(settings: Decoder, space: tuple) -> EditDecoder:
-    """The decoder in `settings.start`. ValueError where it is of another architecture or space (dim, text_dim, hierarchy)."""
+    """The decoder in `settings.start`. ValueError where it is of another architecture or space (dim, text_dim,
+    hierarchy)."""
     decoder, _ = load_editor(settings.start, torch.device("cpu"))
     config = decoder.config
     if config.architecture != settings.architecture:
-        raise ValueError(f"{settings.start} is a {config.architecture} and decoder.architecture says {settings.architecture}; "
-                         "make them the same.")
+        raise ValueError(f"{settings.start} is a {config.architecture} and decoder.architecture says "
+                         f"{settings.architecture}; make them the same.")
     if (config.dim, config.text_dim, config.hierarchy) != space:
-        raise ValueError(f"{settings.start} was made for another adapter or text encoder; start from one of this adapter.")
+        raise ValueError(f"{settings.start} was made for another adapter or text encoder; start from one of "
+                         "this adapter.")
     return decoder.train().requires_grad_(True)

@@ -17,9 +17,10 @@ class Config:
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of a run of `sda train adapter` or `sda train editor`."""
     to: Path | None = None
-    """Where the files go; `export` in the run's folder otherwise. ComfyUI's models folder will do."""
+    """Where the files go. Default: `export` in the run's folder. ComfyUI's models folder works too."""
     dtype: Literal["fp16", "bf16", "fp32", "int8"] | None = None
-    """Otherwise what the run's own end writes: fp16 for an adapter, bf16 for an edit decoder."""
+    """dtype of the weights. Default: the one that the run itself exports, fp16 for an adapter and bf16 for an edit
+    decoder."""
 
 
 def run(config: Config) -> bool:

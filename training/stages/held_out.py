@@ -1,4 +1,4 @@
-"""What both stages do with a prepared set: the plan of the batches, the feed of the steps, the held-out samples."""
+"""What both stages do with a prepared set: plan the batches, feed the steps, hold samples out."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -15,8 +15,9 @@ from .settings import Data
 
 
 def plan_of(index: Index, run: RunConfig, data: Data) -> Plan:
-    """The batches of a run, whose resolutions change by phase."""
-    return Plan(index, run.batch, run.seed, {str(i): dict.fromkeys(map(int, p[1:]), 1.0) for i, p in enumerate(data.resolutions)})
+    """The batches of a run. Their resolutions change by phase."""
+    return Plan(index, run.batch, run.seed,
+                {str(i): dict.fromkeys(map(int, p[1:]), 1.0) for i, p in enumerate(data.resolutions)})
 
 
 def captions_of(index: Index) -> list[str]:
@@ -35,22 +36,23 @@ class Share:
     """A batch of held-out samples that this process looks at."""
 
     number: int
-    """Of the batch among all of them, whatever the number of processes."""
+    """Place of the batch among all of them, whatever the number of processes."""
     rows: list[int]
     samples: list[Any]
     counts: bool
-    """False for one that is only computed because a base that is cut over the processes has to be asked equally often by each."""
+    """False for a batch that only keeps the processes in step: all of them must call a sharded base equally often."""
 
 
 class Held:
-    """The held-out samples of a run, by batches of one bucket, each looked at by one process. A sample that cannot be read stops the
-    run, or is named once and left out from then on, as `data.on_corrupt` says. An edit of a held-out picture may itself be smaller than
-    the resolution; it is left out and counted in `small`.
+    """The held-out samples of a run, in batches of one bucket. One process looks at each batch. A sample that cannot be
+    read stops the run, or is named once and left out from then on, as `data.on_corrupt` says. An edit of a held-out
+    picture may itself be smaller than the resolution; it is left out and counted in `small`.
 
     read: (index, row, bucket) -> a sample.
     """
 
-    def __init__(self, index: Index, resolution: int, on_corrupt: str, world: World, read: Callable[[Index, int, tuple], Any]):
+    def __init__(self, index: Index, resolution: int, on_corrupt: str, world: World,
+                 read: Callable[[Index, int, tuple], Any]):
         self.index, self.on_corrupt, self.world, self.read = index, on_corrupt, world, read
         sizes = [tuple(map(int, size)) for size in index.buckets(resolution)]
         self.buckets = {row: size for row, size in enumerate(sizes) if all(size)}
@@ -65,11 +67,13 @@ class Held:
         return f"{len(self)} {what} held out{small}"
 
     def batches(self, count: int, most: int) -> Iterator[Share]:
-        """This process's batches, at most `most` samples each, of the first `count` held-out samples, bucket by bucket. What a batch
-        holds does not depend on the number of processes, and all of them get equally many."""
+        """This process's batches of the first `count` held-out samples, bucket by bucket, at most `most` samples each.
+        The content of a batch does not depend on the number of processes, and every process gets equally many
+        batches."""
         rows = list(self.buckets)[:count]
         cut = [group[start:start + most] for bucket in sorted({self.buckets[row] for row in rows})
-               for group in [[row for row in rows if self.buckets[row] == bucket]] for start in range(0, len(group), most)]
+               for group in [[row for row in rows if self.buckets[row] == bucket]]
+               for start in range(0, len(group), most)]
         for first in range(0, len(cut), self.world.size):
             number = first + self.world.rank
             found = self.readable(cut[number] if number < len(cut) else [])
@@ -81,14 +85,14 @@ class Held:
                 yield Share(number, *self.stand_in(), False)
 
     def stand_in(self) -> tuple[list[int], list[Any]]:
-        """Any sample that can be read."""
+        """Some sample that can be read."""
         for row, bucket in self.buckets.items():
             with suppress(CorruptSample):
                 return [row], [self.read(self.index, row, bucket)]
         raise self.none()
 
     def readable(self, rows: list[int]) -> dict[int, Any]:
-        """Those of the rows that can be read. ValueError where by now none of all held-out samples can."""
+        """The readable ones of the rows. ValueError where no held-out sample can be read any more."""
         samples, errors = {}, {}
         for row in rows:
             if row in self.lost:
@@ -109,9 +113,9 @@ class Held:
         return samples
 
     def none(self) -> ValueError:
-        return ValueError(f"None of the {len(self)} held-out samples of {self.index.url} can be read any more; restore its shards or "
-                          "prepare the set again.")
+        return ValueError(f"None of the {len(self)} held-out samples of {self.index.url} can be read any more; "
+                          f"restore its shards or prepare the set again.")
 
     def gathered(self, own: dict[int, Any]) -> dict[int, Any]:
-        """What each process found out about its rows, or batches, in their order, in all processes."""
+        """The results of all processes for their rows or batches, in order, in every process."""
         return dict(sorted((key, value) for part in self.world.gathered(own) for key, value in part.items()))

@@ -1,4 +1,4 @@
-"""Settings of `sda train adapter`, and what in them contradicts itself."""
+"""Settings of `sda train adapter`, and the checks for contradictions among them."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -19,16 +19,17 @@ class Base:
     vae: Path
     """Its VAE: ae.safetensors, or a diffusers folder."""
     text: Path
-    """What its text encoder's outputs are like: the file that `sda statistics` wrote, or any exported adapter of the same base; or the
-    text encoder itself, which reads some of the captions once, on the CPU: a diffusers folder with text_encoder_2 and tokenizer_2, or
-    ComfyUI's t5xxl_fp16.safetensors beside a tokenizer."""
+    """Statistics of its text encoder's outputs. They come from the file that `sda statistics` wrote, or from any
+    exported adapter of the same base. They may also come from the text encoder itself, which reads some of the captions
+    once, on the CPU: a diffusers folder with text_encoder_2 and tokenizer_2, or ComfyUI's t5xxl_fp16.safetensors beside
+    a tokenizer."""
     precision: Precision = "auto"
-    """Of the frozen weights. auto: bf16 where the device computes it fast, fp32 elsewhere. nf4 and int8 are for cards that
-    bf16 (24 GB) does not fit."""
+    """Precision of the frozen weights. auto: bf16 where the device computes it fast, fp32 elsewhere. nf4 and int8 are
+    for cards that bf16 (24 GB) does not fit."""
     sharded: bool = free(False)
-    """Cut the base over the processes of each machine; it is replicated otherwise, which is faster where it fits."""
+    """Shard the base over the processes of each machine. Otherwise it is replicated, which is faster where it fits."""
     checkpointing: bool = free(True)
-    """Compute the blocks' insides again in the backward: half as fast again, a fraction of the memory."""
+    """Compute the blocks again in the backward pass. A step takes half as long again, and a fraction of the memory."""
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,17 @@ class Data:
     index: str = free("")
     """The folder that `sda prepare` filled, or its fsspec URL."""
     cache: str = free("")
-    """The folder that `sda cache` filled, or its URL: what it holds of the VAE and of the towers is not computed again. It
-    keeps the latents' distributions, so that each visit draws anew, in float16."""
+    """The folder that `sda cache` filled, or its URL. Cached outputs of the VAE and of the towers are not computed
+    again. It keeps the latents' distributions in float16, so each visit draws anew."""
     resolutions: tuple[tuple, ...] = ((1.0, 512),)
     """Phases as (end, px, px, ...): until this share of the run each batch has one of these resolutions."""
     held_out: int = 32
     """Pictures kept from training for the validation, the same ones whatever the order of the set."""
     on_corrupt: Literal["stop", "skip"] = free("stop")
-    """A picture that can no longer be read: stop and name it, or take another one of its bucket. One that was held out is left
-    out then."""
+    """What happens where a picture can no longer be read: stop and name it, or take another one of its bucket. A
+    held-out picture is then left out."""
     ahead: int = free(4)
-    """Batches that are decoded ahead, by a thread each."""
+    """Batches that are decoded ahead, by one thread each."""
 
     def phase(self, progress: float) -> str:
         """The name of the phase that a share of the run falls into."""
@@ -62,7 +63,8 @@ class Vision:
     files: tuple[Path, ...]
     """The vision towers' safetensors files, or their folders; a DINOv2 among them."""
     ids: tuple[str, ...] = ()
-    """Which published encoder each file is (kernels/vision/known.py); "" for a file of this pack, which says it itself."""
+    """Which published encoder each file is (kernels/vision/known.py). "" for a file of this pack, whose record says
+    it."""
 
     def named(self) -> list[tuple[Path, str]]:
         """Every file with its id."""
@@ -77,7 +79,7 @@ class Shape:
     heads: int = 16
     layers: int = 12
     pooled: bool = True
-    """Whether the adapter also makes the pooled vector, which is zero otherwise."""
+    """Whether the adapter also makes the pooled vector. It is zero otherwise."""
 
 
 @dataclass(frozen=True)
@@ -85,15 +87,15 @@ class Validation:
     preset: str = free("tree128")
     """The hierarchy that validation encodes with."""
     resolution: int = 512
-    """Of the held-out pictures, which are chosen among those that fill it."""
+    """Resolution of the held-out pictures, in pixels. They are chosen among those that fill it."""
     times: tuple[float, ...] = free((0.2, 0.5, 0.8, 0.95))
     """Noise levels of the held-out loss."""
     pictures: int = free(8)
     """How many of the held-out pictures are painted."""
     steps: int = free(20)
-    """Of the sampler."""
+    """Steps of the sampler."""
     guidance: float = free(3.5)
-    """What a guidance-distilled base is told when it paints."""
+    """Guidance that a guidance-distilled base is given when it paints."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class Config:
     objective: AdapterTraining = field(default_factory=lambda: AdapterTraining(mu="resolution"))
     validation: Validation = field(default_factory=Validation)
     licence: str = free("not stated")
-    """Of the exported file; FLUX.1-dev's own licence has a word to say about it."""
+    """Licence of the exported file. FLUX.1-dev's own licence applies as well."""
 
 
 def check_settings(config: Config) -> None:
@@ -115,8 +117,8 @@ def check_settings(config: Config) -> None:
     if base.sharded:
         check_shardable(base.precision)
     if config.run.compile and base.precision in ("int8", "nf4"):
-        raise ValueError(f"torch.compile cannot train through a base in {base.precision} (its compiler refuses the quantised weights); "
-                         "give --run.no-compile, or --base.precision bf16.")
+        raise ValueError(f"torch.compile cannot train through a base in {base.precision} (its compiler refuses the "
+                         f"quantised weights); give --run.no-compile, or --base.precision bf16.")
     check_phases(objective.growth, "objective.growth", str)
     check_data(config.data)
     table = named_hierarchy(config.adapter.table)
@@ -125,14 +127,15 @@ def check_settings(config: Config) -> None:
 
 
 def check_base(base, world: World) -> None:
-    """base: with a precision and whether it is sharded. ValueError where the library is missing or the processes do not fit."""
+    """base: the settings with a precision and whether it is sharded. ValueError where the library is missing or the
+    processes do not fit."""
     check_precision(base.precision)
     if base.sharded:
         check_sharding(base.precision, world)
 
 
 def check_files(*files: tuple[Path | None, str]) -> None:
-    """(path, the key that names it); None is not asked for."""
+    """files: (path, the key that names it); a path of None is not checked."""
     for path, key in files:
         if path and not Path(path).exists():
             raise ValueError(f"{key}: there is no {path}; put it there or give its place with --{key}.")
@@ -145,11 +148,11 @@ def check_data(data: Data) -> None:
 
 
 def check_phases(phases: tuple[tuple, ...], key: str, choice: type) -> None:
-    """choice: of what type the choices of a phase are."""
+    """choice: the type of the choices of a phase."""
     ends = [phase[0] for phase in phases if phase and type(phase[0]) in (int, float)]
     choices = [each for phase in phases for each in phase[1:]]
     if (len(ends) < len(phases) or ends != sorted(set(ends)) or not ends or ends[0] <= 0 or ends[-1] != 1
             or any(len(phase) < 2 for phase in phases) or any(type(each) is not choice for each in choices)):
         kind = "a name" if choice is str else "pixels"
-        raise ValueError(f"{key} is a list of [end, choice, ...] with rising ends up to 1.0 and {kind} for each choice, not "
-                         f"{[list(p) for p in phases]}.")
+        raise ValueError(f"{key} is a list of [end, choice, ...] with rising ends up to 1.0 and {kind} for each "
+                         f"choice, not {[list(p) for p in phases]}.")

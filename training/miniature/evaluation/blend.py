@@ -1,10 +1,10 @@
 """Blend: does the painted scene move evenly from A to B while the embedding does?
 
-Nine amounts from 0 to 1, slerp (the node's default), one noise for all nine. Every picture is parsed, and its scene X has
-the progress p = (1 + similarity(X, B) - similarity(X, A)) / 2 towards the true scenes A and B. Progress is rescaled so that
-the pictures of amounts 0 and 1 lie at 0 and 1. A perfectly even path makes eight steps of 1/8. The evenness of a pair is
-1 - (largest step - 1/8) / (1 - 1/8), kept within 0..1: 1 is perfectly even, 0 is one jump over the whole way (or more). A pair
-whose two ends are less than 0.1 of progress apart has not moved and counts 0.
+There are nine amounts from 0 to 1, slerp (the node's default), and one noise for all nine. Every picture is parsed. Its
+scene X has the progress p = (1 + similarity(X, B) - similarity(X, A)) / 2 towards the true scenes A and B. Progress is
+rescaled so that the pictures of amounts 0 and 1 lie at 0 and 1. A perfectly even path makes eight steps of 1/8. The
+evenness of a pair is 1 - (largest step - 1/8) / (1 - 1/8), kept within 0..1: 1 is perfectly even, 0 is one jump over
+the whole way (or more). A pair whose two ends are less than 0.1 of progress apart has not moved and counts 0.
 """
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ def likeness(a: Thing, b: Thing) -> float:
 
 
 def similarity(a: Scene, b: Scene) -> float:
-    """0..1, 1 only for equal scenes: the grounds' equality and the likeness of the best one-to-one matching of things,
-    averaged over the ground and the things of the fuller scene."""
+    """0..1, 1 only for equal scenes. It is the equality of the grounds and the likeness of the best one-to-one matching
+    of things, averaged over the ground and the things of the fuller scene."""
     table = np.array([[likeness(x, y) for y in b.things] for x in a.things]).reshape(len(a.things), len(b.things))
     matched = table[linear_sum_assignment(-table)].sum() if table.size else 0.0
     return float(((a.ground == b.ground) + matched) / (1 + max(len(a.things), len(b.things))))
 
 
 def evenness(a: Scene, b: Scene, path: Sequence[Scene]) -> float:
-    """Of the parsed scenes on the way from a to b, 0..1."""
+    """Evenness of the parsed scenes on the way from a to b, 0..1."""
     progress = np.array([(1 + similarity(x, b) - similarity(x, a)) / 2 for x in path])
     span, ideal = progress[-1] - progress[0], 1 / (len(path) - 1)
     if span < 0.1:

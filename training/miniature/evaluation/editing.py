@@ -19,8 +19,8 @@ from .reconstruction import parse_all
 from .system import Miniature
 
 DECODERS = ("autoregressive", "parallel", "oracle", "copy", "sdedit")
-REACH = 12.0  # px: how far from where it should be (or was) a thing still counts as there
-STARTS = (0.6, 0.75, 0.85, 0.95)  # SDEdit's strengths to choose from: the times it may begin at
+REACH = 12.0  # px: a thing within this distance of its place counts as there
+STARTS = (0.6, 0.75, 0.85, 0.95)  # SDEdit's strengths to choose from: the times at which it may begin
 TRIALS = 30  # validation scenes on which it is chosen
 
 
@@ -35,8 +35,8 @@ class Verdict:
 
 
 def instructions(split: str, count: int, seed: int) -> list[Edit]:
-    """One edit for each of the first `count` scenes. Each scene gets the operation that has come up least so far of those
-    that are possible there (nothing can be added to a full scene), so that all come up about equally often."""
+    """One edit for each of the first `count` scenes. Each scene gets the operation that has come up least so far of
+    those that are possible there (nothing can be added to a full scene), so that all come up about equally often."""
     edits, seen = [], Counter()
     for index in range(count):
         for operation in sorted(OPERATIONS, key=lambda name: seen[name]):
@@ -69,9 +69,9 @@ def fulfilled(change: Edit, found: Scene) -> bool:
 
 
 def judge(change: Edit, found: Scene) -> Verdict:
-    """The verdict on one picture. Untouched are all things of the source scene but the one that the instruction names; one
-    is kept if colour and shape are right and the centre is within 6 px. Strange are the things that are neither kept
-    nor within 12 px of where the edit takes place: what happens there is a matter of success."""
+    """The verdict on one picture. Untouched are all things of the source scene except the one in the instruction. An
+    untouched thing is kept if colour and shape are right and the centre is within 6 px. Strange are the things that are
+    neither kept nor within 12 px of the place of the edit: what happens there belongs to success."""
     untouched = tuple(thing for thing in change.source.things if thing != change.subject)
     kept = matches(Scene(change.source.ground, untouched), found, same_and_near)
     explained = {id(thing) for _, thing in kept}
@@ -86,7 +86,8 @@ def same_and_near(a: Thing, b: Thing) -> bool:
 
 
 def summary(verdicts: Sequence[Verdict]) -> dict[str, float | None]:
-    """Share of fulfilled instructions, and the micro F1 of the untouched things; None where there is nothing to count."""
+    """Share of fulfilled instructions, and the micro F1 of the untouched things; None where there is nothing to
+    count."""
     found = sum(v.kept + v.strange for v in verdicts)
     total = sum(v.wanted for v in verdicts) + found
     return {"success": float(np.mean([v.fulfilled for v in verdicts])) if verdicts else None,
@@ -112,7 +113,8 @@ def edit_pictures(system: Miniature, changes: Sequence[Edit], sources: np.ndarra
     """
     source = system.embed(sources, "tree128")
     words = [change.instruction for change in changes]
-    made = {mode: system.paint(system.edit(source, words, mode), "tree128", noise) for mode in ("autoregressive", "parallel")}
+    made = {mode: system.paint(system.edit(source, words, mode), "tree128", noise)
+            for mode in ("autoregressive", "parallel")}
     targets = np.stack([render(change.target) for change in changes])
     made["oracle"] = system.paint(system.embed(targets, "tree128"), "tree128", noise)
     made["copy"] = reconstructions
@@ -126,18 +128,20 @@ def sdedit(system: Miniature, changes: Sequence[Edit], sources: np.ndarray, nois
 
 
 def trials(count: int) -> int:
-    """How many validation scenes SDEdit's strength is chosen on, for `count` test scenes."""
+    """Number of validation scenes for the choice of SDEdit's strength, for `count` test scenes."""
     return min(count, TRIALS)
 
 
 def best_start(system: Miniature, count: int, seed: int) -> float:
-    """SDEdit's best strength: the one of STARTS with the highest success + preservation on edits of validation scenes."""
+    """SDEdit's best strength: the one of STARTS with the highest success + preservation on edits of validation
+    scenes."""
     changes = instructions("validation", count, seed)
     sources = np.stack([render(change.source) for change in changes])
     noise = system.noise("validation", range(count), seed)
 
     def worth(start: float) -> float:
-        figures = summary([judge(c, f) for c, f in zip(changes, parse_all(sdedit(system, changes, sources, noise, start)))])
+        figures = summary([judge(c, f)
+                           for c, f in zip(changes, parse_all(sdedit(system, changes, sources, noise, start)))])
         return sum(value or 0.0 for value in figures.values())
 
     return max(STARTS, key=worth)

@@ -1,20 +1,21 @@
 """The artist's kit on the miniature: do regions, masks and edit strength do what they say?
 
-compose             two scenes of one ground by halves: strict F1 of the picture against the left things of the one and the
-                    right things of the other. Things across the border, and what is painted about them, do not count.
-regional_prompt     two prompts, one in each half beside "on a ... ground" for all: share whose thing is found in its half.
-                    The miniature's language knows no thing without a place, so they say "at the left" and "at the right"
-                    (beside it: the same prompts, read by the whole picture, and with their boxes exchanged, so that no patch
-                    where the words would put a thing can read them)
+compose             two scenes of one ground by halves: strict F1 of the picture against the left things of the one and
+                    the right things of the other. Things across the border, and what is painted about them, do not
+                    count.
+regional_prompt     two prompts, one in each half beside "on a ... ground" for all: share whose thing is found in its
+                    half. The miniature's language knows no thing without a place, so they say "at the left" and "at the
+                    right" (beside it: the same prompts, read by the whole picture, and with their boxes exchanged, so
+                    that no patch where the words would put a thing can read them)
 keep_outside_mask   what Keep Outside Mask, about the places where an edit happens, adds to preservation and to success
 edit_strength       share of the edits that change the picture of which it moves steadily away from the source's, at
                     strengths 0 to 1 in quarters of v(source) + s (v(edited) - v(source))
-place               a scene of large things placed into the middle of another of its ground, where they become as small as the
-                    small ones (the base has never painted smaller ones): F1 on colour and shape of the middle, enlarged to a
-                    whole picture, the centre within 16 px of it
+place               a scene of large things placed into the middle of another of its ground, where they become as small
+                    as the small ones (the base has never painted smaller ones): F1 on colour and shape of the middle,
+                    enlarged to a whole picture, the centre within 16 px of it
 
-Beside compose and place stand what the same measure gives the true picture (the ceiling) and the picture that nothing was
-put into (the floor).
+Compose and place also get the same measure of the true picture (the ceiling) and of the picture into which nothing was
+put (the floor).
 """
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ PAINTED = 1 + 1 + 1 + 2 + 3 + len(STRENGTHS)  # pictures for each scene
 
 
 def partners(scenes: Sequence[Scene], seed: int, sizes: Sequence[str] = tuple(RADII)) -> list[Scene]:
-    """For every scene another test scene of the same ground, so that the join shows in the things alone; all of them of `sizes`."""
+    """For every scene another test scene of the same ground, so that the join shows in the things alone. All of its
+    things have one of `sizes`."""
     found = []
     for number, each in enumerate(scenes):
         rng = generator("test", number, purpose=53, seed=seed)
@@ -106,8 +108,9 @@ def joined(system: Miniature, scenes: Sequence[Scene], own: SemanticEmbedding, n
 
 
 def prompted(system: Miniature, total: int, noise: Tensor, seed: int) -> dict[str, float]:
-    """Share of regional prompts whose thing is found in the half that their words name, at guidance 2.5 against empty prompts in
-    the same boxes, by the boxes: "in_box" (each its half), "without boxes" (the whole picture), "exchanged"."""
+    """Share of regional prompts whose thing is found in the half that their words name, at guidance 2.5 against empty
+    prompts in the same boxes. By the boxes: "in_box" (each its half), "without boxes" (the whole picture),
+    "exchanged"."""
     named, grounds = [], []
     for number in range(total):
         rng = generator("test", number, purpose=54, seed=seed)
@@ -146,7 +149,8 @@ def edit_mask(change: Edit) -> Tensor:
     return mask
 
 
-def kept_outside(system: Miniature, changes: Sequence[Edit], own: SemanticEmbedding, edited: SemanticEmbedding, noise: Tensor):
+def kept_outside(system: Miniature, changes: Sequence[Edit], own: SemanticEmbedding, edited: SemanticEmbedding,
+                 noise: Tensor):
     """(preservation gained, success changed) by Keep Outside Mask at its default feather."""
     kept = []
     for number, change in enumerate(changes):
@@ -160,10 +164,12 @@ def kept_outside(system: Miniature, changes: Sequence[Edit], own: SemanticEmbedd
     return tuple(figures[1][name] - figures[0][name] for name in ("preservation", "success"))
 
 
-def steady(system: Miniature, own: SemanticEmbedding, edited: SemanticEmbedding, noise: Tensor) -> tuple[float | None, float]:
-    """(share of the edits that change the picture of which it moves away from the source's at every step of the strength;
-    share of the edits that change the picture at all)."""
-    pictures = [system.paint_regions(own, [edited.tokens, own.tokens], [s, 1 - s], noise).astype(np.float32) for s in STRENGTHS]
+def steady(system: Miniature, own: SemanticEmbedding, edited: SemanticEmbedding,
+           noise: Tensor) -> tuple[float | None, float]:
+    """(share of the edits that change the picture of which it moves away from the source's at every step of the
+    strength; share of the edits that change the picture at all)."""
+    pictures = [system.paint_regions(own, [edited.tokens, own.tokens], [s, 1 - s], noise).astype(np.float32)
+                for s in STRENGTHS]
     moved = np.stack([abs(p - pictures[0]).mean((1, 2, 3)) for p in pictures])
     changed = moved[-1] > STILL
     away = (np.diff(moved[:, changed], axis=0) > -STILL).all(0)
@@ -171,7 +177,7 @@ def steady(system: Miniature, own: SemanticEmbedding, edited: SemanticEmbedding,
 
 
 def run(system: Miniature, changes: Sequence[Edit], sources: np.ndarray, noise: Tensor, seed: int) -> tuple[dict, dict]:
-    """(every figure, as `--json` prints them; figures beside them, for the page)."""
+    """(every figure, as `--json` prints them; further figures for the page)."""
     scenes = [change.source for change in changes]
     own = system.embed(sources, "tree128")
     edited = system.edit(own, [change.instruction for change in changes], "parallel")

@@ -24,7 +24,8 @@ def others(items: Sequence) -> list:
     return [*items[1:], items[0]]
 
 
-def reconstruct(system: Miniature, scenes: Sequence[Scene], sources: np.ndarray, noise: Tensor) -> dict[str, np.ndarray]:
+def reconstruct(system: Miniature, scenes: Sequence[Scene], sources: np.ndarray,
+                noise: Tensor) -> dict[str, np.ndarray]:
     """Pictures [N, 128, 128, 3] uint8 by name, from the same noise whatever the name.
 
     vae        the autoencoder's round trip: the ceiling
@@ -46,7 +47,8 @@ def text_to_image(system: Miniature, scenes: Sequence[Scene], noise: Tensor) -> 
     return {"f1_colour_place": f1(scenes, found, colour_place), "f1_shape": f1(scenes, found, shape_place)}
 
 
-def measure(scenes: Sequence[Scene], found: Sequence[Scene], sources: np.ndarray, pictures: np.ndarray) -> dict[str, float | None]:
+def measure(scenes: Sequence[Scene], found: Sequence[Scene], sources: np.ndarray,
+            pictures: np.ndarray) -> dict[str, float | None]:
     """The figures of reconstructions that were parsed as `found`.
 
     f1                   objects with colour, shape and size right and the centre within 6 px (micro F1 over all scenes)
@@ -71,6 +73,7 @@ def same_name(a: Thing, b: Thing) -> bool:
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Of two uint8 pictures, in dB. Equal ones get 58.9: the error of rounding to 8 bits, 1/12, is the least there is."""
+    """PSNR of two uint8 pictures, in dB. Equal ones get 58.9: the error of rounding to 8 bits, 1/12, is the least
+    possible."""
     error = np.square(a.astype(np.float32) - b).mean()
     return float(10 * np.log10(255 ** 2 / max(error, 1 / 12)))

@@ -1,8 +1,8 @@
 """The trained miniature, loaded to be measured: pictures to embeddings, embeddings and texts to pictures.
 
-Everything works in batches of 32, in what the device computes fast; on a CPU every core paints batches of its own, which at
-this width is faster than all cores on one. The noise of a picture is a pure function of (split, seed, scene), so two decoders
-of one scene start from the same noise.
+Everything works in batches of 32, in what the device computes fast. On a CPU every core paints its own batches, which
+at this width is faster than all cores on one batch. The noise of a picture is a pure function of (split, seed, scene),
+so two decoders of one scene start from the same noise.
 """
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ _FLUX = ("diffusion_models/miniature_flux", "base")
 _TEXT = ("text_encoders/miniature_t5", "base")
 _CLIP = ("clip_vision/miniature_clip", "clip")
 _EDITOR = ("edit_decoders/miniature_editor", "editor")
-# adapter -> (its file, its own DINOv2 tower, the command that makes both). The ablations lie apart, where no node lists them.
+# adapter -> (its file, its own DINOv2 tower, the command that makes both). The ablations lie apart, where no node lists
+# them.
 ADAPTERS = {
     "tree128": ("semantic_adapters/miniature_tree128", "clip_vision/miniature_dinov2", "adapter"),
     "tree64_unmasked": ("ablations/semantic_adapters/miniature_tree64_unmasked",
@@ -81,8 +82,8 @@ class Encoder:
 
 
 class Attention(RegionAttention):
-    """Flux's attention for painting: without gradients the fused kernel with a mask is the fastest at these lengths (on a
-    CPU 15% of the whole forward)."""
+    """Flux's attention for painting. Without gradients the fused kernel with a mask is the fastest at these lengths (on
+    a CPU 15% of the whole forward)."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.regions is None:
@@ -103,7 +104,8 @@ def noise_of(split: str, indices: Sequence[int], seed: int, shape: tuple[int, in
 
 
 def _read(assets: Path, file: tuple[str, str], load: Callable):
-    """load(path) of one of the files; ValueError in one sentence, with the command, where it is missing or does not fit."""
+    """load(path) of one of the files. ValueError in one sentence, with the command, where the file is missing or does
+    not fit."""
     path, command = assets / f"{file[0]}.safetensors", f"`sda miniature {file[1]}`"
     remedy = f"get the repository's file back or train it with {command}."
     if not path.is_file():
@@ -111,14 +113,14 @@ def _read(assets: Path, file: tuple[str, str], load: Callable):
     try:
         return load(path)
     except ValueError as error:
-        reason = str(error).split(": ")[0].rstrip(".")  # its own remedy is for files that are shared one by one
+        reason = str(error).split(": ")[0].rstrip(".")  # its remedy is for files that are shared singly
         raise ValueError(f"{reason if str(path) in reason else f'{path}: {reason}'}: {remedy}") from error
     except (RuntimeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} does not fit this version of the pack: {remedy}") from error
 
 
 class Miniature:
-    """Every network of the miniature, frozen, with those `adapters` that are named. `progress(pictures)` is called as
+    """Every network of the miniature, frozen, with the adapters in `adapters`. `progress(pictures)` is called as
     pictures are painted."""
 
     def __init__(self, assets: Path, device: torch.device, progress: Callable[[int], object] = lambda pictures: None,
@@ -164,7 +166,8 @@ class Miniature:
 
     @torch.no_grad()
     def edit(self, source: SemanticEmbedding, instructions: Sequence[str], mode: str) -> SemanticEmbedding:
-        """The edit decoder's embeddings of the instructions, one for each source; mode as EditDecoder.generate takes it."""
+        """The edit decoder's embeddings of the instructions, one for each source. mode: as EditDecoder.generate takes
+        it."""
         tokens = []
         for first in range(0, len(instructions), BATCH):
             words, _ = encode(self.text, token_ids(list(instructions[first:first + BATCH]), self.device))
@@ -173,14 +176,15 @@ class Miniature:
         return from_hierarchy(torch.cat(tokens), source.hierarchy())
 
     def paint(self, embedding: SemanticEmbedding, variant: str, noise: Tensor) -> np.ndarray:
-        """Pictures [N, 128, 128, 3] uint8 that Flux paints from embeddings of a variant, under its visibility if masked."""
+        """Pictures [N, 128, 128, 3] uint8 that Flux paints from embeddings of a variant, under its visibility if
+        masked."""
         masked = self.encoders[VARIANTS[variant].adapter].masked
         return self.paint_regions(embedding if masked else None, [embedding.tokens], [1.0], noise)
 
     def paint_regions(self, layout: SemanticEmbedding | None, tokens: Sequence[Tensor], weights: list[float],
                       noise: Tensor) -> np.ndarray:
-        """Pictures [N, 128, 128, 3] uint8 along the sum of weights x velocities of token sequences [N, L, D], whose first
-        tokens are those of `layout` and are seen as it says. None: every patch sees every token."""
+        """Pictures [N, 128, 128, 3] uint8 along the sum of weights x velocities of token sequences [N, L, D], whose
+        first tokens are those of `layout` and are seen as it says. None: every patch sees every token."""
         def contexts(rows: slice):
             parts = [part[rows].to(self.device) for part in tokens]
             return [(part, part.new_zeros(len(part), self.flux.config.pooled_projection_dim)) for part in parts]
@@ -188,9 +192,10 @@ class Miniature:
         self.attention.regions = None if layout is None else self._visibility(layout, tokens[0].shape[1])
         return self._paint(contexts, weights, noise)
 
-    def paint_text(self, prompts: Sequence[str], noise: Tensor, latents: Tensor | None = None, start: float = 1.0) -> np.ndarray:
-        """Pictures [N, 128, 128, 3] uint8 of prompts at guidance 2.5. With latents [N, C, h, w]: SDEdit (arXiv 2108.01073),
-        which begins at time `start` from the latents with that much noise."""
+    def paint_text(self, prompts: Sequence[str], noise: Tensor, latents: Tensor | None = None,
+                   start: float = 1.0) -> np.ndarray:
+        """Pictures [N, 128, 128, 3] uint8 of prompts at guidance 2.5. With latents [N, C, h, w]: SDEdit (arXiv
+        2108.01073), which begins at time `start` from the latents with that much noise."""
         def contexts(rows: slice):
             words = list(prompts[rows])
             return [encode(self.text, token_ids(texts, self.device)) for texts in (words, [""] * len(words))]
@@ -201,7 +206,7 @@ class Miniature:
 
     @torch.no_grad()
     def latents(self, pictures: Sequence[np.ndarray]) -> Tensor:
-        """[N, C, h, w] float32 on the CPU: what the autoencoder makes of pictures."""
+        """[N, C, h, w] float32 on the CPU: the autoencoder's latents of pictures."""
         means = []
         for first in range(0, len(pictures), BATCH):
             x = to_tensor(list(pictures[first:first + BATCH])).to(self.device, memory_format=torch.channels_last)

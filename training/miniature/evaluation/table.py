@@ -37,11 +37,12 @@ def rows(head: list[str], lines: list[list[str]]) -> list[str]:
 
 
 def page(results: dict, asides: dict, scenes: int, seed: int, command: str, precision: str, minutes: float) -> str:
-    """results: what `--json` prints. asides: figures beside them, {"chance", "same_ground", "widened", "sdedit_start",
+    """results: what `--json` prints. asides: further figures, {"chance", "same_ground", "widened", "sdedit_start",
     "edits", "locality_pairs", "blend_pairs"} (see evaluate.run), and "left_out" where ablations are absent."""
     reconstruction = [[name, *(number(values[key]) for key in COLUMNS)]
                       for name, values in (results["reconstruction"] | {"(chance)": asides["chance"]}).items()]
-    editing = [[name, *(f"{number(values[op]['success'])} / {number(values[op]['preservation'])}" for op in (*OPERATIONS, "all"))]
+    editing = [[name, *(f"{number(values[op]['success'])} / {number(values[op]['preservation'])}"
+                        for op in (*OPERATIONS, "all"))]
                for name, values in results["editing"].items()]
     operations = [f"{op} ({asides['edits'][op]})" for op in (*OPERATIONS, "all")]
     text, local, same, wide = results["text"], results["locality"], asides["same_ground"], asides["widened"]
@@ -50,18 +51,20 @@ def page(results: dict, asides: dict, scenes: int, seed: int, command: str, prec
         "",
         f"{machine()}, {precision}; {date.today()}; `{command}`, {minutes:.1f} minutes",
         "",
-        f"{scenes} scenes of the test split (seed {seed}), never trained on; 20 Euler steps, a fresh noise seed per scene, the same "
-        "for all that is painted of it. What each figure means stands in the docstrings of `training/miniature/evaluation/`.",
+        f"{scenes} scenes of the test split (seed {seed}), never trained on; 20 Euler steps, a fresh noise seed per "
+        "scene, the same for all that is painted of it. What each figure means stands in the docstrings of "
+        "`training/miniature/evaluation/`.",
         "",
         "## Text to image",
         "",
-        f"Captions with place words, guidance {GUIDANCE}: F1 (colour, place) {number(text['f1_colour_place'])}, with the shape "
-        f"{number(text['f1_shape'])}.",
+        f"Captions with place words, guidance {GUIDANCE}: F1 (colour, place) {number(text['f1_colour_place'])}, with "
+        f"the shape {number(text['f1_shape'])}.",
         "",
         "## Reconstruction",
         "",
-        "`vae` is the ceiling, `caption` the exact caption (coordinates) as a prompt, `tree64_unmasked` and `global64` are the "
-        "ablations, `shuffled` is the embedding of another scene, *chance* the true picture of another scene.",
+        "`vae` is the ceiling, `caption` the exact caption (coordinates) as a prompt, `tree64_unmasked` and "
+        "`global64` are the ablations, `shuffled` is the embedding of another scene, *chance* the true picture of "
+        "another scene.",
         "",
         *rows(["", *COLUMNS.values()], reconstruction),
         "",
@@ -69,36 +72,39 @@ def page(results: dict, asides: dict, scenes: int, seed: int, command: str, prec
           for name, command in asides.get("left_out", {}).items()),
         "## Locality",
         "",
-        f"Share of changed pixels that lie in the swapped quadrant, {asides['locality_pairs']} pairs of scenes; chance is 0.25.",
+        f"Share of changed pixels that lie in the swapped quadrant, {asides['locality_pairs']} pairs of scenes; "
+        "chance is 0.25.",
         "",
         *rows(["", "share", "where grounds are alike", f"in it or within {WIDER} px"],
               [[name, number(local[name]), number(same[name]), number(wide[name])] for name in local]),
         "",
         "## Editing",
         "",
-        f"Success / preservation, by operation (number of edits). `oracle`: the embedding of the true edited picture; `copy`: the "
-        f"unedited embedding; `sdedit`: prompted with the edited scene's exact caption, from time {asides['sdedit_start']} "
-        "(chosen on validation scenes).",
+        "Success / preservation, by operation (number of edits). `oracle`: the embedding of the true edited picture; "
+        "`copy`: the unedited embedding; `sdedit`: prompted with the edited scene's exact caption, from time "
+        f"{asides['sdedit_start']} (chosen on validation scenes).",
         "",
         *rows(["", *operations], editing),
         "",
         "## Blend",
         "",
-        f"Evenness of the way from A to B over 9 amounts, {asides['blend_pairs']} pairs: {number(results['blend']['evenness'])}.",
+        f"Evenness of the way from A to B over 9 amounts, {asides['blend_pairs']} pairs: "
+        f"{number(results['blend']['evenness'])}.",
         "",
     ])
 
 
 def kit_page(results: dict, asides: dict, scenes: int, seed: int, command: str, precision: str, minutes: float) -> str:
-    """results: what `eval kit --json` prints. asides: figures beside them, by part and name."""
-    beside = {part: ", ".join(f"{name} {number(value)}" for name, value in values.items()) for part, values in asides.items()}
+    """results: what `eval kit --json` prints. asides: further figures, by part and name."""
+    beside = {part: ", ".join(f"{name} {number(value)}" for name, value in values.items())
+              for part, values in asides.items()}
     return "\n".join([
         "# The artist's kit, on the miniature",
         "",
         f"{machine()}, {precision}; {date.today()}; `{command}`, {minutes:.1f} minutes",
         "",
-        f"{scenes} scenes of the test split (seed {seed}), never trained on; 20 Euler steps. What each figure means stands in the "
-        "docstring of `training/miniature/evaluation/kit.py`.",
+        f"{scenes} scenes of the test split (seed {seed}), never trained on; 20 Euler steps. What each figure means "
+        f"stands in the docstring of `training/miniature/evaluation/kit.py`.",
         "",
         *rows(["", "figure", "", "beside it"], [[part, name, number(value), beside.get(part, "")]
                                                 for part, values in results.items() for name, value in values.items()]),
