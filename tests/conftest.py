@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -29,6 +30,13 @@ SHIPPED = (
     "semantic_adapters/miniature_tree128",
     "edit_decoders/miniature_editor",
 )
+
+
+def pytest_configure() -> None:
+    # Tests send signals to what they start. nohup leaves a closed terminal ignored, which children would inherit; with a
+    # handler this process still outlives the terminal, and its children begin as any program does.
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda number, frame: None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -27,9 +27,8 @@ def test_that_takes_its_time():
 
 
 def ignore_ctrl_c() -> None:
-    """As a shell does for what it starts in the background; a closed terminal is heard, also where these tests run under nohup."""
+    """As a shell does for what it starts in the background."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows knows no such signals")

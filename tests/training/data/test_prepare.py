@@ -122,6 +122,7 @@ class Stuck:
         self.path, self.data = path, path.read_bytes()
         path.unlink()
         os.mkfifo(path)  # whoever opens it waits
+        self.others = {process.pid for process in psutil.Process().children(recursive=True)}  # of tests before this one
 
     def reader(self) -> psutil.Process:
         seen, steady = None, 0
@@ -129,7 +130,8 @@ class Stuck:
             time.sleep(0.05)
             try:
                 now = [(p.pid, p.status(), p.cpu_times()[:2]) for p in psutil.Process().children(recursive=True)
-                       if "spawn_main" in " ".join(p.cmdline()) and p.status() != psutil.STATUS_ZOMBIE]
+                       if p.pid not in self.others and "spawn_main" in " ".join(p.cmdline())
+                       and p.status() != psutil.STATUS_ZOMBIE]
             except psutil.Error:  # one that has just ended
                 now = []
             waits = len(now) == 1 and now[0][1] != psutil.STATUS_RUNNING and sum(now[0][2]) > 0.1
