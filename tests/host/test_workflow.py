@@ -138,4 +138,5 @@ def test_progress_is_told_while_sampling_and_editing(client: Client, template: d
     seen = {}
     client.run(prompt, lambda node, step, steps: seen.setdefault(prompt[node]["class_type"], []).append((step, steps)))
     assert (20, 20) in seen["KSampler"]
-    assert len(seen["SDAEditEmbedding"]) > 10
+    tokens = seen["SDAEditEmbedding"]  # newer cores tell no more than ten of them a second
+    assert len(tokens) > 2 and tokens == sorted(tokens) and tokens[-1] == (128, 128)
