@@ -210,13 +210,17 @@ def test_a_task_that_always_kills_its_worker_is_given_up(stuck_list, tmp_path):
     beside(kill_all, fails)
 
 
+def command(table: Path, out: Path) -> list[str]:
+    """`sda prepare` with one worker, as a process of its own."""
+    module = "semantic_diffusion_adapter.training.cli"
+    return [sys.executable, "-m", module, "prepare", "--source", str(table), "--out", str(out), "--resolutions", "256",
+            "--workers", "1"]
+
+
 def test_workers_die_with_their_parent(stuck_list, tmp_path):
     table, late = stuck_list
     stuck = Stuck(late)
-    line = [sys.executable, "-m", "semantic_diffusion_adapter.training.cli", "prepare", "--source", str(table),
-            "--out", str(tmp_path / "set"),
-            "--resolutions", "256", "--workers", "1"]
-    parent = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    parent = subprocess.Popen(command(table, tmp_path / "set"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     worker = stuck.reader()
     parent.kill()
     assert psutil.wait_procs([worker], 20)[0] == [worker]
@@ -226,10 +230,8 @@ def test_workers_die_with_their_parent(stuck_list, tmp_path):
 def test_ctrl_c_of_a_terminal_ends_in_a_sentence(stuck_list, tmp_path):
     table, late = stuck_list
     stuck = Stuck(late)
-    line = [sys.executable, "-m", "semantic_diffusion_adapter.training.cli", "prepare", "--source", str(table),
-            "--out", str(tmp_path / "set"),
-            "--resolutions", "256", "--workers", "1"]
-    parent = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    parent = subprocess.Popen(command(table, tmp_path / "set"), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              text=True, start_new_session=True)
     worker = stuck.reader()
     os.killpg(parent.pid, signal.SIGINT)  # to every process, as a terminal does
     out, err = parent.communicate(timeout=60)
