@@ -119,18 +119,6 @@ def _read_files(fs, root: str, chunk: dict, wanted: set[int] | None) -> Iterator
         yield found
 
 
-def _read_paths(fs, root: str, chunk: dict, wanted: set[int] | None) -> Iterator[Found]:
-    for place, (name, words) in enumerate(chunk["items"]):
-        if wanted is not None and place not in wanted:
-            continue
-        found = Found(name or f"{chunk['table']}, a row without a path", texts={"caption": words})
-        if name:
-            _fetch_named(fs, posixpath.join(root, posixpath.dirname(chunk["table"])), name, found)
-        else:
-            found.trouble = "unreadable", "no path"
-        yield found
-
-
 def _read_tar(fs, root: str, chunk: dict, wanted: set[int] | None) -> Iterator[Found]:
     file = chunk["file"]
     with fs.open(posixpath.join(root, file), "rb") as stream, tempfile.TemporaryFile() as unpacked:
@@ -214,16 +202,29 @@ def _tar_caption(tar: tarfile.TarFile, by_name: dict[str, list[tarfile.TarInfo]]
 def _read_rows(fs, root: str, chunk: dict, wanted: set[int] | None) -> Iterator[Found]:
     folder = posixpath.dirname(posixpath.join(root, chunk["file"]))
     with fs.open(posixpath.join(root, chunk["file"]), "rb") as stream:
-        file, place, number = pq.ParquetFile(stream), -1, -1
-        columns = [*chunk["members"].values(), *chunk["texts"].values()]
-        for batch in file.iter_batches(batch_size=16, row_groups=[chunk["group"]], columns=columns):
+        place = -1
+        for number, batch in _batches(pq.ParquetFile(stream), chunk):
             for row in range(batch.num_rows):
-                number += 1
-                origin = f"{chunk['file']}, row {number} of group {chunk['group']}"
+                origin = f"{chunk['file']}, row {number + row} of group {chunk['group']}"
                 for members in _pictures(batch, row, chunk["members"]):
                     place += 1
                     if wanted is None or place in wanted:
                         yield _row(fs, folder, batch, row, chunk, members, origin)
+
+
+def _batches(file: pq.ParquetFile, chunk: dict) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """(number in the row group of its first row, a batch) of the chunk's rows."""
+    first, start = chunk.get("first", 0), 0
+    size = chunk["rows"] if "first" in chunk else 16  # Names are small, pictures are not.
+    columns = [*chunk["members"].values(), *chunk["texts"].values()]
+    for batch in file.iter_batches(batch_size=size, row_groups=[chunk["group"]], columns=columns):
+        skipped = max(0, first - start)
+        inside = batch.slice(skipped, max(0, first + chunk["rows"] - max(first, start)))
+        if inside.num_rows:
+            yield start + skipped, inside
+        start += batch.num_rows
+        if start >= first + chunk["rows"]:
+            return
 
 
 def _pictures(batch: pa.RecordBatch, row: int, columns: dict[str, str]) -> Iterator[dict]:
@@ -236,7 +237,8 @@ def _pictures(batch: pa.RecordBatch, row: int, columns: dict[str, str]) -> Itera
 
 
 def _row(fs, folder: str, batch: pa.RecordBatch, row: int, chunk: dict, members: dict, origin: str) -> Found:
-    found = Found(origin)
+    name = members[""]
+    found = Found(name if name and isinstance(name, str) else origin)
     for member, value in members.items():
         if not isinstance(value, dict):
             value = {"bytes" if isinstance(value, bytes) else "path": value}
@@ -254,4 +256,4 @@ def _row(fs, folder: str, batch: pa.RecordBatch, row: int, chunk: dict, members:
     return found
 
 
-_READERS = {"files": _read_files, "paths": _read_paths, "tar": _read_tar, "rows": _read_rows, "lost": _read_lost}
+_READERS = {"files": _read_files, "tar": _read_tar, "rows": _read_rows, "lost": _read_lost}

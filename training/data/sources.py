@@ -27,6 +27,9 @@ __all__ = ["count_of", "files_of", "listing", "read", "row_chunks", "stamp", "we
 TAR = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 ROWS = 64
 """Loose picture files per chunk."""
+NAMED = 512
+"""Rows per chunk of a table that names its pictures. Its row groups are large, and each chunk reads the names of its
+group up to its own."""
 PICTURE_COLUMNS = ("image", "picture", "img", "jpg", "jpeg", "png", "webp")
 PATH_COLUMNS = ("path", "image_path", "file_path", "file_name", "filename", "image")
 
@@ -166,10 +169,7 @@ def _picture_chunks(infos: dict[str, dict], place: dict, pictures: list[str], no
 
 def _table_chunks(fs, root: str, place: dict, name: str, mark: list, path_column: str,
                   caption_column: str) -> list[dict]:
-    """Chunks of a table: its row groups where it holds the pictures. Where it holds paths, the chunks carry them: their
-    order is that of the sorted paths, which decides the bytes of the shards, and no part of a table tells its share of
-    it. Ranges of rows in the table's order would change existing sets; ranges of the sorted one would have every worker
-    read and sort the whole table."""
+    """Chunks of a table: its row groups where it holds the pictures, runs of rows where it names them."""
     with fs.open(posixpath.join(root, name), "rb") as stream:
         file = pq.ParquetFile(stream)
         fields = {field.name: field.type for field in file.schema_arrow}
@@ -178,20 +178,15 @@ def _table_chunks(fs, root: str, place: dict, name: str, mark: list, path_column
         caption = None
         if caption_column or any(_named(fields, n) for n in captions.COLUMNS):
             caption = _column(place["url"], name, fields, caption_column, captions.COLUMNS, "--caption-column")
-        if _holds_pictures(fields[column]):
-            return row_chunks(file, place, name, mark, {"": column}, {"caption": caption} if caption else {})
-        table = file.read(columns=[c for c in (column, caption) if c])
-    paths = [str(path or "") for path in table.column(column).to_pylist()]
-    words = [""] * len(paths)
-    if caption:
-        words = [captions.caption_of(value) for value in table.column(caption).to_pylist()]
-    rows = sorted(zip(paths, words))
-    base = place | {"kind": "paths", "table": name, "stamp": mark}
-    return [base | {"items": rows[i:i + ROWS]} for i in range(0, len(rows), ROWS)]
+        chunks = row_chunks(file, place, name, mark, {"": column}, {"caption": caption} if caption else {})
+    if _holds_pictures(fields[column]):
+        return chunks
+    return [chunk | {"first": first, "rows": min(NAMED, chunk["rows"] - first)}
+            for chunk in chunks for first in range(0, chunk["rows"], NAMED)]
 
 
 def row_chunks(file: pq.ParquetFile, place: dict, name: str, mark: list, members: dict, texts: dict) -> list[dict]:
-    """A chunk for every row group of a parquet file that holds the pictures itself. members, texts: {ours: column}."""
+    """A chunk for every row group of a parquet file. members, texts: {ours: column}."""
     base = place | {"kind": "rows", "file": name, "stamp": mark, "members": members, "texts": texts}
     return [base | {"group": g, "rows": file.metadata.row_group(g).num_rows} for g in range(file.num_row_groups)]
 

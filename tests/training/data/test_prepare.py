@@ -296,6 +296,24 @@ def test_a_table_of_paths_and_a_table_of_pictures(photographs, tmp_path):
         prepared(tmp_path / "own.parquet", tmp_path / "x")
 
 
+def test_a_long_table_of_paths_is_read_in_runs_of_rows(tmp_path, monkeypatch):
+    """By its workers, so that what the driver holds of a table does not grow with its rows."""
+    monkeypatch.setattr(sources, "NAMED", 3)
+    for i in range(11):
+        (tmp_path / f"{i:02}.jpg").write_bytes(jpeg(256, 256, i))
+    names = [f"{i:02}.jpg" for i in range(10, -1, -1)]
+    pq.write_table(pa.table({"path": names, "text": [f"of {n}" for n in names]}), tmp_path / "list.parquet",
+                   row_group_size=7)
+    chunks, _ = sources.listing(str(tmp_path / "list.parquet"))
+    assert [(c["group"], c["first"], c["rows"]) for c in chunks] == [(0, 0, 3), (0, 3, 3), (0, 6, 1), (1, 0, 3), (1, 3, 1)]
+    assert not any(name in str(chunks) for name in names)
+    found = [f for c in chunks for f in sources.read(c)]
+    assert [f.origin for f in found] == names and [f.texts["caption"] for f in found] == [f"of {n}" for n in names]
+    assert [f.origin for f in sources.read(chunks[1], {0, 2})] == [names[3], names[5]]
+    index = prepared(tmp_path / "list.parquet", tmp_path / "set")
+    assert [row["origin"] for row in index] == names and index.read_member(4) == (tmp_path / names[4]).read_bytes()
+
+
 def test_a_source_that_grew_or_a_lost_shard_is_made_good(tmp_path):
     source, out = tmp_path / "in", tmp_path / "set"
     source.mkdir()
