@@ -157,7 +157,9 @@ def main() -> int:
     arguments = parser.parse_args(sys.argv[1:2] if command in ("test", "eval", "bench") else None)
     say(f"Semantic Diffusion Adapter: {command}")
     if command == "test":
-        return inside("pytest", ["-c", str(ROOT / "pyproject.toml"), *rest], ("pytest", "hypothesis", "diffusers"))
+        # In two processes, for much of the time is waiting: for a browser, a server, a process that starts.
+        return inside("pytest", ["-c", str(ROOT / "pyproject.toml"), "-n", "2", "--dist", "loadgroup", *rest],
+                      ("pytest", "xdist", "hypothesis", "diffusers"))
     if command == "eval":
         return inside(f"{PACKAGE}.training.miniature.evaluate", rest, ("diffusers", "scipy", "tensorboard", "tqdm"))
     if command == "bench":

@@ -39,7 +39,11 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGHUP, lambda number, frame: None)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:  # of two processes one has the ComfyUI, and a file's fixtures are made in one of them
+            group = "comfyui" if "server" in item.fixturenames else str(item.path)
+            item.add_marker(pytest.mark.xdist_group(group))
     if not any(item.get_closest_marker("gpu") for item in items):
         return
     import torch
