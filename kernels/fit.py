@@ -29,7 +29,8 @@ ORDERS = ("coarse first", "all levels")
 _BETAS, _EPSILON = (0.9, 0.99), 1e-8
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _GROWN = 0.4  # share of the steps after which all levels learn
-_RECENT = 0.2  # share of the steps so far that the average reaches back over
+_SETTLING = 50  # steps after which the rate begins to fall, with the root of their number
+_RECENT = 0.1  # share of the steps so far that the average reaches back over
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class FitSettings:
 
 
 class Fit:
-    """One fit of a batch of pictures, step by step. Every picture has tokens and noise of its own.
+    """One fit of a batch of pictures, step by step. Every picture has tokens of its own.
 
     start: the embedding [B, T, D] to begin with; its boxes, levels and strengths stay.
     space: where the text encoder's outputs lie; the tokens never leave it (`TextSpace.hold`).
@@ -121,6 +122,7 @@ class Fit:
         self.count += 1
         self.losses.append(loss)
         learning = self._learning()
+        rate = self.settings.rate / math.sqrt(1 + self.count / _SETTLING)
         for place, gradient in enumerate(gradients):
             gradient = gradient.float()
             first, second = self._moments[place]
@@ -129,10 +131,10 @@ class Fit:
             size = second / (1 - _BETAS[1] ** self.count)
             move = first / (1 - _BETAS[0] ** self.count) / (size.sqrt() + _EPSILON)
             if place == 0:
-                moved = self._values[0] - self.settings.rate * move * learning[:, None]
+                moved = self._values[0] - rate * move * learning[:, None]
                 self._values[0] = self.space.hold(moved, self._longest)
             else:
-                self._values[1] = self._values[1] - self.settings.rate * self._scale * move
+                self._values[1] = self._values[1] - rate * self._scale * move
             share = max(1 / self.count, 1 / (1 + _RECENT * self.count))
             self._averages[place] = self._averages[place].lerp(self._values[place], share)
         return loss
@@ -154,20 +156,22 @@ class Fit:
         return (found.float() - (noise - latents)).square().mean()
 
     def draw(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """(noise like the latents, times [B] in (0, 1)) of the current step: a pure function of seed, step and picture.
+        """(noise like the latents, times [B] in (0, 1)) of the current step: a pure function of seed and step.
 
-        The times walk through (0, 1) by the golden ratio, which covers it evenly at any number of steps. Noise comes in
-        pairs of opposite sign.
+        All pictures get the same, so that a picture's fit does not depend on what is fitted beside it. The times walk
+        through (0, 1) by the golden ratio, which covers it evenly at any number of steps. Noise comes in pairs of
+        opposite sign.
         """
         pair, second = divmod(self.count, 2)
         generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + pair)
-        noise = torch.randn(latents.shape, generator=generator) * (-1 if second else 1)
-        offsets = torch.rand(len(latents), generator=torch.Generator().manual_seed(self.settings.seed))
-        u = (offsets + self.count * _GOLDEN) % 1
+        noise = torch.randn(latents.shape[1:], generator=generator) * (-1 if second else 1)
+        offset = float(torch.rand((), generator=torch.Generator().manual_seed(self.settings.seed)))
+        u = (offset + self.count * _GOLDEN) % 1
         if second:
             factor = math.exp(self.settings.shift)
             u = factor * u / (1 + (factor - 1) * u)
-        return noise.to(latents), u.clamp(0.005, 0.995).to(latents)
+        t = latents.new_full((len(latents),), min(max(u, 0.005), 0.995))
+        return noise.to(latents).expand_as(latents), t
 
     def _learning(self) -> Tensor:
         """[T] 1 for the tokens that learn now, 0 for those of levels whose turn has not come."""

@@ -2,9 +2,11 @@
 
     python3 run.py eval [--scenes N] [--seed S] [--json] [--dump DIR]
     python3 run.py eval kit [--scenes N] [--seed S] [--json]
+    python3 run.py eval inversion [--scenes N] [--seed S] [--json]
 
-The parts are reconstruction, locality, editing and blend, or the artist's kit, as the modules of `evaluation/` define
-them. A run over 256 scenes replaces benchmarks/miniature.md. A run of the kit over 64 replaces benchmarks/kit.md.
+The parts are reconstruction, locality, editing and blend, or the artist's kit, or embeddings fitted without an encoder,
+as the modules of `evaluation/` define them. A run over 256 scenes replaces benchmarks/miniature.md, one of the kit over
+64 benchmarks/kit.md, one of the inversion over 32 benchmarks/inversion.md.
 """
 from __future__ import annotations
 
@@ -22,9 +24,9 @@ from tqdm import tqdm
 from ...kernels.precision import resolve
 from ..engine import pick_device
 from .captions import OPERATIONS
-from .evaluation import blend, editing, kit, locality, reconstruction, table
+from .evaluation import blend, editing, inversion, kit, locality, reconstruction, table
 from .evaluation.system import ADAPTERS, ASSETS, VARIANTS, Miniature, left_out
-from .scenes import render
+from .scenes import render, scene
 
 
 def painted_in_all(count: int, absent: Sequence[str] = ()) -> int:
@@ -75,6 +77,14 @@ def run_kit(system: Miniature, count: int, seed: int) -> tuple[dict, dict, dict]
     return *kit.run(system, changes, sources, system.noise("test", range(count), seed), seed), {}
 
 
+def run_inversion(system: Miniature, count: int, seed: int) -> tuple[dict, dict, dict]:
+    """The figures of embeddings fitted to the first `count` test scenes, and those beside them; no pictures are
+    kept."""
+    scenes = [scene("test", index, seed) for index in range(count)]
+    sources = np.stack([render(each) for each in scenes])
+    return *inversion.run(system, scenes, sources, system.noise("test", range(count), seed), seed), {}
+
+
 @dataclass(frozen=True)
 class Part:
     """One part of the evaluation: its number of scenes by default (`fewer` on a CPU that computes float32 fastest, so
@@ -92,7 +102,9 @@ class Part:
 
 PARTS = {"system": Part(256, 64, ADAPTERS, painted_in_all, run, table.page, table.PAGE),
          "kit": Part(64, 64, ("tree128",), lambda count, absent: kit.PAINTED * count, run_kit, table.kit_page,
-                     table.KIT_PAGE)}
+                     table.KIT_PAGE),
+         "inversion": Part(32, 32, ("tree128",), lambda count, absent: inversion.painted(count), run_inversion,
+                           table.inversion_page, table.INVERSION_PAGE)}
 
 
 def rounded(value):
@@ -124,7 +136,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("part", nargs="?", choices=list(PARTS), default="system",
                         help="what is measured (default: system)")
     parser.add_argument("--scenes", type=int,
-                        help="test scenes, at least 2 (default: 256, or 64 on a CPU without bf16; for kit 64)")
+                        help="test scenes, at least 2 (default: 256, or 64 on a CPU without bf16; for kit 64; for "
+                             "inversion 32)")
     parser.add_argument("--seed", type=int, default=0, help="another seed makes fresh scenes and noise (default: 0)")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--dump", type=Path, help="folder for every source, reconstruction and edit")
@@ -136,8 +149,8 @@ def main(argv: list[str] | None = None) -> int:
     options.scenes = options.scenes or (part.fewer if slow else part.scenes)
     if options.scenes < 2 or options.seed < 0:
         parser.error("--scenes is at least 2 and --seed at least 0.")
-    if options.dump and options.part == "kit":
-        parser.error("--dump keeps the pictures of the system, not of the kit; leave one of the two out.")
+    if options.dump and options.part != "system":
+        parser.error(f"--dump keeps the pictures of the system, not of {options.part}; leave one of the two out.")
     try:
         if options.dump:
             options.dump.mkdir(parents=True, exist_ok=True)  # this fails before the work, not after it

@@ -17,6 +17,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ....kernels.algebra import blend
+from ....kernels.embedding import SemanticEmbedding
 from ..scenes import Scene, Thing
 from ..score import distance
 from .reconstruction import others, parse_all
@@ -57,12 +58,17 @@ def evenness(a: Scene, b: Scene, path: Sequence[Scene]) -> float:
 
 
 def blend_evenness(system: Miniature, scenes: Sequence[Scene], sources: np.ndarray, noise: Tensor) -> float:
-    """Mean evenness over the pairs."""
+    """Mean evenness over the pairs, embedded by the adapter."""
+    return evenness_of(system, scenes, system.embed(sources[:pairs(len(scenes)) + 1], "tree128"), noise)
+
+
+def evenness_of(system: Miniature, scenes: Sequence[Scene], own: SemanticEmbedding, noise: Tensor) -> float:
+    """Mean evenness over the pairs. own: the embeddings of the scenes; one beyond the pairs is enough."""
     count = pairs(len(scenes))
-    own = system.embed(sources[:count], "tree128")
-    other = system.embed(others(sources)[:count], "tree128")
-    tokens = torch.stack([blend(own, other, amount, "slerp").tokens for amount in AMOUNTS], 1)  # [pairs, 9, T, D]
+    first = replace(own, tokens=own.tokens[:count])
+    then = replace(own, tokens=own.tokens.roll(-1, 0)[:count])
+    tokens = torch.stack([blend(first, then, amount, "slerp").tokens for amount in AMOUNTS], 1)  # [pairs, 9, T, D]
     same_noise = noise[:count].repeat_interleave(len(AMOUNTS), 0)
-    found = parse_all(system.paint(replace(own, tokens=tokens.flatten(0, 1)), "tree128", same_noise))
+    found = parse_all(system.paint_regions(own, [tokens.flatten(0, 1)], [1.0], same_noise))
     paths = [found[k:k + len(AMOUNTS)] for k in range(0, len(found), len(AMOUNTS))]
     return float(np.mean([evenness(a, b, path) for a, b, path in zip(scenes, others(scenes), paths)]))

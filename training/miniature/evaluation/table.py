@@ -14,6 +14,7 @@ from .system import GUIDANCE
 
 PAGE = Path(__file__).resolve().parents[3] / "benchmarks" / "miniature.md"
 KIT_PAGE = PAGE.with_name("kit.md")
+INVERSION_PAGE = PAGE.with_name("inversion.md")
 COLUMNS = {"f1": "F1", "f1_colour_position": "F1 (colour, position)", "position_px": "position error, px",
            "background": "ground", "psnr": "PSNR, dB"}
 
@@ -108,5 +109,63 @@ def kit_page(results: dict, asides: dict, scenes: int, seed: int, command: str, 
         "",
         *rows(["", "figure", "", "beside it"], [[part, name, number(value), beside.get(part, "")]
                                                 for part, values in results.items() for name, value in values.items()]),
+        "",
+    ])
+
+
+def inversion_page(results: dict, asides: dict, scenes: int, seed: int, command: str, precision: str,
+                   minutes: float) -> str:
+    """results: what `eval inversion --json` prints. asides: those of inversion.run."""
+    def pair(values: dict) -> str:
+        return f"{number(values['success'])} / {number(values['preservation'])}"
+
+    def reached(by_start: dict) -> list[str]:
+        head = ["", *(f"{n} steps" for n in next(iter(by_start.values())))]
+        return rows(head, [[name, *(f"{number(v['f1'])} / {number(v['psnr'])}" for v in values.values())]
+                           for name, values in by_start.items()])
+
+    seconds = {name: next(v["seconds"] / int(n) for n, v in values.items() if n != "0")
+               for name, values in results["fit"].items()}
+    edited = results["edited"] | {"adapter, not refined": asides["edited_adapter"]}
+    return "\n".join([
+        "# Embeddings fitted without an encoder, on the miniature",
+        "",
+        f"{machine()}, {precision}; {date.today()}; `{command}`, {minutes:.1f} minutes",
+        "",
+        f"{scenes} scenes of the test split (seed {seed}). What each figure and each start means stands in the "
+        f"docstring of `training/miniature/evaluation/inversion.py`. A step of one picture took "
+        f"{number(sum(seconds.values()) / len(seconds))} s, with as many fits at once as there are cores.",
+        "",
+        "## How close",
+        "",
+        "Strict F1 / PSNR in dB, `tree64`.",
+        "",
+        *reached(results["fit"]),
+        "",
+        "The same with 64 tokens of the whole picture (`global64`).",
+        "",
+        *reached(asides["global64"]),
+        "",
+        "## How well it is edited",
+        "",
+        f"Success / preservation of {asides['edits']} edits by the shipped decoder in one pass, and of the "
+        f"{asides['twins']} among them in which another thing shares the subject's colour or shape.",
+        "",
+        *rows(["start", "all", "with a twin"],
+              [[name, pair(values), pair(values["twins"])] for name, values in edited.items()]),
+        "",
+        "## What else takes it",
+        "",
+        *rows(["", "compose, F1", "blend, evenness"],
+              [[name, number(v["compose"]), number(v["blend"])] for name, v in asides["joined"].items()]),
+        "",
+        "## Where it lies",
+        "",
+        f"In deviations of the text space (`TextSpace.distances`). Two fits of one picture, from the mean and from the "
+        f"statistics, lie {number(asides['two_starts_apart'])} deviations apart.",
+        "",
+        *rows(["", "mean", "deviation", "norm", "cosine"],
+              [[name, *(number(v[key]) for key in ("mean", "deviation", "norm", "cosine"))]
+               for name, v in asides["distances"].items()]),
         "",
     ])
