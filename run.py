@@ -10,6 +10,7 @@
     python3 run.py bench plan           what `sda plan` predicts and what this machine takes
     python3 run.py bench files          load ten thousand damaged and hostile files
     python3 run.py bench data           pictures a second that one core prepares and decodes
+    python3 run.py bench redux          pool a style model's tokens before its projection or after
 
 The first start makes .venv and .host beside this file; later ones reuse them. COMFYUI_PATH (and COMFYUI_PYTHON) name
 another ComfyUI to run in.

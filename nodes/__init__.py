@@ -16,7 +16,7 @@ from .miniature import LoadMiniature
 from .region import ComposeEmbeddings, PlaceEmbedding, RegionalPrompt
 from .see import PreviewEmbedding, VisiblePatches
 from .strength import EmbeddingStrength
-from .style import FromStyleModel
+from .style import EncodeRedux, FromStyleModel
 
 
 class SemanticDiffusionExtension(ComfyExtension):
@@ -36,6 +36,7 @@ class SemanticDiffusionExtension(ComfyExtension):
             ComposeEmbeddings,
             PlaceEmbedding,
             RegionalPrompt,
+            EncodeRedux,
             FromStyleModel,
             EmbeddingStrength,
             PreviewEmbedding,

@@ -27,6 +27,7 @@ IDS = {
     "SDARegionalPrompt",
     "SDAPlace",
     "SDACompose",
+    "SDAEncodeRedux",
     "SDAFromStyleModel",
     "SDAStrength",
     "SDAKeepOutsideMask",

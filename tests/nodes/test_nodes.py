@@ -51,6 +51,9 @@ FROZEN = {
     "SDARegionalPrompt": (["clip", "text", *BOX, "embedding", *INSTEAD], ["SDA_EMBEDDING"]),
     "SDAPlace": (["embedding", "other", *BOX, *INSTEAD], ["SDA_EMBEDDING"]),
     "SDACompose": (["embedding", "other", *BOX, *INSTEAD], ["SDA_EMBEDDING"]),
+    "SDAEncodeRedux": (
+        ["image", "style_model", "clip_vision", "preset", "whole", "quarters", "sixteenths"], ["SDA_EMBEDDING"],
+    ),
     "SDAFromStyleModel": (["style_model", "clip_vision_output", "preset"], ["SDA_EMBEDDING"]),
     "SDAStrength": (["embedding", "strength", "levels", "cells"], ["SDA_EMBEDDING"]),
     "SDAKeepOutsideMask": (["edited", "source", "mask", "feather"], ["SDA_EMBEDDING"]),
