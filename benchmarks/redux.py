@@ -1,6 +1,6 @@
 """Pooling a style model's tokens to cells before its projection or after it: which keeps to what the projection gives.
 
-    python3 run.py bench redux [--pictures 4] [--json]
+    python3 run.py bench redux [--pictures 2] [--json]
 
 Two projections of the shape of Redux (per-token linear, SiLU, linear) with random weights, since no fitted ones are at
 hand: the full widths of FLUX.1 Redux and a toy. Their input is what SigLIP's last layer norm could give: a part that all
@@ -29,8 +29,10 @@ WIDTHS = {"toy": (48, 144), "full": (1152, 4096)}
 """name: (what the tower gives, what Flux reads); the hidden layer has three times the second"""
 GRIDS = (27, 32)
 OWN = (0.1, 0.5, 0.9)  # the share of a patch's variance, beside what all share, that is its own
-PICTURES = 4
-WAYS = ("after", "after, bare mean", "before", "before, bare mean")
+PICTURES = 2
+WAYS = ("after", "before", "bare after", "bare before")
+COLUMNS = (("nearest", "after"), ("nearest", "before"), ("nearest", "not pooled"), ("direction", "after"),
+           ("direction", "before"), ("length", "before"), ("length", "bare after"), ("length", "bare before"))
 TREE = PRESETS["tree128"]
 
 
@@ -68,8 +70,8 @@ def measure(widths: tuple[int, int], side: int, own: float, pictures: int) -> di
     seen = features(pictures, side, widths[0], own)
     unpooled = project(seen)
     pooled = {
-        "after": pool_grid(unpooled, TREE).tokens, "after, bare mean": share @ unpooled,
-        "before": project(pool_grid(seen, TREE).tokens), "before, bare mean": project(share @ seen)}
+        "after": pool_grid(unpooled, TREE).tokens, "bare after": share @ unpooled,
+        "before": project(pool_grid(seen, TREE).tokens), "bare before": project(share @ seen)}
     units = F.normalize(unpooled, dim=-1)
     lengths, direction = share @ unpooled.norm(dim=-1, keepdim=True), F.normalize(share @ units, dim=-1)
     found = {}
@@ -79,7 +81,7 @@ def measure(widths: tuple[int, int], side: int, own: float, pictures: int) -> di
                       "direction": (unit * direction).sum(-1)}
     among = units @ units.mT
     among.diagonal(dim1=1, dim2=2).fill_(-1)
-    found["not pooled"] = {"length": torch.ones(1), "nearest": among.amax(-1)}
+    found["not pooled"] = {"nearest": among.amax(-1)}
     return {way: {name: value.mean().item() for name, value in measures.items()} for way, measures in found.items()}
 
 
@@ -92,27 +94,26 @@ def main(argv: list[str] | None = None) -> int:
     for name, widths in WIDTHS.items():
         for side in GRIDS:
             for own in OWN:
-                found = measure(widths, side, own, options.pictures)
-                results.append({"widths": name, "side": side, "own": own, **found})
-                for way, it in found.items():
-                    lines.append([f"{name}, {side} x {side}, {own}", way,
-                                  *(f"{it[key]:.3f}" if key in it else "-" for key in ("length", "nearest", "direction"))])
-                    print(*lines[-1], sep="  ", file=sys.stderr, flush=True)
+                it = measure(widths, side, own, options.pictures)
+                results.append({"widths": name, "side": side, "own": own, **it})
+                lines.append([f"{name}, {side} x {side}, {own}", *(f"{it[way][key]:.3f}" for key, way in COLUMNS)])
+                print(*lines[-1], sep="  ", file=sys.stderr, flush=True)
     page = "\n".join([
         "# A style model's tokens pooled before its projection or after it",
         "",
         f"{table.machine()}; {date.today()}; `python3 run.py bench redux --pictures {options.pictures}`",
         "",
-        "Random weights, made-up features: no fitted Redux was at hand, so this says what the two orders do to a "
+        "Random weights and made-up features: no fitted Redux was at hand, so this says what the two orders do to a "
         "projection of this kind, not how pictures look. *full* has the widths of FLUX.1 Redux (1152, 12288, 4096), *toy* "
         "(48, 432, 144). The last number of a case is the share of a patch's varying features that is its own and not "
-        "its neighbours'. Means over the 128 tokens of tree128.",
+        "its neighbours'. Means over the 128 tokens of tree128, each pooled to the mean length of the tokens under its "
+        "part. The nodes pool after; before, the projection would run on 128 tokens instead of 729 or 1024.",
         "",
-        "*length*: over the mean length of the tokens under the part. *nearest*: cosine to the nearest token of the same "
-        "picture that is not pooled; in the rows *not pooled*, to the nearest other one. *direction*: cosine to the mean "
-        "direction of the tokens under the part. *bare mean*: without restoring the tokens' mean length.",
+        "*nearest*: cosine to the nearest token of the same picture that is not pooled; *not pooled*: of those to one "
+        "another. *direction*: cosine to the mean direction of the tokens under the part. *length*: over their mean "
+        "length (*after* is 1 by its making); *bare*: the mean alone, its length not restored.",
         "",
-        *table.rows(["case", "pooled", "length", "nearest", "direction"], lines),
+        *table.rows(["case", *(f"{key}, {way}" for key, way in COLUMNS)], lines),
         "",
     ])
     print(page)

@@ -112,17 +112,23 @@ def test_an_upload_that_fails_is_told(desk: Desk, tmp_path: Path) -> None:
     assert desk.page.evaluate(CHOSEN) != "embeddings/large.safetensors"
 
 
-def test_the_blueprint_is_found_placed_and_runs(desk: Desk, miniature: Path) -> None:
+def place(desk: Desk, blueprint: str) -> None:
+    """As an artist does: double-click, search, choose."""
     page, search = desk.page, desk.page.locator(".comfy-vue-node-search-container, #results-list")  # the second since 1.4x
     for _ in range(3):  # two clicks are not always near enough in time
         page.mouse.dblclick(950, 500)
         page.wait_for_timeout(500)
         if search.is_visible():
             break
-    page.keyboard.type("Encode, edit, decode")
-    search.locator("li, [role=option]").filter(has_text="Encode, edit, decode").first.click()
+    page.keyboard.type(blueprint)
+    search.locator("li, [role=option]").filter(has_text=blueprint).first.click()
     desk.until("app.graph.nodes.length", 1)
     page.mouse.click(950, 500)  # newer pages hang it on the pointer first
+
+
+def test_the_blueprint_is_found_placed_and_runs(desk: Desk, miniature: Path) -> None:
+    page = desk.page
+    place(desk, "Encode, edit, decode")
     page.evaluate(
         """() => {
             const [blueprint] = app.graph.nodes;
@@ -150,6 +156,29 @@ def test_the_blueprint_is_found_placed_and_runs(desk: Desk, miniature: Path) -> 
     desk.run()
     desk.until("app.nodeOutputs[app.graph.nodes.at(-1).id]?.images?.length", 1)
     assert desk.red() == []
+
+
+def test_redux_with_layout_is_found_placed_and_linked(desk: Desk) -> None:
+    """Its dials are on its face, and what they say reaches the nodes inside. tests/nodes runs them."""
+    place(desk, "Redux with layout")
+    build(desk, [["SDALoadMiniature", {}], ["SDAPreviewEmbedding", {}]])
+    desk.page.evaluate(
+        """() => {
+            const [blueprint, miniature, shown] = app.graph.nodes;
+            const give = (slot, name) => miniature.connect(slot, blueprint, blueprint.inputs.findIndex(input => input.name === name));
+            [['model', 0], ['image', 7]].forEach(([name, slot]) => give(slot, name));
+            blueprint.connect(blueprint.outputs.findIndex(output => output.name === 'embedding'), shown, 0);
+            const dials = { preset: 'quad64', whole: 0.5, quarters: 0.75, sixteenths: 0 };
+            for (const [name, value] of Object.entries(dials)) blueprint.widgets.find(widget => widget.name === name).value = value;
+            blueprint.pos = [0, 400];
+        }"""
+    )
+    desk.fit()
+    prompt = desk.page.evaluate("async () => (await app.graphToPrompt()).output")
+    (encode,) = (node["inputs"] for node in prompt.values() if node["class_type"] == "SDAEncodeRedux")
+    assert [encode[name] for name in ("preset", "whole", "quarters", "sixteenths")] == ["quad64", 0.5, 0.75, 0]
+    assert {node["class_type"] for node in prompt.values()} >= {"SDAMaskedAttention", "SDAEmbeddingToConditioning"}
+    assert prompt[encode["image"][0]]["class_type"] == "SDALoadMiniature"
 
 
 def test_every_help_page_is_shown_in_the_help_panel(desks: dict[str, Desk], nodes: dict) -> None:

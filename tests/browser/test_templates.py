@@ -79,14 +79,14 @@ ON_THE_MINIATURE = """() => {
     const link = (from, slot, to, name) => from.connect(slot, to, to.inputs.findIndex(input => input.name === name));
     const load = add('SDALoadMiniature');
     const instead = { UNETLoader: [load, 0], DualCLIPLoader: [load, 1], VAELoader: [load, 2], LoadImage: [load, 7] };
-    if (app.graph.nodes.some(node => node.type === 'SDAFromStyleModel')) {
+    if (app.graph.nodes.some(node => node.type === 'SDAEncodeRedux')) {
         const [encode, build] = [add('SDAEncodeImage'), add('SDABuildEmbedding')];
         const files = { encoder_1: 'miniature_clip.safetensors', encoder_2: 'miniature_dinov2.safetensors' };
         link(add('SDALoadVisionEncoders', files), 0, encode, 'vision');
         link(add('SDALoadAdapter'), 0, build, 'adapter');
         link(load, 7, encode, 'image');
         link(encode, 0, build, 'features');
-        instead.SDAFromStyleModel = [build, 0];
+        instead.SDAEncodeRedux = [build, 0];
     }
     for (const node of [...app.graph.nodes]) {
         for (const target of instead[node.type] ? node.getOutputNodes(0) ?? [] : []) {
@@ -100,7 +100,7 @@ ON_THE_MINIATURE = """() => {
             if (steps && widget.name === 'steps') widget.value = 4;
         }
     }
-    const gone = [...Object.keys(instead), 'CLIPVisionLoader', 'StyleModelLoader', 'CLIPVisionEncode'];
+    const gone = [...Object.keys(instead), 'CLIPVisionLoader', 'StyleModelLoader'];
     app.graph.nodes.filter(node => gone.includes(node.type)).forEach(node => app.graph.remove(node));
 }"""
 

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from semantic_diffusion_adapter.kernels import embedding_file
 from semantic_diffusion_adapter.kernels.embedding import from_hierarchy
 from semantic_diffusion_adapter.kernels.hierarchy import hierarchy
 from semantic_diffusion_adapter.runner.client import Client
 from semantic_diffusion_adapter.runner.environment import Failure
+from semantic_diffusion_adapter.runner.server import Server
 
 pytestmark = pytest.mark.host
 
@@ -152,3 +154,41 @@ def test_an_edit_decoder_of_another_adapter(client: Client, miniature: Path, loa
     told(client, prompt, "SDALoadEditDecoder", "models/edit_decoders: put the file there")
     prompt["editor"]["inputs"]["edit_decoder"], prompt["embedding"]["inputs"]["instruction"] = ["miniature", 6], " "
     told(client, prompt, "SDAEditEmbedding", "instruction is empty")
+
+
+@pytest.fixture
+def redux_files(server: Server):
+    """A style model of FLUX.1 Redux's shape, and as much of a CLIP ViT-L as core needs to know it by."""
+    half = {"dtype": torch.float16}
+    files = {
+        "style_models/redux.safetensors": {
+            "redux_up.weight": torch.zeros(12288, 1152, **half), "redux_up.bias": torch.zeros(12288, **half),
+            "redux_down.weight": torch.zeros(4096, 12288, **half), "redux_down.bias": torch.zeros(4096, **half),
+        },
+        "clip_vision/vit_l.safetensors": {
+            "vision_model.embeddings.position_embedding.weight": torch.zeros(257, 1024, **half),
+            "vision_model.encoder.layers.0.layer_norm1.weight": torch.zeros(1024, **half),
+            "vision_model.encoder.layers.22.layer_norm1.weight": torch.zeros(1024, **half),
+        },
+    }  # fmt: skip
+    paths = [server.base / "models" / name for name in files]
+    for path, tensors in zip(paths, files.values()):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, path)
+    yield
+    for path in paths:
+        path.unlink()
+
+
+def test_a_clip_vision_model_that_redux_does_not_read(client: Client, miniature: Path, redux_files: None) -> None:
+    prompt = {
+        "miniature": MINIATURE,
+        "style": node("StyleModelLoader", style_model_name="redux.safetensors"),
+        "tower": node("CLIPVisionLoader", clip_name="vit_l.safetensors"),
+        "embedding": node(
+            "SDAEncodeRedux", image=["miniature", 7], style_model=["style", 0], clip_vision=["tower", 0], preset="tree128",
+            whole=1.0, quarters=1.0, sixteenths=1.0,
+        ),
+    }  # fmt: skip
+    words = "gives tokens of width 1024 and the style model reads 1152: load sigclip_vision_patch14_384"
+    told(client, prompt, "SDAEncodeRedux", words)

@@ -18,9 +18,10 @@ import comfy.sd  # noqa: E402
 import comfy.t2i_adapter.adapter  # noqa: E402
 from semantic_diffusion_adapter.nodes.host import redux  # noqa: E402
 from semantic_diffusion_adapter.nodes.style import EncodeRedux, FromStyleModel  # noqa: E402
-from semantic_diffusion_adapter.tests.nodes.conftest import scramble  # noqa: E402
 
 import nodes as stock  # noqa: E402
+
+from .conftest import scramble  # noqa: E402
 
 CONFIGS = Path(comfy.clip_vision.__file__).parent
 TOY = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2}

@@ -12,6 +12,7 @@ pytest.importorskip("diffusers", reason="diffusers is not installed: pip install
 
 from semantic_diffusion_adapter.benchmarks import data as bench_data  # noqa: E402
 from semantic_diffusion_adapter.benchmarks import plan as bench_plan  # noqa: E402
+from semantic_diffusion_adapter.benchmarks import redux as bench_redux  # noqa: E402
 from semantic_diffusion_adapter.benchmarks import training as bench_training  # noqa: E402
 from semantic_diffusion_adapter.kernels.precision import resolve  # noqa: E402
 from semantic_diffusion_adapter.training.engine import Step  # noqa: E402
@@ -44,6 +45,23 @@ def test_the_benchmark_of_data_runs(capsys, monkeypatch):
     assert bench_data.main(["--pictures", "1", "--rounds", "1", "--json"]) == 0
     result, = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["bucket"] == [1024, 1024] and min(result["bare"], result["prepare"], result["loader"]) > 0
+
+
+@pytest.mark.parametrize("own", bench_redux.OWN)
+def test_pooling_after_the_projection_is_no_worse_than_before(own):
+    """By which `kernels.redux.embed` pools after it: nearest token, direction of the part, length."""
+    found = bench_redux.measure(bench_redux.WIDTHS["toy"], 27, own, 2)
+    after, before = found["after"], found["before"]
+    assert after["nearest"] > before["nearest"] - 2e-3 and after["nearest"] > found["not pooled"]["nearest"]
+    assert after["direction"] > before["direction"] and after["length"] == pytest.approx(1)
+    assert found["bare after"]["length"] < 0.96, "which is why the length is restored"
+
+
+def test_the_benchmark_of_redux_runs(capsys, monkeypatch):
+    monkeypatch.setattr(bench_redux, "WIDTHS", {"toy": (12, 16)})
+    monkeypatch.setattr(bench_redux, "GRIDS", (8,))
+    assert bench_redux.main(["--pictures", "1", "--json"]) == 0
+    assert [result["own"] for result in json.loads(capsys.readouterr().out.splitlines()[-1])] == list(bench_redux.OWN)
 
 
 @pytest.mark.gpu
