@@ -137,9 +137,7 @@ def toy_loaders(tmp_path, info, monkeypatch):
     class ToyRedux(io.ComfyNode):
         @classmethod
         def define_schema(cls) -> io.Schema:
-            return io.Schema(
-                node_id="ToyRedux", category="test", inputs=[], outputs=[io.StyleModel.Output(), io.ClipVision.Output()]
-            )
+            return io.Schema(node_id="ToyRedux", category="test", inputs=[], outputs=[io.StyleModel.Output(), io.ClipVision.Output()])
 
         @classmethod
         def execute(cls) -> io.NodeOutput:
