@@ -23,8 +23,6 @@ Velocity = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """(x [B, C, H, W], t [B], tokens [B, T, D], pooled [B, P] or None) -> noise - x_0 as Flux predicts it, [B, C, H, W],
 differentiable in tokens and pooled."""
 
-LONGEST = 1.25
-"""How long a token may become, in deviations a channel (texts have 1 on average), unless it starts out longer."""
 ORDERS = ("coarse first", "all levels")
 _BETAS, _EPSILON = (0.9, 0.99), 1e-8
 _GOLDEN = (math.sqrt(5) - 1) / 2
@@ -41,14 +39,17 @@ class FitSettings:
     rate: step of Adam, in deviations of the text space.
     order: "coarse first" lets level after level learn over the first 40% of the steps, "all levels" all from the start.
     pooled: whether the pooled vector is fitted as well.
+    longest: how long a token may become, in deviations a channel, unless it starts out longer. Texts have 1 on average;
+        inf does not hold the tokens to their space.
     shift: mu of the base's time shift; every second time is drawn with it, the others without.
     seed: of the noise and of the times.
     """
 
     steps: int = 100
-    rate: float = 0.1
+    rate: float = 0.15
     order: str = "all levels"
     pooled: bool = False
+    longest: float = 1.0
     shift: float = 0.5
     seed: int = 0
 
@@ -56,7 +57,9 @@ class FitSettings:
         if self.steps < 1:
             raise ValueError(f"A fit needs at least one step, not {self.steps}.")
         if not 0 < self.rate <= 1:
-            raise ValueError(f"The rate of a fit is above 0 and at most 1 deviation a step, not {self.rate}: 0.1 is usual.")
+            raise ValueError(f"The rate of a fit is above 0 and at most 1 deviation a step, not {self.rate}: 0.15 is usual.")
+        if not self.longest > 0:
+            raise ValueError(f"The length that tokens may have is above 0 deviations, not {self.longest}: texts have 1.")
         if self.order not in ORDERS:
             raise ValueError(f"There is no order {self.order!r}: use one of {', '.join(ORDERS)}.")
 
@@ -79,7 +82,7 @@ class Fit:
         self.count = 0
         self.losses: list[float] = []
         tokens = space.normalise(start.tokens.float())
-        self._longest = length(tokens).clamp_min(LONGEST)
+        self._longest = length(tokens).clamp_min(settings.longest)
         self._values = [tokens]
         if settings.pooled:
             self._values.append(start.pooled.float().clone())

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from semantic_diffusion_adapter.kernels.embedding import SemanticEmbedding
-from semantic_diffusion_adapter.kernels.fit import LONGEST, ORDERS, Fit, FitSettings
+from semantic_diffusion_adapter.kernels.fit import ORDERS, Fit, FitSettings
 from semantic_diffusion_adapter.kernels.hierarchy import PRESETS, Hierarchy, Level
 from semantic_diffusion_adapter.kernels.text_space import TextSpace, length
 
@@ -110,7 +110,7 @@ def test_no_token_becomes_longer_than_the_space_allows(rate, scale):
     fit = Fit(space.start(TREE), space, FitSettings(steps=30, rate=rate))
     for _ in range(30):
         fit.step(torch.full((1, 1, 2, 2), scale), lambda x, t, tokens, pooled: scale * tokens.sum() + 0 * x)
-    assert length(space.normalise(fit.result().tokens)).max() <= LONGEST + 1e-5
+    assert length(space.normalise(fit.result().tokens)).max() <= 1 + 1e-5
 
 
 def test_a_start_that_is_longer_is_kept_as_it_is(space, flow):
@@ -150,6 +150,7 @@ def test_the_pooled_vector_is_fitted_where_it_is_asked_for(space, flow):
         ({"steps": 0}, "at least one step, not 0"),
         ({"rate": 0.0}, "above 0 and at most 1"),
         ({"rate": float("nan")}, "above 0 and at most 1"),
+        ({"longest": float("nan")}, "above 0 deviations, not nan"),
         ({"order": "fine first"}, "no order 'fine first': use one of coarse first, all levels"),
     ],
 )

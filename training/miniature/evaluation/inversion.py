@@ -12,6 +12,7 @@ fewer steps and a smaller rate. Edits are two for each scene, by the shipped dec
 """
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,7 +42,7 @@ from .reconstruction import measure, parse_all
 from .system import VARIANTS, Miniature
 
 STEPS = (0, 25, 50, 100, 400)
-RATES = {"mean": 0.1, "statistics": 0.1, "caption": 0.1, "adapter": 0.02}
+RATES = {"mean": 0.15, "statistics": 0.15, "caption": 0.15, "adapter": 0.03}
 PRESET = "tree64"
 EDITED_AT = {"mean": 100, "statistics": 100, "caption": 100, "adapter": 50}
 GLOBAL_AT = (0, 100)
@@ -52,9 +53,9 @@ PAINTING = 20  # steps of a fit that count as one picture painted
 
 def painted(count: int) -> int:
     """Pictures that are painted for `count` scenes, with the fits' share."""
-    steps = max(STEPS) * len(RATES) + max(GLOBAL_AT) * 2 + 100
+    steps = max(STEPS) * len(RATES) + max(GLOBAL_AT) * 2 + 200
     figures = len(STEPS) * len(RATES) + len(GLOBAL_AT) * 2
-    return count * (steps // PAINTING + figures + 2 * (len(RATES) + 1) + 2) + 2 * len(AMOUNTS) * pairs(count)
+    return count * (steps // PAINTING + figures + 2 * (len(RATES) + 2) + 2) + 2 * len(AMOUNTS) * pairs(count)
 
 
 def text_space(system: Miniature) -> TextSpace:
@@ -170,8 +171,11 @@ def run(system: Miniature, scenes: Sequence[Scene], sources: np.ndarray, noise: 
         kept[name] = made[EDITED_AT[name]]
         edits[name] = edited(system, changes, kept[name], noise, edit)
         distances[name] = space.distances(kept[name])
-    distances["adapter, not refined"] = space.distances(begun["adapter"])
-    edits_of_adapter = edited(system, changes, begun["adapter"], noise, edit)
+    settings = FitSettings(EDITED_AT["statistics"], RATES["statistics"], longest=math.inf, shift=system.mu, seed=seed)
+    loose, _ = fitted(system, latents, begun["statistics"], settings, (settings.steps,))
+    beside = {"statistics, not held": loose[settings.steps], "adapter, not refined": begun["adapter"]}
+    edits_beside = {name: edited(system, changes, e, noise, edit) for name, e in beside.items()}
+    distances |= {name: space.distances(e) for name, e in beside.items()}
 
     apart = space.normalise(kept["mean"].tokens) - space.normalise(kept["statistics"].tokens)
     whole = {}
@@ -182,14 +186,15 @@ def run(system: Miniature, scenes: Sequence[Scene], sources: np.ndarray, noise: 
 
     guests = partners(scenes, seed)
     pictures = np.stack([render(scene) for scene in guests])
-    theirs, _ = fitted(system, system.latents(pictures), begun["mean"], FitSettings(100, 0.1, shift=system.mu, seed=seed), (100,))
+    theirs, _ = fitted(system, system.latents(pictures), begun["mean"],
+                       FitSettings(EDITED_AT["mean"], RATES["mean"], shift=system.mu, seed=seed), (EDITED_AT["mean"],))
     joined = {}
     for name, (a, b) in {"adapter": (begun["adapter"], system.embed(pictures, PRESET)),
-                         "mean": (kept["mean"], theirs[100])}.items():
+                         "mean": (kept["mean"], theirs[EDITED_AT["mean"]])}.items():
         both = insert(a, b, box_mask(RIGHT))
         joined[name] = {"compose": composed(scenes, guests, paint(both)),
                         "blend": evenness_of(system, scenes, a, noise)}
-    asides = {"edited_adapter": edits_of_adapter, "distances": distances, "global64": whole, "joined": joined,
+    asides = {"edited": edits_beside, "distances": distances, "global64": whole, "joined": joined,
               "two_starts_apart": float(apart.square().mean().sqrt()), "edits": len(changes),
               "twins": sum(map(has_twin, changes))}
     return {"fit": fits, "edited": edits}, asides

@@ -126,7 +126,7 @@ def inversion_page(results: dict, asides: dict, scenes: int, seed: int, command:
 
     seconds = {name: next(v["seconds"] / int(n) for n, v in values.items() if n != "0")
                for name, values in results["fit"].items()}
-    edited = results["edited"] | {"adapter, not refined": asides["edited_adapter"]}
+    edited = results["edited"] | asides["edited"]
     return "\n".join([
         "# Embeddings fitted without an encoder, on the miniature",
         "",
