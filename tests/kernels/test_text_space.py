@@ -49,7 +49,8 @@ def test_a_prompt_is_cut_to_the_hierarchy_or_filled_up_by_the_start():
     long, short = torch.randn(1, 9, 16), torch.randn(1, 4, 16)
     assert torch.equal(space.start_from(long, TREE).tokens, long[:, :6])
     made = space.start_from(short, TREE, batch=2)
-    assert made.batch == 2 and torch.equal(made.tokens[1, :4], short[0]) and torch.equal(made.tokens[:, 4:], begun.tokens[:, 4:].expand(2, -1, -1))
+    assert made.batch == 2 and torch.equal(made.tokens[1, :4], short[0])
+    assert torch.equal(made.tokens[:, 4:], begun.tokens[:, 4:].expand(2, -1, -1))
 
 
 def test_distances_tell_texts_from_what_is_far_away():

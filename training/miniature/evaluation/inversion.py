@@ -53,9 +53,9 @@ PAINTING = 20  # steps of a fit that count as one picture painted
 
 def painted(count: int) -> int:
     """Pictures that are painted for `count` scenes, with the fits' share."""
-    steps = max(STEPS) * len(RATES) + max(GLOBAL_AT) * 2 + 200
+    steps = [max(STEPS)] * len(RATES) + [max(GLOBAL_AT)] * 2 + [EDITED_AT["statistics"], EDITED_AT["mean"]]
     figures = len(STEPS) * len(RATES) + len(GLOBAL_AT) * 2
-    return count * (steps // PAINTING + figures + 2 * (len(RATES) + 2) + 2) + 2 * len(AMOUNTS) * pairs(count)
+    return count * (sum(-(-each // PAINTING) for each in steps) + figures + 2 * (len(RATES) + 2) + 2) + 2 * len(AMOUNTS) * pairs(count)
 
 
 def text_space(system: Miniature) -> TextSpace:
@@ -197,4 +197,4 @@ def run(system: Miniature, scenes: Sequence[Scene], sources: np.ndarray, noise: 
     asides = {"edited": edits_beside, "distances": distances, "global64": whole, "joined": joined,
               "two_starts_apart": float(apart.square().mean().sqrt()), "edits": len(changes),
               "twins": sum(map(has_twin, changes))}
-    return {"fit": fits, "edited": edits}, asides
+    return {"fit": fits, "edited": edits, "decoder_from_fits": None}, asides
