@@ -46,7 +46,7 @@ class FitSettings:
     """
 
     steps: int = 100
-    rate: float = 0.15
+    rate: float = 0.2
     order: str = "all levels"
     pooled: bool = False
     longest: float = 1.0
@@ -57,7 +57,7 @@ class FitSettings:
         if self.steps < 1:
             raise ValueError(f"A fit needs at least one step, not {self.steps}.")
         if not 0 < self.rate <= 1:
-            raise ValueError(f"The rate of a fit is above 0 and at most 1 deviation a step, not {self.rate}: 0.15 is usual.")
+            raise ValueError(f"The rate of a fit is above 0 and at most 1 deviation a step, not {self.rate}: 0.2 is usual.")
         if not self.longest > 0:
             raise ValueError(f"The length that tokens may have is above 0 deviations, not {self.longest}: texts have 1.")
         if self.order not in ORDERS:

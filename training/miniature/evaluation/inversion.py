@@ -42,7 +42,7 @@ from .reconstruction import measure, parse_all
 from .system import VARIANTS, Miniature
 
 STEPS = (0, 25, 50, 100, 400)
-RATES = {"mean": 0.15, "statistics": 0.15, "caption": 0.15, "adapter": 0.03}
+RATES = {"mean": 0.2, "statistics": 0.2, "caption": 0.2, "adapter": 0.03}
 PRESET = "tree64"
 EDITED_AT = {"mean": 100, "statistics": 100, "caption": 100, "adapter": 50}
 GLOBAL_AT = (0, 100)
