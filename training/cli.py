@@ -19,6 +19,8 @@ COMMANDS = {
     "statistics": ("stages.statistics", "what a text encoder writes, as a small file that stands in for it"),
     "train adapter": ("stages.adapter", "the adapter through a frozen FLUX.1"),
     "train editor": ("stages.editor", "the edit decoder"),
+    "invert": ("stages.invert", "an embedding for every picture, fitted through a frozen FLUX.1 without an adapter"),
+    "plan invert": ("plan.invert", "memory, time and cost of `invert`, before it starts"),
     "plan": ("plan.plan", "memory, FLOPs, speed and cost of a training, before it starts"),
     "export": ("stages.export", "a run's averaged weights as the file that the nodes load"),
     "check": ("stages.check", "whether files are as they were saved"),
@@ -66,7 +68,7 @@ def plan_of(argv: list[str]) -> list[tuple]:
         stages = STAGES if argv[1] == "all" else {argv[1]: (STAGES | ASIDE)[argv[1]]}
         return [(f"miniature.{module}", argv[2:], f"sda miniature {name}", CONFIGS / f"{file}.toml")
                 for name, (module, file) in stages.items()]
-    for words in (1, 2):
+    for words in (2, 1):
         name = " ".join(argv[:words])
         if name in COMMANDS:
             return [(COMMANDS[name][0], argv[words:], f"sda {name}")]

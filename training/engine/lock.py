@@ -15,9 +15,9 @@ def check_folder(folder: Path) -> None:
     """Refuse a path that cannot be a run folder, before anything is loaded. ValueError."""
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     if not there.is_dir():
-        raise ValueError(f"run.out: {there} is a file; give a folder with --run.out.")
+        raise ValueError(f"{there} is a file; give a folder with --out.")
     if not os.access(there, os.W_OK):
-        raise ValueError(f"run.out: nobody may write to {there} here; give another folder with --run.out.")
+        raise ValueError(f"nobody may write to {there} here; give another folder with --out.")
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def alone(folder: Path, world: World) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            problem = f"Another run is writing to {folder}; wait for its end, stop it, or give another --run.out."
+            problem = f"Another run is writing to {folder}; wait for its end, stop it, or give another --out."
         except NotImplementedError:  # some clusters mount their disks without support for locks
             print(f"{folder} lies on a disk without locks: take care that no second run writes there.", flush=True)
     problem = world.broadcast(problem)

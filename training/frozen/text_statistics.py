@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ...kernels import checkpoint, header
 from ...kernels.precision import frozen_dtype
+from ...kernels.text_space import TextSpace
 from .text import load_t5, load_tokenizer, t5_width
 
 ENOUGH = 64  # texts; a set with fewer captions is filled up with PROMPTS
@@ -60,12 +61,11 @@ def text_statistics(path: Path, captions: list[str]) -> tuple[Tensor, Tensor]:
         return tensors["text_mean"].float(), tensors["text_std"].float()
     encoder = load_t5(path, frozen_dtype(torch.device("cpu"))).eval()
     tokenizer = load_tokenizer(path, encoder.config.vocab_size)
-    total, squares, count = 0.0, 0.0, 0
-    with torch.no_grad():
-        for text in captions if len(captions) >= ENOUGH else [*captions, *PROMPTS]:
-            ids = tokenizer(text, truncation=True, max_length=512, return_tensors="pt").input_ids
-            outputs = encoder(input_ids=ids).last_hidden_state[0].double()
-            total, squares, count = total + outputs.sum(0), squares + outputs.square().sum(0), count + len(outputs)
-    mean = total / count
-    deviation = ((squares / count - mean.square()) * count / (count - 1)).clamp_min(0).sqrt()
-    return mean.float(), deviation.float()
+
+    @torch.no_grad()
+    def read(text: str) -> Tensor:
+        ids = tokenizer(text, truncation=True, max_length=512, return_tensors="pt").input_ids
+        return encoder(input_ids=ids).last_hidden_state[0]
+
+    space = TextSpace.of(map(read, captions if len(captions) >= ENOUGH else [*captions, *PROMPTS]))
+    return space.mean, space.deviation

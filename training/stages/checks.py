@@ -49,6 +49,16 @@ def check(config: Config, world: World, absent: bool = False) -> Outlines:
         raise ValueError("The same vision tower is listed twice; list every tower once.")
     if len(towers) == len(vision) and not any(each.kind == "dinov2" for each in towers.values()):
         raise ValueError("There is no DINOv2 among the vision towers; add one to vision.files.")
+    flux = frozen_outline(base)
+    if flux and len(towers) == len(vision):
+        with torch.device("meta"):
+            build_adapter(config, flux.config, list(towers.values()))
+    return Outlines(flux, towers)
+
+
+def frozen_outline(base) -> FluxTransformer2DModel | None:
+    """The base on the meta device, None where it is not there. base: settings with flux, vae and text. ValueError where
+    those that are there do not belong together."""
     flux = skeleton(base.flux, outline)[0] if base.flux.exists() else None
     vae = vae_of(base.vae, outline)[0] if base.vae.exists() else None
     if flux and vae and 4 * vae.config.latent_channels != flux.config.in_channels:
@@ -56,10 +66,7 @@ def check(config: Config, world: World, absent: bool = False) -> Outlines:
                          f"{flux.config.in_channels // 4}; give the VAE that belongs to the base.")
     if flux and base.text.exists():
         check_statistics(base.text, flux.config.joint_attention_dim)
-    if flux and len(towers) == len(vision):
-        with torch.device("meta"):
-            build_adapter(config, flux.config, list(towers.values()))
-    return Outlines(flux, towers)
+    return flux
 
 
 def prepared(url: str) -> bool:

@@ -178,7 +178,7 @@ def test_a_disk_that_is_full_for_the_figures_is_one_sentence(tmp_path):
 @pytest.mark.parametrize("inside", ["", "deeper/run"])
 def test_a_run_folder_that_can_be_none_is_refused_before_anything_is_made(tmp_path, inside):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="run.out: .*file is a file; give a folder with --run.out"):
+    with pytest.raises(ValueError, match="file is a file; give a folder with --out"):
         launch(lambda config, device: pytest.fail("the stage was made"), Config(settings(tmp_path / "file" / inside)))
 
 
