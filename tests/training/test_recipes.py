@@ -25,7 +25,7 @@ from semantic_diffusion_adapter.training.stages import settings  # noqa: E402
 from semantic_diffusion_adapter.training.stages.adapter import AdapterStage  # noqa: E402
 
 CONFIGS = Path(plan.__file__).parents[1] / "configs"
-RECIPES = sorted(p.stem for p in CONFIGS.glob("*.toml") if "editor" not in p.name and "judge" not in p.name)
+RECIPES = sorted(p.stem for p in CONFIGS.glob("*.toml") if not any(word in p.name for word in ("editor", "judge", "invert")))
 CPU = torch.device("cpu")
 
 

@@ -1,5 +1,5 @@
-"""The cost of an adapter training from the shapes alone: parameters, FLOPs and memory of one step. Tests check it
-against PyTorch's counts, and `run.py bench plan` against the machine at hand.
+"""The cost of an adapter training or of a fit from the shapes alone: parameters, FLOPs and memory of one step. Tests
+check it against PyTorch's counts, and `run.py bench plan` against the machine at hand.
 
 FLOPs follow torchtitan's correction for Flux. A token passes through one stream of each double block, so it meets about
 6.5 of the 12 billion weights, and the modulation is computed once for a sample. The base is frozen: its backward
@@ -140,6 +140,27 @@ def activation_bytes(flux, patches: int, tokens: int, micro: int, checkpointing:
     if checkpointing:
         return one * (2 * (flux.num_layers + flux.num_single_layers) + 2 * KEPT["double"])
     return one * (KEPT["double"] * (flux.num_layers + 1) + KEPT["single"] * flux.num_single_layers)
+
+
+def fit_bytes(flux: nn.Module, precision: str, patches: int, tokens: int, batch: int,
+              checkpointing: bool) -> dict[str, float]:
+    """Bytes of a card during the fit of `batch` embeddings through a frozen Flux (on the meta device), by part.
+
+    Text encoder, towers and adapter work on the CPU. A quantised layer is unpacked when it is used, so the largest one
+    lies there in bf16 once more. VAE at work: as for a training, from the pixels that the patches stand for.
+    """
+    config = flux.config
+    learning = tokens * config.joint_attention_dim + config.pooled_projection_dim
+    largest = max(parameter.numel() for name, parameter in flux.named_parameters() if is_quantised(name))
+    return {
+        "frozen base": base_bytes(flux, precision),
+        "VAE": 2.0 * VAE_PARAMETERS,
+        # value, average and Adam's two moments, their gradient and a step's copies, in float32
+        "embeddings and Adam": 4.0 * 8 * batch * learning,
+        "activations of the base": activation_bytes(config, patches, tokens, batch, checkpointing),
+        "a layer unpacked": 2.0 * largest if precision in ("int8", "nf4") else 0.0,
+        "VAE at work": 3.0 * 2 * 128 * 256 * patches * 2,
+    }
 
 
 def adapter_activation_bytes(config: AdapterConfig, micro: int) -> float:

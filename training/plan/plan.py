@@ -35,7 +35,7 @@ class Card:
 
 CARDS = {"h100": Card(80, 989, 2.5, 450), "h200": Card(141, 989, 3.5, 450), "b200": Card(180, 2250, 5.0, 900),
          "a100": Card(80, 312, 1.5, 300), "a100-40": Card(40, 312, 1.2, 300), "l40s": Card(48, 362, 1.0, 32),
-         "4090": Card(24, 165, 0.4, 32), "5090": Card(32, 209, 0.7, 64), "3090": Card(24, 71, 0.25, 32)}
+         "4090": Card(24, 165, 0.4, 32), "4080": Card(16, 97, 0.25, 32), "5090": Card(32, 209, 0.7, 64), "3090": Card(24, 71, 0.25, 32)}
 NETWORK = 25.0  # GB/s of one card to other machines
 # Share of the peak that a step reaches: a compiled base in bf16 the aim of this project, 33-39% is what mature trainers
 # report; int8 and NF4, which cannot be compiled, by their ratio to it in unsloth's FLUX LoRA figures on one B200 (bf16
