@@ -14,7 +14,7 @@ from torch import nn
 
 from ...kernels.adapter import AdapterConfig
 from ...kernels.vision.towers import TowerConfig
-from ..frozen.base import is_quantised
+from ..frozen.base import LIBRARY, is_quantised
 
 FLUX1_DEV = dict(hidden_size=3072, num_heads=24, depth=19, depth_single_blocks=38, axes_dim=[16, 56, 56],
                  context_in_dim=4096,
@@ -142,24 +142,40 @@ def activation_bytes(flux, patches: int, tokens: int, micro: int, checkpointing:
     return one * (KEPT["double"] * (flux.num_layers + 1) + KEPT["single"] * flux.num_single_layers)
 
 
+def unpacked_bytes(flux: nn.Module, precision: str, checkpointing: bool) -> float:
+    """Bytes, at most, of quantised weights that lie there in bf16 once more. bitsandbytes unpacks a layer whenever it
+    is used. torchao's int8 keeps what it has unpacked for the backward: a block with checkpointing, all without."""
+    if precision not in LIBRARY:
+        return 0.0
+    blocks = [*flux.transformer_blocks, *flux.single_transformer_blocks]
+    if precision == "nf4":
+        return 2.0 * max(parameter.numel() for block in blocks for parameter in block.parameters())
+    return 2.0 * (max if checkpointing else sum)(map(parameters, blocks))
+
+
+def vae_working_bytes(pixels: int) -> float:
+    """Bytes of the VAE's largest layer at work on one picture."""
+    return 3.0 * 2 * 128 * pixels * 2
+
+
 def fit_bytes(flux: nn.Module, precision: str, patches: int, tokens: int, batch: int,
               checkpointing: bool) -> dict[str, float]:
     """Bytes of a card during the fit of `batch` embeddings through a frozen Flux (on the meta device), by part.
 
-    Text encoder, towers and adapter work on the CPU. A quantised layer is unpacked when it is used, so the largest one
-    lies there in bf16 once more. VAE at work: as for a training, from the pixels that the patches stand for.
+    Text encoder, towers and adapter work on the CPU. The VAE works before the first step.
     """
     config = flux.config
     learning = tokens * config.joint_attention_dim + config.pooled_projection_dim
-    largest = max(parameter.numel() for name, parameter in flux.named_parameters() if is_quantised(name))
+    activations = activation_bytes(config, patches, tokens, batch, checkpointing)
+    unpacked = unpacked_bytes(flux, precision, checkpointing)
     return {
         "frozen base": base_bytes(flux, precision),
         "VAE": 2.0 * VAE_PARAMETERS,
         # value, average and Adam's two moments, their gradient and a step's copies, in float32
         "embeddings and Adam": 4.0 * 8 * batch * learning,
-        "activations of the base": activation_bytes(config, patches, tokens, batch, checkpointing),
-        "a layer unpacked": 2.0 * largest if precision in ("int8", "nf4") else 0.0,
-        "VAE at work": 3.0 * 2 * 128 * 256 * patches * 2,
+        "activations of the base": activations,
+        "weights unpacked": unpacked,
+        "VAE at work, beyond a step": max(0.0, vae_working_bytes(16 * 16 * patches) - activations - unpacked),
     }
 
 

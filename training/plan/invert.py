@@ -21,7 +21,7 @@ class Config(invert_settings.Config):
     pictures: Count = 1000
     """How many pictures are to be fitted."""
     gpus: Count = 1
-    """Number of GPUs. Each runs `sda invert` on its own part of the pictures."""
+    """Number of GPUs. Each has a `sda invert` of its own, with a part of the pictures and another folder."""
     gpu: Literal[tuple(CARDS)] = "4080"
     price: float = 0.0
     """US dollars per hour for one card. 0: a round figure for its kind."""
@@ -35,7 +35,8 @@ class Estimate:
             config = replace(config, base=replace(config.base, precision="bf16"))
         self.config, self.card, base = config, CARDS[config.gpu], config.base
         known = invert_settings.check(config, absent=True)
-        files = ((base.flux, "base.flux"), (base.vae, "base.vae"), (base.text, "base.text"), (config.start_file, "start"))
+        files = ((base.flux, "base.flux"), (base.vae, "base.vae"), (base.text, "base.text"),
+                 (config.start_file, "start"), *((path, "vision.files") for path in config.vision.files))
         self.assumed = [f"{key} {path}" for path, key in files if path and not path.exists()]
         with torch.device("meta"):
             self.flux = known or build_flux(costs.FLUX1_DEV)
@@ -102,25 +103,28 @@ class Estimate:
 
     def report(self) -> str:
         config, card = self.config, self.card
-        lines = [f"not here yet, so taken to be FLUX.1-dev's and unchecked: {', '.join(self.assumed)}"] * bool(self.assumed)
+        lines = []
+        if self.assumed:
+            lines.append(f"not here yet, so taken to be FLUX.1-dev's and unchecked: {', '.join(self.assumed)}")
+        step = self.forward + self.backward + self.again
         lines += [f"parameters: base {costs.parameters(self.flux):,} frozen ({config.base.precision}); "
                   f"{self.tokens * self.flux.config.joint_attention_dim:,} learn for a picture ({self.tokens} tokens)",
                   f"memory of one card at {config.resolution} px, {config.batch} at once:"]
         lines += [f"  {name:28}{value / 1e9:>8.2f} GB" for name, value in self.bytes.items()]
         lines += [f"  {'together':28}{sum(self.bytes.values()) / 1e9:>8.2f} GB of {card.memory:g} on a {config.gpu}",
                   f"  {'before the first step':28}{self.starting:>8.2f} GB",
-                  f"a step of a picture takes {(self.forward + self.backward + self.again) / 1e12:.3g} TFLOP; a picture of "
-                  f"{config.steps} steps takes {self.flops / 1e12:,.4g} TFLOP and about {self.seconds:,.1f} s"]
+                  f"a step of a picture takes {step / 1e12:.3g} TFLOP; a picture of {config.steps} steps takes "
+                  f"{self.flops / 1e12:,.4g} TFLOP and about {self.seconds:,.1f} s"]
         if config.start == "caption":
-            lines.append(f"memory of the machine: the text encoder, {2 * costs.T5_PARAMETERS / 1e9:.1f} GB in bf16")
+            lines.append(f"memory of the machine: text encoder, {2 * costs.T5_PARAMETERS / 1e9:.1f} GB in bf16")
         price, spent = config.price or card.price, self.hours * config.gpus
         lines += [f"{config.pictures:,} pictures on {config.gpus} x {config.gpu}: about {self.hours:,.1f} hours, "
                   f"{spent:,.1f} GPU hours, {spent * price:,.2f} dollars at {price:g} an hour",
                   f"The model: the base in {config.base.precision} reaches {self.reached:.0%} of {card.peak:g} TFLOP/s; "
                   "encoding, painting's VAE and files take no time beside it."]
         if self.most > card.memory:
-            lines.append(f"This does not fit: {self.most:.1f} GB are wanted and a {config.gpu} has {card.memory:g}. Change "
-                         + ", or ".join(self.remedies()) + ".")
+            lines.append(f"This does not fit: {self.most:.1f} GB are wanted and a {config.gpu} has {card.memory:g}. "
+                         f"Change {', or '.join(self.remedies())}.")
         return "\n".join(lines)
 
 

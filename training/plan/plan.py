@@ -133,7 +133,8 @@ class Estimate:
             "activations of the base": costs.activation_bytes(flux, patches, tokens, self.micro,
                                                               config.base.checkpointing),
             "activations of the adapter": costs.adapter_activation_bytes(self.adapter.config, self.micro),
-            "VAE at work": 3.0 * 2 * 128 * resolution ** 2 * 2,
+            "weights unpacked": costs.unpacked_bytes(self.flux, config.base.precision, config.base.checkpointing),
+            "VAE at work": costs.vae_working_bytes(resolution ** 2),
             "CUDA and the allocator": RESERVE * 1e9,
         }
 

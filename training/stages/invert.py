@@ -150,10 +150,11 @@ class Folder:
             "picture": picture.name, "picture_sha256": picture.sha256, "settings": self.settings}}
         embedding_file.save(self.out / picture.file, replace(embedding, source=source), picture.thumbnail())
         self.fitted += 1
+        line = {"picture": picture.name, "file": picture.file, **figures}
         with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"picture": picture.name, "file": picture.file, **figures}, ensure_ascii=False) + "\n")
-        print(f"{picture.name}: loss {figures['loss_before']:.4f} to {figures['loss']:.4f} in {figures['steps']} steps, "
-              f"{duration(figures['seconds'])}", flush=True)
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        print(f"{picture.name}: loss {line['loss_before']:.4f} to {line['loss']:.4f} in {line['steps']} steps, "
+              f"{duration(line['seconds'])}", flush=True)
 
     def report(self) -> None:
         fs, path = locate(str(self.out / "report.json"))
@@ -165,6 +166,9 @@ def run(config: Config) -> bool:
     """Fit what is not there yet. False where a signal stopped it. ValueError where nothing in the source can be
     fitted."""
     world = World.start(config.device)
+    if world.size > 1:
+        raise ValueError("sda invert is one process; start one for each GPU, each with its own part of the pictures "
+                         "and its own --out.")
     config = resolve_precisions(config, world.device, {})
     check(config)
     check_paint(config)

@@ -46,8 +46,8 @@ class Base:
 @dataclass(frozen=True)
 class Config:
     source: str
-    """A folder (pictures at any depth, captions beside them), .tar files, or .parquet files with a column of paths or of
-    pictures. A glob works too. So does an object store (s3://, ...)."""
+    """A folder (pictures at any depth, captions beside them), .tar files, or .parquet files with a column of paths or
+    of pictures. A glob works too. So does an object store (s3://, ...)."""
     out: Path
     """Folder of the embeddings, named as the pictures are; report.json names the pictures that were left out."""
     base: Base
@@ -131,7 +131,8 @@ def check_start(config: Config, start: Path, flux: FluxTransformer2DModel | None
         width, pooled = made.out_dim, made.pooled_dim
     elif record["kind"] == "embedding":
         if record["config"]["batch"] != 1:
-            raise ValueError(f"{start} holds the embeddings of {record['config']['batch']} pictures; give a file of one.")
+            raise ValueError(f"{start} holds the embeddings of {record['config']['batch']} pictures; give a file of "
+                             "one.")
         width, pooled = record["widths"]["text"], record["widths"]["pooled"]
     else:
         raise ValueError(f"{start} holds a checkpoint of kind '{record['kind']}'; start from an embedding, an adapter, "

@@ -1,4 +1,4 @@
-"""What the fits of `sda invert` begin with: the text space's mean, a caption, an embedding, or an adapter's encoding."""
+"""What the fits of `sda invert` begin with: the text space's mean, a caption, an embedding, an adapter's encoding."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence

@@ -22,6 +22,7 @@ from semantic_diffusion_adapter.training.data import index  # noqa: E402
 from semantic_diffusion_adapter.training.engine import Step  # noqa: E402
 from semantic_diffusion_adapter.training.frozen import base, region_attention  # noqa: E402
 from semantic_diffusion_adapter.training.frozen.flux import build_flux, to_bfl, velocity  # noqa: E402
+from semantic_diffusion_adapter.training.frozen.random_base import random_flux  # noqa: E402
 from semantic_diffusion_adapter.training.frozen.region_attention import attend_by_region  # noqa: E402
 from semantic_diffusion_adapter.training.objectives.reconstruct import regions_for  # noqa: E402
 from semantic_diffusion_adapter.training.plan import costs, plan  # noqa: E402
@@ -121,25 +122,48 @@ def test_the_bytes_of_the_base_are_those_of_the_loaded_one(tmp_path, monkeypatch
     assert costs.base_bytes(flux, precision) == pytest.approx(held, rel=0.02)
 
 
+def kept_by(block, given: dict, weights: set[int]) -> int:
+    """Bytes that a block keeps for its backward, beside its weights."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        block(**given)
+    return sum(size for place, size in kept.items() if place not in weights)
+
+
+def block_inputs(flux) -> dict:
+    x, text = (torch.randn(1, n, 256, dtype=torch.bfloat16, requires_grad=True) for n in (256, 64))
+    return dict(hidden_states=x, encoder_hidden_states=text, temb=torch.randn(1, 256, dtype=torch.bfloat16, requires_grad=True),
+                image_rotary_emb=flux.pos_embed(torch.rand(320, 3)))
+
+
 def test_the_blocks_keep_for_their_backward_what_the_plan_says(monkeypatch):
     monkeypatch.setattr(region_attention, "SHORT", 0)  # the kernel that long sequences take
     flux = build_flux(CONFIG).bfloat16().requires_grad_(False)
     attend_by_region(flux).regions = regions_for(PRESETS["tree64"], (16, 16), torch.device("cpu"))
     weights = {p.untyped_storage().data_ptr() for p in flux.parameters()}
-    x, text = (torch.randn(1, n, 256, dtype=torch.bfloat16, requires_grad=True) for n in (256, 64))
-    given = dict(hidden_states=x, encoder_hidden_states=text, temb=torch.randn(1, 256, dtype=torch.bfloat16, requires_grad=True),
-                 image_rotary_emb=flux.pos_embed(torch.rand(320, 3)))
+    given = block_inputs(flux)
     for block, kind in ((flux.transformer_blocks[0], "double"), (flux.single_transformer_blocks[0], "single")):
-        kept: dict[int, int] = {}
+        assert kept_by(block, given, weights) / (320 * 256) == pytest.approx(costs.KEPT[kind], rel=0.1), kind
 
-        def keep(tensor, kept=kept):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            block(**given)
-        found = sum(size for place, size in kept.items() if place not in weights) / (320 * 256)
-        assert found == pytest.approx(costs.KEPT[kind], rel=0.1), kind
+def test_a_block_in_int8_keeps_its_weights_unpacked(monkeypatch):
+    pytest.importorskip("torchao", reason="torchao is not installed: pip install -e '.[training]'")
+    monkeypatch.setattr(machine, "fast_dtype", lambda device: torch.bfloat16)  # as on every card of the plan
+    found = {}
+    for precision in ("bf16", "int8"):
+        flux = random_flux(CONFIG, precision, torch.device("cpu"))
+        attend_by_region(flux)
+        weights = {p.untyped_storage().data_ptr() for p in flux.parameters() if type(p.data) is torch.Tensor}
+        found[precision] = [kept_by(block, block_inputs(flux), weights)
+                            for block in (*flux.transformer_blocks, *flux.single_transformer_blocks)]
+    more = [after - before for before, after in zip(found["bf16"], found["int8"])]
+    assert costs.unpacked_bytes(build_flux(CONFIG), "int8", True) == pytest.approx(max(more), rel=0.03)
+    assert costs.unpacked_bytes(build_flux(CONFIG), "int8", False) == pytest.approx(sum(more), rel=0.03)
 
 
 def verdict(capsys, recipe: str, *flags: str) -> tuple[int, str]:

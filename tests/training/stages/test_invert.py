@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 pytest.importorskip("diffusers", reason="diffusers is not installed: pip install -e '.[training]'")
 pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install -e '.[training]'")
@@ -26,14 +25,16 @@ from semantic_diffusion_adapter.kernels.hierarchy import PRESETS  # noqa: E402
 from semantic_diffusion_adapter.kernels.vision.towers import TowerConfig  # noqa: E402
 from semantic_diffusion_adapter.training import cli  # noqa: E402
 from semantic_diffusion_adapter.training.config import from_toml, write_toml  # noqa: E402
+from semantic_diffusion_adapter.training.data.index import bucket_of  # noqa: E402
+from semantic_diffusion_adapter.training.frozen.base import load_flux  # noqa: E402
+from semantic_diffusion_adapter.training.frozen.encoders import load_towers  # noqa: E402
 from semantic_diffusion_adapter.training.frozen.flux import network_time  # noqa: E402
-from semantic_diffusion_adapter.training.plan import invert as plan  # noqa: E402
 from semantic_diffusion_adapter.training.plan import costs  # noqa: E402
 from semantic_diffusion_adapter.training.stages import invert, invert_settings  # noqa: E402
 from semantic_diffusion_adapter.training.stages.invert_pictures import file_of  # noqa: E402
 from semantic_diffusion_adapter.training.stages.settings import Vision  # noqa: E402
 
-CONFIGS = Path(plan.__file__).parents[1] / "configs"
+CONFIGS = Path(cli.__file__).parent / "configs"
 ROOT = CONFIGS.parents[1]
 CPU = torch.device("cpu")
 
@@ -76,14 +77,14 @@ def report(out: Path) -> dict:
 
 def test_the_miniature_is_inverted_without_an_adapter(miniature, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    flags = ("--out", str(tmp_path), "--resolution", "64", "--steps", "15", "--paint", "1")
+    flags = ("--out", str(tmp_path), "--resolution", "64", "--steps", "10", "--paint", "1")
     assert run(CONFIGS / "miniature_cpu_invert.toml", *flags) == 0
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
-    assert line["picture"] == "scene.png" and line["steps"] == 15 and line["loss"] < 0.6 * line["loss_before"]
+    assert line["picture"] == "scene.png" and line["steps"] == 10 and line["loss"] < 0.7 * line["loss_before"]
     assert "scene.png: loss" in capsys.readouterr().out
     made, thumbnail = embedding_file.load(tmp_path / "scene.png.safetensors")
     assert made.hierarchy() == PRESETS["tree64"] and made.batch == 1 and made.source["pooled_width"]
-    assert made.source["invert"]["picture"] == "scene.png" and made.source["fit"]["steps"] == 15
+    assert made.source["invert"]["picture"] == "scene.png" and made.source["fit"]["steps"] == 10
     assert Image.open(io.BytesIO(thumbnail)).size == Image.open(tmp_path / "scene.png.png").size == (64, 64)
     assert report(tmp_path)["fitted"] == 1 and not report(tmp_path)["left_out"]
 
@@ -108,7 +109,7 @@ def test_a_batch_is_of_one_bucket(toy, tmp_path):
     assert len(made) == 3 and all(it.batch == 1 for it in made.values())
     assert not torch.equal(made["a.jpg.safetensors"].tokens, made["c d.jpg.safetensors"].tokens)
     sizes = [Image.open(io.BytesIO(embedding_file.load(tmp_path / "out" / name)[1])).size for name in sorted(made)]
-    assert sizes == [(64, 64), (64, 64), (96, 48)] or sizes[:2] == [(64, 64)] * 2
+    assert sizes == [(64, 64), (64, 64), bucket_of(64, 128, 64)[::-1]] and sizes[2] != (64, 64)
 
 
 @pytest.mark.parametrize("change", [{"steps": 4}, {"seed": 1}, {"preset": "global16"}, {"guidance": 2.0}, {"start": "embedding"}])
@@ -222,8 +223,6 @@ def test_a_start_from_an_adapter_is_what_it_encodes(toy, parts, tmp_path, capsys
     a, b = (embedding_file.load(tmp_path / "out" / f"{name}.safetensors")[0] for name in ("a.jpg", "sub/b.jpg"))
     assert a.hierarchy() == PRESETS["tree64"] and a.source["adapter"] == "adapter.safetensors" and a.pooled.shape == (1, 6)
     picture = torch.from_numpy(np.array(Image.open(tmp_path / "pictures" / "a.jpg"))).permute(2, 0, 1)[None] / 255
-    from semantic_diffusion_adapter.training.frozen.encoders import load_towers
-
     features = {name: tower(picture) for name, tower in load_towers(vision.files, (), CPU, torch.float32).items()}
     with torch.no_grad():
         expected = adapter.eval()(features, PRESETS["tree64"])[0]
@@ -303,40 +302,9 @@ def test_a_base_in_bf16_sees_latents_of_the_time_that_it_reads(toy, parts, tmp_p
     torch.testing.assert_close(noises[0], -noises[1], atol=1e-4, rtol=1e-4)  # the pair of a fit's noise
 
 
-def planned(capsys, *flags: str) -> tuple[int, str]:
-    code = cli.main(["plan", "invert", "--config", str(CONFIGS / "flux1_dev_invert_16gb.toml"), *flags])
-    return code, capsys.readouterr().out
-
-
-def test_the_plan_counts_a_fit_of_flux1_dev(capsys):
-    code, told = planned(capsys, "--pictures", "100")
-    assert code == 0 and "11,901,408,320 frozen (int8)" in told and "(128 tokens)" in told and "GB of 16 on a 4080" in told
-    assert "48.3 TFLOP" in told and "100 pictures on 1 x 4080" in told
-    assert planned(capsys, "--base.precision", "nf4")[0] == 0
-    code, told = planned(capsys, "--base.precision", "bf16", "--batch", "2")
-    assert code == 1 and 'Change batch = 1, or base.precision = "nf4" (or "int8")' in told
-    config = from_toml(plan.Config, CONFIGS / "flux1_dev_invert_16gb.toml")
-    one = plan.Estimate(config)
-    assert plan.Estimate(dataclasses.replace(config, minutes=0.5)).seconds == 30 < one.seconds
-    assert plan.Estimate(dataclasses.replace(config, gpus=4)).hours == pytest.approx(one.hours / 4)
-    assert plan.Estimate(dataclasses.replace(config, steps=200)).seconds == pytest.approx(2 * one.seconds, rel=0.03)
-    with pytest.raises(ValueError, match="Unknown preset"):
-        plan.Estimate(dataclasses.replace(config, preset="tree65"))
-
-
 def test_the_plan_counts_the_files_that_are_there(toy, parts, capsys):
     assert cli.main(["plan", "invert", "--config", str(toy())]) == 0
     told = capsys.readouterr().out
-    from semantic_diffusion_adapter.training.frozen.base import load_flux
-
     flux = load_flux(parts / "flux.safetensors", "fp32")
     assert f"base {costs.parameters(flux):,} frozen (fp32)" in told and "not here yet" not in told
     assert "1,280 learn for a picture (64 tokens)" in told
-
-
-@pytest.mark.parametrize("name", ["flux1_dev_invert_16gb", "miniature_cpu_invert"])
-def test_a_recipe_says_by_which_lines_it_is_used(name):
-    config = from_toml(invert_settings.Config, CONFIGS / f"{name}.toml")
-    assert config.out.name == name
-    text = (CONFIGS / f"{name}.toml").read_text(encoding="utf-8")
-    assert f"sda invert --config training/configs/{name}.toml" in text and f"sda plan invert --config training/configs/{name}.toml" in text
