@@ -120,8 +120,8 @@ class Estimate:
         price, spent = config.price or card.price, self.hours * config.gpus
         lines += [f"{config.pictures:,} pictures on {config.gpus} x {config.gpu}: about {self.hours:,.1f} hours, "
                   f"{spent:,.1f} GPU hours, {spent * price:,.2f} dollars at {price:g} an hour",
-                  f"The model: the base in {config.base.precision} reaches {self.reached:.0%} of {card.peak:g} TFLOP/s; "
-                  "encoding, painting's VAE and files take no time beside it."]
+                  f"The model: the base in {config.base.precision} reaches {self.reached:.0%} of {card.peak:g} "
+                  "TFLOP/s; encoders, the VAE and files take no time beside it."]
         if self.most > card.memory:
             lines.append(f"This does not fit: {self.most:.1f} GB are wanted and a {config.gpu} has {card.memory:g}. "
                          f"Change {', or '.join(self.remedies())}.")

@@ -31,7 +31,6 @@ from semantic_diffusion_adapter.training.frozen.encoders import load_towers  # n
 from semantic_diffusion_adapter.training.frozen.flux import network_time  # noqa: E402
 from semantic_diffusion_adapter.training.plan import costs  # noqa: E402
 from semantic_diffusion_adapter.training.stages import invert, invert_settings  # noqa: E402
-from semantic_diffusion_adapter.training.stages.invert_pictures import file_of  # noqa: E402
 from semantic_diffusion_adapter.training.stages.settings import Vision  # noqa: E402
 
 CONFIGS = Path(cli.__file__).parent / "configs"
@@ -180,15 +179,6 @@ def test_a_tar_and_its_captions_are_read(toy, tmp_path):
             tar.addfile(info, io.BytesIO(jpeg(64, 64, 5)))
     assert run(toy(source=str(tmp_path / "set.tar"))) == 0
     assert files(tmp_path / "out").keys() == {"set.tar/0.jpg.safetensors", "set.tar/1.jpg.safetensors"}
-
-
-def test_every_name_becomes_a_file_of_its_own_inside_of_the_folder():
-    assert file_of("sub/ä b.jpg") == "sub/ä b.jpg.safetensors"
-    odd = ["../../etc/x.jpg", "/etc/x.jpg", "https://host/x.jpg?size=1", "https://host/x.jpg?size=2", "..", "a" * 300, "ü" * 300, "a|b"]
-    made = [file_of(name) for name in odd]
-    assert len(set(made)) == len(odd)
-    for name in made:
-        assert not name.startswith("/") and ".." not in name.split("/") and all(len(part.encode()) < 256 for part in name.split("/"))
 
 
 def embedding_of(path: Path, preset: str, width: int = 20, pooled: bool = False):
