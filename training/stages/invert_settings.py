@@ -75,7 +75,7 @@ class Config:
     minutes: NotNegative = 0.0
     """The fit of a picture ends after this time, with what it has. 0: there is no limit."""
     batch: Count = 1
-    """Pictures of one bucket that are fitted at once. The noise of a picture depends on its place among them."""
+    """Pictures of one bucket that are fitted at once. A picture's fit does not depend on the others."""
     paint: Whole = 0
     """Paint this many pictures from their embeddings, in 20 steps, beside them."""
     path_column: str = ""
@@ -88,7 +88,7 @@ class Config:
         return None if self.start in WORDS else Path(self.start)
 
     def fit(self, shift: float) -> FitSettings:
-        return FitSettings(self.steps, self.rate, self.order, self.pooled, shift, self.seed)
+        return FitSettings(self.steps, self.rate, self.order, self.pooled, shift=shift, seed=self.seed)
 
 
 def check(config: Config, absent: bool = False) -> FluxTransformer2DModel | None:
