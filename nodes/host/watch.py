@@ -20,7 +20,7 @@ from torch import nn
 from ...kernels.blocks import Blocks
 
 WATCH_KEY = "sda_watch"
-_CORE_COMPILES = "torch.compile"  # the key of core's own wrapper that swaps compiled modules in
+CORE_COMPILES = "torch.compile"  # the key of core's own wrapper that swaps compiled modules in
 _FORWARDS = ("forward", "_forward", "forward_orig")
 _KINDS = (
     ("double", "double_blocks", comfy.ldm.flux.layers.DoubleStreamBlock),
@@ -92,7 +92,7 @@ def watched(
 
 def compiled(network: nn.Module, transformer_options: dict) -> bool:
     """Whether the user compiled the network or blocks of it, in any of the known ways."""
-    if _CORE_COMPILES in transformer_options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}):
+    if CORE_COMPILES in transformer_options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}):
         return True
     modules = [network, *network.double_blocks, *network.single_blocks]
     return any(
