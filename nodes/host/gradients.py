@@ -26,13 +26,14 @@ from torch.utils.checkpoint import checkpoint
 from .override import OVERRIDE_KEY
 from .watch import CORE_COMPILES, compiled
 
-# Python assigns the result of these back to the name, so what they give may be another tensor. It does not for methods
-# such as `add_`, which must stay as they are: rotary embeddings call `addcmul_` for its effect.
+# PyTorch shows `a += b` as `a.add_(b)`. Python gives the name of the former to whatever this returns; a bare statement
+# `a.add_(b)` would lose its addition. Core's Flux has none, and the check before a fit finds those of others, for the loss
+# with gradients is then another than without. `addcmul_`, which rotary embeddings call for its effect, is no operator.
 _OUT_OF_PLACE = {
-    Tensor.__iadd__: torch.add,
-    Tensor.__isub__: torch.sub,
-    Tensor.__imul__: torch.mul,
-    Tensor.__itruediv__: torch.true_divide,
+    Tensor.add_: torch.add,
+    Tensor.sub_: torch.sub,
+    Tensor.mul_: torch.mul,
+    Tensor.div_: torch.div,
 }
 _MULTIGPU = "multigpu_clones"  # core's: conditionings spread over several cards, without gradients
 
