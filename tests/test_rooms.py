@@ -19,7 +19,7 @@ TOWERS = {
     "nodes": (("kernels",), ("nodes/host",), ("nodes",)),
 }
 LIBRARIES = {"annotated_types", "einops", "open_clip", "pydantic", "safetensors", "torch", "transformers"}  # what kernels may use
-CORE = {"comfy", "comfy_extras", "folder_paths", "node_helpers"}  # ComfyUI, beside its public comfy_api
+CORE = {"comfy", "comfy_extras", "folder_paths", "latent_preview", "node_helpers"}  # ComfyUI, beside its public comfy_api
 
 
 def files(room: str) -> list[Path]:
