@@ -126,7 +126,7 @@ def test_another_packs_block_patch_is_called_inside(toy, recompute):
     gradient = case.ours(recompute, **options)
     assert set(seen) == {0}
     assert case.differs(gradient, **options) < 1e-4
-    assert case.differs(case.ours(recompute), **options) > 0.1
+    assert case.differs(case.ours(recompute), **options) > 0.01
 
 
 def test_a_lora_in_a_slice_of_a_weight_stays_in_place():
