@@ -14,9 +14,12 @@ import comfy.model_management  # noqa: E402
 import folder_paths  # noqa: E402
 from semantic_diffusion_adapter.kernels import visibility  # noqa: E402
 from semantic_diffusion_adapter.kernels.embedding import from_hierarchy  # noqa: E402
+from semantic_diffusion_adapter.kernels.fit import FitSettings  # noqa: E402
 from semantic_diffusion_adapter.kernels.hierarchy import PRESETS  # noqa: E402
+from semantic_diffusion_adapter.kernels.text_space import TextSpace  # noqa: E402
 from semantic_diffusion_adapter.nodes import decode  # noqa: E402
 from semantic_diffusion_adapter.nodes.host.conditioning import to_conditioning  # noqa: E402
+from semantic_diffusion_adapter.nodes.host.fitting import fit_embedding  # noqa: E402
 
 import nodes as stock  # noqa: E402
 
@@ -93,3 +96,12 @@ def test_full_width_flux_from_the_stock_loader_at_512_pixels(stock_model):
     expected = sample(oracle, [[positive[0][0], {"pooled_output": positive[0][1]["pooled_output"]}]])
     scale = expected.std()
     assert (result - expected).abs().max() < 0.01 * scale
+
+
+def test_a_fit_through_full_width_flux(stock_model):
+    """Ten steps for a picture of four patches; the loss falls, and the gradients have passed the check before."""
+    space = TextSpace(torch.zeros(TEXT), torch.ones(TEXT))
+    latents = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        fitted, losses = fit_embedding(stock_model, latents, space.start(PRESETS["global16"]), space, FitSettings(10))
+    assert sum(losses[-4:]) < sum(losses[:4]) and torch.isfinite(fitted.tokens).all()

@@ -36,7 +36,8 @@ def fit(model, start, steps: int = 6, latents=LATENTS, minutes: float = 0.0, **s
 
 @pytest.fixture
 def hook():
-    """hook(function) hears the progress as (value, total, preview, whatever newer cores add)."""
+    """hook(function) hears the progress as (value, total, preview, whatever newer cores add). Those tell the first step and
+    the last, and of others no more than ten a second."""
     yield comfy.utils.set_progress_bar_global_hook
     comfy.utils.set_progress_bar_global_hook(None)
     comfy.model_management.interrupt_current_processing(False)
@@ -160,15 +161,15 @@ def test_an_interrupted_fit_goes_on_where_it_was(toy, embedding, hook, caplog):
 
     def listen(value, *_, **__):
         values.append(value)
-        if value == 4:
+        if value == 1:
             comfy.model_management.interrupt_current_processing(True)
 
     hook(listen)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         fit(toy.model, start)
-    assert values == [1, 2, 3, 4] and "stopped at step 4 and kept" in caplog.text
+    assert values == [1] and "stopped at step 1 and kept" in caplog.text
     again, joined = fit(toy.model, start)
-    assert values[4:] == [5, 6] and "goes on at step 4" in caplog.text
+    assert (values[1], values[-1]) == (2, 6) and "goes on at step 1" in caplog.text
     assert joined == losses and torch.equal(again.tokens, whole.tokens)
 
 
