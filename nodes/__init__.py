@@ -9,6 +9,7 @@ from .decode import EmbeddingToConditioning, MaskedAttention
 from .edit import EditEmbedding, KeepOutsideMask
 from .encode import BuildEmbedding, EncodeImage
 from .files import LoadEmbedding, SaveEmbedding
+from .fit import FitEmbedding
 from .guide import EditGuider
 from .host import folders
 from .load import LoadAdapter, LoadEditDecoder, LoadVisionEncoders
@@ -38,6 +39,7 @@ class SemanticDiffusionExtension(ComfyExtension):
             RegionalPrompt,
             EncodeRedux,
             FromStyleModel,
+            FitEmbedding,
             EmbeddingStrength,
             PreviewEmbedding,
             VisiblePatches,

@@ -45,6 +45,7 @@ def fit_embedding(
 
     model: a MODEL of FLUX.1. One that has not been through Masked Attention gets it with its defaults.
     latents: [B, C, H, W] as core's VAE gives them, a picture for each of the start's.
+    settings: all but the shift, which is the model's own.
     minutes: at most so long, 0 for no limit. guidance: what a model with guidance (FLUX.1-dev) is told; fit with what
         the pictures are to be painted with.
 
@@ -55,8 +56,10 @@ def fit_embedding(
         raise ValueError(f"There are {len(latents)} pictures and {start.batch} embeddings to start from: use as many of both.")
     masked = model.get_wrappers(WrappersMP.DIFFUSION_MODEL, flux.WRAPPER_KEY)
     clone = model.clone() if masked else flux.patch(model)
-    if not isinstance(clone.get_model_object("model_sampling"), comfy.model_sampling.CONST):
+    schedule = clone.get_model_object("model_sampling")
+    if not isinstance(schedule, comfy.model_sampling.CONST):
         raise ValueError("A fit needs Flux's own flow sampling and another node replaced it: connect the model from before it.")
+    settings = replace(settings, shift=getattr(schedule, "shift", settings.shift))
     key = fits.fingerprint(
         (latents, start.tokens, start.boxes, start.levels, start.strengths, start.pooled, start.masks, start.masked_by,
          space.mean, space.deviation),

@@ -46,6 +46,8 @@ def difference(fit: Fit, latents: Tensor, velocity: Velocity, dtype: torch.dtype
         values.append(fit.start.pooled.float())
     try:
         loss, gradients = fit.gradients(latents, velocity)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # autograd's own refusals
         return str(error).splitlines()[0]
     with torch.no_grad():

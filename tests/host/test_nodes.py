@@ -28,6 +28,7 @@ IDS = {
     "SDAPlace",
     "SDACompose",
     "SDAEncodeRedux",
+    "SDAFitEmbedding",
     "SDAFromStyleModel",
     "SDAStrength",
     "SDAKeepOutsideMask",

@@ -54,6 +54,10 @@ FROZEN = {
     "SDAEncodeRedux": (
         ["image", "style_model", "clip_vision", "preset", "whole", "quarters", "sixteenths"], ["SDA_EMBEDDING"],
     ),
+    "SDAFitEmbedding": (
+        ["model", "vae", "clip", "image", "preset", "prompt", "steps", "minutes", "rate", "order", "fit_pooled", "seed", "embedding"],
+        ["SDA_EMBEDDING", "IMAGE"],
+    ),
     "SDAFromStyleModel": (["style_model", "clip_vision_output", "preset"], ["SDA_EMBEDDING"]),
     "SDAStrength": (["embedding", "strength", "levels", "cells"], ["SDA_EMBEDDING"]),
     "SDAKeepOutsideMask": (["edited", "source", "mask", "feather"], ["SDA_EMBEDDING"]),
