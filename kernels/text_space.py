@@ -15,6 +15,26 @@ from .hierarchy import Hierarchy
 _SPREAD = 0.05  # deviations by which the tokens of the shared start differ; equal ones would get equal gradients
 _SHARED = 20_411  # its seed: one start for all pictures, so that a token's place means the same in each
 
+# What a text space is measured on where there are no captions: things, people, places, light and style, as prompts name
+# them, and the plain shapes that the miniature has words for.
+PROMPTS = (
+    "a photo of a red fox in the snow at dusk", "portrait of an old fisherman, deep wrinkles, soft window light",
+    "a busy street market in Marrakesh, seen from above", "two children build a sandcastle on a grey beach",
+    "a bowl of ramen with a soft-boiled egg, steam, dark wooden table",
+    "minimalist living room with a green sofa and a round mirror",
+    "an astronaut riding a horse, oil painting", "close-up of a dew drop on a blade of grass, macro photography",
+    "a steam locomotive crosses a stone bridge in autumn", "the word OPEN painted on a blue wooden door",
+    "aerial view of rice terraces under morning fog", "a black cat sleeps on a stack of books beside a lamp",
+    "a woman in a yellow raincoat waits at a bus stop, rain, reflections",
+    "modern glass office building against a clear sky",
+    "watercolour of a small harbour with fishing boats", "a violinist on stage, one spotlight, dark background",
+    "three ceramic vases on a shelf, pastel colours",
+    "a mountain lake with snow-covered peaks, golden hour, wide angle",
+    "an old pickup truck in a field of sunflowers", "a robot waters plants on a balcony, digital art",
+    "a small red circle at the top left and a large blue square at the bottom right on a white ground",
+    "a green triangle on the left and a yellow cross at the center on a grey ground",
+)
+
 
 def length(values: Tensor) -> Tensor:
     """[..., 1]: the root mean square of normalised tokens [..., D], 1 on average for a text's."""

@@ -53,12 +53,16 @@ def fit_embedding(
     goes on where it was.
     """
     if len(latents) != start.batch:
-        raise ValueError(f"There are {len(latents)} pictures and {start.batch} embeddings to start from: use as many of both.")
+        raise ValueError(
+            f"There are {len(latents)} pictures and {start.batch} embeddings to start from: use as many of both."
+        )
     masked = model.get_wrappers(WrappersMP.DIFFUSION_MODEL, flux.WRAPPER_KEY)
     clone = model.clone() if masked else flux.patch(model)
     schedule = clone.get_model_object("model_sampling")
     if not isinstance(schedule, comfy.model_sampling.CONST):
-        raise ValueError("A fit needs Flux's own flow sampling and another node replaced it: connect the model from before it.")
+        raise ValueError(
+            "A fit needs Flux's own flow sampling and another node replaced it: connect the model from before it."
+        )
     settings = replace(settings, shift=getattr(schedule, "shift", settings.shift))
     key = fits.fingerprint(
         (latents, start.tokens, start.boxes, start.levels, start.strengths, start.pooled, start.masks, start.masked_by,
@@ -76,9 +80,13 @@ def fit_embedding(
         guider = comfy.samplers.CFGGuider(clone)
         guider.inner_set_conds({"positive": positive})
         tokens = len(latents) * (start.token_count + math.prod(patch_grid(*latents.shape[-2:])))
-        clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, flux.WRAPPER_KEY, _room(_memory(clone, tokens).gradients))
+        clone.add_wrapper_with_key(
+            WrappersMP.PREPARE_SAMPLING, flux.WRAPPER_KEY, _room(_memory(clone, tokens).gradients)
+        )
         try:
-            guider.sample(torch.zeros_like(latents), latents, FitSampler(fit, tokens, minutes), torch.tensor([1.0, 0.0]))
+            guider.sample(
+                torch.zeros_like(latents), latents, FitSampler(fit, tokens, minutes), torch.tensor([1.0, 0.0])
+            )
         except comfy.model_management.InterruptProcessingException:
             logging.info("Fit Embedding: stopped at step %d and kept; queue it again to go on from there.", fit.count)
             raise
@@ -121,7 +129,9 @@ class FitSampler(comfy.samplers.Sampler):
             fit.step(latents, velocity)
             progress.update_absolute(fit.count, fit.settings.steps, preview.after(fit, velocity))
             if self._minutes and time.monotonic() - begun >= 60 * self._minutes:
-                logging.info("Fit Embedding: %g minutes are over at step %d of %d.", self._minutes, fit.count, fit.settings.steps)
+                logging.info(
+                    "Fit Embedding: %g minutes are over at step %d of %d.", self._minutes, fit.count, fit.settings.steps
+                )
                 return
 
 

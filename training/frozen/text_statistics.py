@@ -8,26 +8,10 @@ from torch import Tensor
 
 from ...kernels import checkpoint, header
 from ...kernels.precision import frozen_dtype
-from ...kernels.text_space import TextSpace
+from ...kernels.text_space import PROMPTS, TextSpace
 from .text import load_t5, load_tokenizer, t5_width
 
 ENOUGH = 64  # texts; a set with fewer captions is filled up with PROMPTS
-# Prompts for sets with few captions or none: things, people, places, light and style, as prompts name them.
-PROMPTS = (
-    "a photo of a red fox in the snow at dusk", "portrait of an old fisherman, deep wrinkles, soft window light",
-    "a busy street market in Marrakesh, seen from above", "two children build a sandcastle on a grey beach",
-    "a bowl of ramen with a soft-boiled egg, steam, dark wooden table",
-    "minimalist living room with a green sofa and a round mirror",
-    "an astronaut riding a horse, oil painting", "close-up of a dew drop on a blade of grass, macro photography",
-    "a steam locomotive crosses a stone bridge in autumn", "the word OPEN painted on a blue wooden door",
-    "aerial view of rice terraces under morning fog", "a black cat sleeps on a stack of books beside a lamp",
-    "a woman in a yellow raincoat waits at a bus stop, rain, reflections",
-    "modern glass office building against a clear sky",
-    "watercolour of a small harbour with fishing boats", "a violinist on stage, one spotlight, dark background",
-    "three ceramic vases on a shelf, pastel colours",
-    "a mountain lake with snow-covered peaks, golden hour, wide angle",
-    "an old pickup truck in a field of sunflowers", "a robot waters plants on a balcony, digital art",
-)
 
 
 def is_statistics(path: Path) -> bool:
