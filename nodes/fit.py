@@ -49,7 +49,7 @@ class FitEmbedding(io.ComfyNode):
                     tooltip="How far a step may move a token, in deviations of text. 0.02 to refine an embedding that is good.",
                 ),
                 io.Combo.Input(
-                    "order", options=list(ORDERS), default=ORDERS[0],
+                    "order", options=list(ORDERS), default=FitSettings.order,
                     tooltip="coarse first: whole picture, then quarters, then cells begin to learn. all levels: all at once.",
                 ),
                 io.Boolean.Input("fit_pooled", default=False, tooltip="Fit the pooled vector of CLIP-L too."),
