@@ -45,7 +45,7 @@ class FitEmbedding(io.ComfyNode):
                     tooltip="Stop after so many minutes; queued again, it goes on from there. 0 is no limit.",
                 ),
                 io.Float.Input(
-                    "rate", default=0.1, min=0.001, max=1.0, step=0.001,
+                    "rate", default=FitSettings.rate, min=0.001, max=1.0, step=0.001,
                     tooltip="How far a step may move a token, in deviations of text. 0.02 to refine an embedding that is good.",
                 ),
                 io.Combo.Input(

@@ -68,8 +68,8 @@ class Config:
     """Whether the coarse levels learn first, or all from the start."""
     pooled: bool = False
     """Whether the pooled vector is fitted as well. The start must have one."""
-    guidance: float = 1.0
-    """Guidance that a guidance-distilled base (FLUX.1-dev) is given. At 1.0 it predicts the plain velocity."""
+    guidance: float = 3.5
+    """Guidance that a guidance-distilled base (FLUX.1-dev) is given: that with which the pictures will be painted."""
     seed: int = 0
     """Seed of the noise and of the times."""
     minutes: NotNegative = 0.0
