@@ -44,7 +44,7 @@ def _widget_values(node: dict, schema: dict) -> dict:
         if not values:
             raise Failure(f"{node['type']} has a widget {name} in this ComfyUI that the template knows nothing of.")
         result[name] = values.pop(0)
-        if kind == "INT" and (options.get("control_after_generate") or name in SEEDS):
+        if kind == "INT" and options.get("control_after_generate", name in SEEDS):
             values.pop(0)
     return result
 

@@ -74,7 +74,9 @@ def check(nodes: list[dict], links: list[list], info: dict) -> None:
             continue
         schema = info[node["type"]]
         wanted = slots(schema)
-        values = len([slot for slot in wanted if slot[3]]) + len([slot for slot in wanted if slot[0] in SEEDS])
+        options = {**schema["input"].get("required", {}), **schema["input"].get("optional", {})}
+        controlled = [n for n in SEEDS if n in options and options[n][1].get("control_after_generate", True)]
+        values = len([slot for slot in wanted if slot[3]]) + len(controlled)
         if node["type"] == "LoadImage":  # has the page's own upload button, and names no file: who knows which are there?
             wanted, values = [*wanted, ("upload", "IMAGEUPLOAD", False, True)], 0
         there = [(slot["name"], slot["type"], slot.get("shape") == 7, "widget" in slot) for slot in node["inputs"]]
