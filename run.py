@@ -159,7 +159,7 @@ def main() -> int:
     say(f"Semantic Diffusion Adapter: {command}")
     if command == "test":
         # In two processes, for much of the time is waiting: for a browser, a server, a process that starts.
-        return inside("pytest", ["-c", str(ROOT / "pyproject.toml"), "-n", "2", "--dist", "loadgroup", *rest],
+        return inside("pytest", ["-c", str(ROOT / "pyproject.toml"), "-n", "2", *rest],
                       ("pytest", "xdist", "hypothesis", "diffusers"))
     if command == "eval":
         return inside(f"{PACKAGE}.training.miniature.evaluate", rest, ("diffusers", "scipy", "tensorboard", "tqdm"))
