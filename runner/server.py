@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
@@ -19,6 +20,13 @@ from .environment import ROOT, Environment, Failure
 
 PACK = "semantic-diffusion-adapter"  # the pack's folder name in custom_nodes, and so in the template browser
 START_SECONDS = 300
+# Ends a ComfyUI whose starter is killed: then the pipe to this closes without a word.
+WATCH = """
+import os, signal, sys
+if not sys.stdin.buffer.read(1):
+    pid = int(sys.argv[1])
+    os.killpg(pid, signal.SIGKILL) if hasattr(os, "killpg") else os.kill(pid, signal.SIGTERM)
+"""
 
 
 @contextlib.contextmanager
@@ -62,6 +70,8 @@ class Server:
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=base, **group
             )
+        watch = [sys.executable, "-c", WATCH, str(self.process.pid)]
+        self.watch = subprocess.Popen(watch, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, **group)
 
     def wait(self, report: Callable[[str], None]) -> None:
         began = time.monotonic()
@@ -87,6 +97,8 @@ class Server:
         return "\n".join("  " + line for line in self.log.read_text(errors="replace").splitlines()[-lines:])
 
     def stop(self) -> None:
+        with contextlib.suppress(OSError):
+            self.watch.communicate(b".")
         if self.process.poll() is not None:
             return
         if os.name == "nt":
