@@ -46,7 +46,7 @@ def target(space: TextSpace, flow, seed: int = 3, batch: int = 1) -> torch.Tenso
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_fit_finds_tokens_that_paint_the_picture(space, flow, order):
     latents, start = target(space, flow), space.start(TREE)
-    fit = Fit(start, space, FitSettings(steps=300, order=order))
+    fit = Fit(start, space, FitSettings(steps=300, rate=0.1, order=order))
     while not fit.done:
         fit.step(latents, flow)
     found = fit.result()

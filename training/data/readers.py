@@ -53,7 +53,8 @@ def about(chunk: dict) -> str:
     """The name of a chunk in an error."""
     if "items" in chunk:
         return f"the {len(chunk['items'])} files from {chunk['items'][0][0]} on"
-    return chunk["file"] + (f", row group {chunk['group']}" if "group" in chunk else "")
+    rows = f", {chunk['rows']} rows from {chunk['first']} on" if "first" in chunk else ""
+    return chunk["file"] + (f", row group {chunk['group']}" if "group" in chunk else "") + rows
 
 
 def read(chunk: dict, wanted: set[int] | None = None) -> Iterator[Found]:
@@ -238,7 +239,7 @@ def _pictures(batch: pa.RecordBatch, row: int, columns: dict[str, str]) -> Itera
 
 def _row(fs, folder: str, batch: pa.RecordBatch, row: int, chunk: dict, members: dict, origin: str) -> Found:
     name = members[""]
-    found = Found(name if name and isinstance(name, str) else origin)
+    found = Found(origin if isinstance(name, (bytes, dict)) or name in (None, "") else str(name))
     for member, value in members.items():
         if not isinstance(value, dict):
             value = {"bytes" if isinstance(value, bytes) else "path": value}

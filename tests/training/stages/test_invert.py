@@ -162,7 +162,8 @@ def test_a_signal_keeps_what_is_finished_and_the_same_line_goes_on(toy, tmp_path
     finally:
         signal.signal(signal.SIGTERM, before)
     kept = files(out)
-    assert code == 130 and 0 < len(kept) < 15 and report(out)["fitted"] == len(kept)
+    assert code == 130 and 0 < len(kept) < 15
+    assert len(kept) - report(out)["fitted"] in (0, 1), "the signal may come between a file and its line"
     assert "Stopped. The same line goes on from here." in capsys.readouterr().out
     assert run(toml) == 0
     whole = files(out)
