@@ -204,7 +204,8 @@ def test_a_task_that_always_kills_its_worker_is_given_up(stuck_list, tmp_path):
                 time.sleep(0.05)
 
     def fails() -> None:
-        with pytest.raises(ValueError, match=r"3 workers died over list.parquet, row group 0, 43 rows from 0 on \(exit code -9\); mostly the memory is short"):
+        died = r"3 workers died over list.parquet, row group 0, 43 rows from 0 on \(exit code -9\); mostly the memory is short"
+        with pytest.raises(ValueError, match=died):
             prepared(table, tmp_path / "set", workers=1)
 
     beside(kill_all, fails)
