@@ -57,10 +57,8 @@ def draw(e: SemanticEmbedding, values: Tensor, image: Tensor | None = None) -> T
     if len(image) not in (1, batch) or len(values) not in (1, batch):
         raise ValueError(f"There are {len(image)} images and {len(values)} embeddings: use equal numbers, or one of either.")
     height, width = image.shape[1:3]
-    masks = None
-    if e.masks is not None:
-        masks = F.interpolate(e.masks[None].to(image.device), (height, width), mode="bilinear", antialias=True)[0]
-    tint = _tint(e, values.to(image.device), masks, height, width)[..., None]
+    masks = _masks(e, height, width, image.device)
+    tint = spread(e, values.to(image.device), height, width)[..., None]
     colour = torch.where(tint > 0, tint.new_tensor(_MORE), tint.new_tensor(_LESS))
     picture = over_white(image.float()).clamp(0, 1).expand(batch, -1, -1, -1)
     picture = torch.lerp(picture, colour.expand_as(picture), (_OPACITY * tint.abs()).expand_as(picture))
@@ -92,13 +90,9 @@ def seen(e: SemanticEmbedding, grid: tuple[int, int], level: int | None = None, 
     return weight.mean(dim=1).reshape(grid)
 
 
-def _ratio(length: Tensor, ordinary: Tensor) -> Tensor:
-    """0..2, where 1 is ordinary; nothing over nothing is 0."""
-    return (length / ordinary.clamp_min(torch.finfo(torch.float32).tiny)).clamp(0, 2)
-
-
-def _tint(e: SemanticEmbedding, values: Tensor, masks: Tensor | None, height: int, width: int) -> Tensor:
-    """[B, H, W]: the mean value of the finest level that covers a pixel, 0 where none does."""
+def spread(e: SemanticEmbedding, values: Tensor, height: int, width: int) -> Tensor:
+    """[B, T] -> [B, height, width]: the mean value of the finest level that covers a cell, 0 where none does."""
+    masks = _masks(e, height, width, values.device)
     tint = values.new_zeros(len(values), height, width)
     confined = torch.full_like(e.levels, -1) if e.masked_by is None else e.masked_by
     keys = torch.cat([e.levels[:, None], confined[:, None], e.boxes], dim=1).cpu()
@@ -114,6 +108,18 @@ def _tint(e: SemanticEmbedding, values: Tensor, masks: Tensor | None, height: in
         tiny = torch.finfo(torch.float32).tiny
         tint = torch.lerp(tint, total / weight.clamp_min(tiny), weight.clamp(max=1).expand_as(tint))
     return tint
+
+
+def _ratio(length: Tensor, ordinary: Tensor) -> Tensor:
+    """0..2, where 1 is ordinary; nothing over nothing is 0."""
+    return (length / ordinary.clamp_min(torch.finfo(torch.float32).tiny)).clamp(0, 2)
+
+
+def _masks(e: SemanticEmbedding, height: int, width: int, device: torch.device) -> Tensor | None:
+    """[M, height, width], or None where there are none."""
+    if e.masks is None:
+        return None
+    return F.interpolate(e.masks[None].to(device), (height, width), mode="bilinear", antialias=True)[0]
 
 
 def _pixels(low: float, high: float, size: int) -> slice:

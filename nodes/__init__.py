@@ -5,12 +5,13 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .blend import BlendEmbeddings
+from .change import ChangeMask
 from .decode import EmbeddingToConditioning, MaskedAttention
 from .edit import EditEmbedding, KeepOutsideMask
 from .encode import BuildEmbedding, EncodeImage
 from .files import LoadEmbedding, SaveEmbedding
 from .fit import FitEmbedding
-from .guide import EditGuider
+from .guide import EditGuider, FlowEditGuider
 from .host import folders
 from .load import LoadAdapter, LoadEditDecoder, LoadVisionEncoders
 from .miniature import LoadMiniature
@@ -48,5 +49,7 @@ class SemanticDiffusionExtension(ComfyExtension):
             EmbeddingToConditioning,
             MaskedAttention,
             EditGuider,
+            ChangeMask,
+            FlowEditGuider,
             LoadMiniature,
         ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from .host import guider
+from .host import flow_edit, guider
 from .host.versions import schema
 
 
@@ -57,4 +57,62 @@ class EditGuider(io.ComfyNode):
     def execute(cls, model, source, edited, edit_strength, cfg, negative=None) -> io.NodeOutput:
         made = guider.EditGuider(model)
         made.set_edit(source, edited, edit_strength, negative, cfg)
+        return io.NodeOutput(made)
+
+
+class FlowEditGuider(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="SDAFlowEditGuider",
+            display_name="Flow Edit Guider",
+            description="Edit the source picture itself instead of painting it anew: what the edit does not touch stays as it "
+            "was (FlowEdit). For SamplerCustomAdvanced.",
+            search_aliases=["flowedit", "inversion free editing", "keep background", "guider"],
+            advanced=["n_avg", "cfg", "source_cfg"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that paints; for embeddings the one from Masked Attention (Flux)."),
+                io.Conditioning.Input("source", tooltip="What the picture shows: the unedited embedding, or a prompt."),
+                io.Conditioning.Input("edited", tooltip="What it shall show. The same references and ControlNets as the source."),
+                io.Latent.Input(
+                    "latent", tooltip="The source picture through VAE Encode. Connect it to the sampler's latent_image too."
+                ),
+                io.Float.Input(
+                    "edit_strength", default=1.0, min=-1.0, max=3.0, step=0.05,
+                    tooltip="0 is the source, 1 the edit; less edits less, more exaggerates. Other than 0 and 1 it costs one "
+                    "evaluation of the model more.",
+                ),
+                io.Int.Input(
+                    "n_avg", default=1, min=1, max=16,
+                    tooltip="Over how many noises each step is averaged: steadier, and as many times as slow.",
+                ),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
+                    tooltip="Of the noise in which the two are compared. The sampler's own noise is not used.",
+                ),
+                io.Float.Input(
+                    "cfg", default=1.0, min=1.0, max=30.0, step=0.1,
+                    tooltip="How strongly the edited side keeps away from the negative. FLUX.1-dev is made for 1.",
+                ),
+                io.Float.Input(
+                    "source_cfg", default=1.0, min=1.0, max=30.0, step=0.1,
+                    tooltip="How strongly the source's side keeps away from the negative, lower than cfg.",
+                ),
+                io.Conditioning.Input(
+                    "negative", optional=True, tooltip="What to keep away from. It only counts with a cfg above 1."
+                ),
+                io.Mask.Input(
+                    "mask", optional=True, tooltip="Where the picture may change: white. Outside it is held exactly."
+                ),
+            ],
+            outputs=[io.Guider.Output(display_name="guider", tooltip="For SamplerCustomAdvanced.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, model, source, edited, latent, edit_strength, n_avg, seed, cfg, source_cfg, negative=None, mask=None
+    ) -> io.NodeOutput:  # fmt: skip
+        made = flow_edit.FlowEditGuider(model)
+        made.set_edit(source, edited, latent, edit_strength, negative, cfg, source_cfg)
+        made.set_noise(seed, n_avg, mask)
         return io.NodeOutput(made)

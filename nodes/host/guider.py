@@ -8,7 +8,12 @@ from collections.abc import Callable
 import comfy.samplers
 import node_helpers
 
-_CALC_COND_BATCH = "sampler_calc_cond_batch_function"
+CALC_COND_BATCH = "sampler_calc_cond_batch_function"
+
+
+def check_strength(strength: float) -> None:
+    if not math.isfinite(strength):
+        raise ValueError(f"The edit strength must be a finite number, not {strength}: 0 is the source and 1 the edit.")
 
 
 class EditGuider(comfy.samplers.CFGGuider):
@@ -20,8 +25,7 @@ class EditGuider(comfy.samplers.CFGGuider):
 
     def set_edit(self, source: list, edited: list, strength: float, negative: list | None = None, cfg: float = 1.0) -> None:
         """CONDITIONINGs, a finite strength, and optionally a negative with its cfg, which needs the negative."""
-        if not math.isfinite(strength):
-            raise ValueError(f"The edit strength must be a finite number, not {strength}: 0 is the source and 1 the edit.")
+        check_strength(strength)
         self.edit_strength = strength
         # Under core's name: from "positive" it shares with the others what asks for it (`control_apply_to_uncond`,
         # GLIGEN).
@@ -39,13 +43,13 @@ class EditGuider(comfy.samplers.CFGGuider):
         if "source" in self.conds:
             # As the model's own way to evaluate conditionings: what core and other packs do before and after the
             # guidance (cfg, its functions, the optimisation at cfg 1) then sees an ordinary pair. None is copied here.
-            model_options = {**model_options, _CALC_COND_BATCH: self._between(model_options)}
+            model_options = {**model_options, CALC_COND_BATCH: self._between(model_options)}
         return super().predict_noise(x, timestep, model_options, seed)
 
     def _between(self, model_options: dict) -> Callable[[dict], list]:
         """A function for core's sampling_function: [edited, negative] -> [the guided prediction, the negative's]."""
         source, strength = self.conds["source"], self.edit_strength
-        previous = model_options.get(_CALC_COND_BATCH)
+        previous = model_options.get(CALC_COND_BATCH)
 
         def evaluate(args: dict) -> list:
             edited, negative = args["conds"]
