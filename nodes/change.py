@@ -38,7 +38,10 @@ class ChangeMask(io.ComfyNode):
                     "noises", default=4, min=1, max=64,
                     tooltip="In how many noisy versions of the source the two are compared. Each costs two evaluations.",
                 ),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, tooltip="Of the noise in which they are compared."),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
+                    tooltip="Of the noise in which they are compared.",
+                ),
             ],
             outputs=[
                 io.Mask.Output(display_name="mask", tooltip="White where the edit changes the picture, at its size."),

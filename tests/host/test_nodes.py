@@ -24,6 +24,8 @@ IDS = {
     "SDAEmbeddingToConditioning",
     "SDAMaskedAttention",
     "SDAEditGuider",
+    "SDAChangeMask",
+    "SDAFlowEditGuider",
     "SDARegionalPrompt",
     "SDAPlace",
     "SDACompose",

@@ -116,7 +116,8 @@ def test_it_is_the_papers_algorithm(toy, case, batch, size):
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m", "res_multistep", "uni_pc", "lms", "deis"])
 def test_strength_0_and_an_edit_to_itself_give_the_source_back(toy, sampler):
     for guider in (ours(toy.model, strength=0.0), ours(toy.model, edited=SOURCE), ours(toy.model, edited=SOURCE, strength=2.0)):
-        assert torch.allclose(paint(guider, sampler=sampler, steps=5), latent()["samples"], rtol=1e-4, atol=1e-4)
+        close = 2e-3 if sampler == "uni_pc" else 1e-4  # core ends it at sigma 0.001 and scales by that
+        assert torch.allclose(paint(guider, sampler=sampler, steps=5), latent()["samples"], rtol=close, atol=close)
 
 
 @pytest.mark.parametrize("sampler", ["heun", "dpm_2", "dpmpp_2m", "res_multistep", "uni_pc", "lms", "deis", "ipndm", "ddim"])

@@ -48,6 +48,13 @@ FROZEN = {
     "SDAEmbeddingToConditioning": (["embedding", "text"], ["CONDITIONING"]),
     "SDAMaskedAttention": (["model", "strength", "start_percent", "end_percent", "token_mixing", "blocks"], ["MODEL"]),
     "SDAEditGuider": (["model", "source", "edited", "edit_strength", "negative", "cfg"], ["GUIDER"]),
+    "SDAChangeMask": (
+        ["model", "source", "edited", "latent", "threshold", "grow", "feather", "noises", "seed"], ["MASK", "MASK"],
+    ),
+    "SDAFlowEditGuider": (
+        ["model", "source", "edited", "latent", "edit_strength", "n_avg", "seed", "cfg", "source_cfg", "negative", "mask"],
+        ["GUIDER"],
+    ),
     "SDARegionalPrompt": (["clip", "text", *BOX, "embedding", *INSTEAD], ["SDA_EMBEDDING"]),
     "SDAPlace": (["embedding", "other", *BOX, *INSTEAD], ["SDA_EMBEDDING"]),
     "SDACompose": (["embedding", "other", *BOX, *INSTEAD], ["SDA_EMBEDDING"]),
