@@ -24,11 +24,16 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
     return peak_signal_noise_ratio(a, b, data_range=1.0, dim=(1, 2, 3), reduction="none")
 
 
+def ssim_map(a: Tensor, b: Tensor) -> Tensor:
+    """[B, 3, H, W]: the structural similarity (see `ssim`) of every place. The border sees reflections."""
+    return structural_similarity_index_measure(a, b, data_range=1.0, sigma=1.5, reduction="none",
+                                               return_full_image=True)[1]
+
+
 def ssim(a: Tensor, b: Tensor) -> Tensor:
     """Structural similarity (Wang et al. 2004). The Gaussian window has a deviation of 1.5 px and is 11 px wide. The
     mean is over the channels and over the places where the whole window lies in the picture. 1 is equal."""
-    _, full = structural_similarity_index_measure(a, b, data_range=1.0, sigma=1.5, reduction="none",
-                                                  return_full_image=True)
+    full = ssim_map(a, b)
     # Releases of torchmetrics differ in whether their own mean counts the border, where the window sees reflections.
     return full[..., 5:-5, 5:-5].mean((1, 2, 3))
 

@@ -212,15 +212,20 @@ class BaseStage:
                         text_encoder_sha256=file_hash(self.config.export_text))
 
 
+def schedule(steps: int, mu: float, start: float = 1.0) -> Tensor:
+    """Falling times from `start` to 0; `steps` of them if it starts at 1."""
+    times = shifted(torch.linspace(1, 0, steps + 1).clamp(min=1e-9), mu)
+    times[-1] = 0
+    return torch.cat([torch.tensor([start]), times[times < start]])
+
+
 @torch.no_grad()
 def sample(flux, contexts: list[tuple[Tensor, Tensor]], weights: list[float], noise: Tensor, steps: int = 20,
            mu: float = 0.5, start: float = 1.0) -> Tensor:
     """Euler sampling: noise [B, 8, 16, 16] at time `start` -> latents, along the sum of weights x velocities of
     contexts (context [B, N, D], pooled [B, P]); classifier-free guidance s is weights [s, 1 - s] over (prompt,
     empty)."""
-    times = shifted(torch.linspace(1, 0, steps + 1).clamp(min=1e-9), mu)
-    times[-1] = 0
-    times = torch.cat([torch.tensor([start]), times[times < start]])
+    times = schedule(steps, mu, start)
     x = noise
     for now, later in zip(times[:-1], times[1:]):
         t = torch.full((len(x),), float(now), device=x.device)

@@ -3,10 +3,12 @@
     python3 run.py eval [--scenes N] [--seed S] [--json] [--dump DIR]
     python3 run.py eval kit [--scenes N] [--seed S] [--json]
     python3 run.py eval inversion [--scenes N] [--seed S] [--json]
+    python3 run.py eval fidelity [--scenes N] [--seed S] [--json]
 
 The parts are reconstruction, locality, editing and blend, or the artist's kit, or embeddings fitted without an encoder,
-as the modules of `evaluation/` define them. A run over 256 scenes replaces benchmarks/miniature.md, one of the kit over
-64 benchmarks/kit.md, one of the inversion over 32 benchmarks/inversion.md.
+or edits that keep the rest, as the modules of `evaluation/` define them. A run over 256 scenes replaces
+benchmarks/miniature.md, one of the kit over 64 benchmarks/kit.md, one of the inversion over 32 benchmarks/inversion.md,
+one of the fidelity over 64 benchmarks/fidelity.md.
 """
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ from tqdm import tqdm
 from ...kernels.precision import resolve
 from ..engine import pick_device
 from .captions import OPERATIONS
-from .evaluation import blend, editing, inversion, kit, locality, reconstruction, table
+from .evaluation import blend, editing, fidelity, inversion, kit, locality, reconstruction, table
 from .evaluation.system import ADAPTERS, ASSETS, VARIANTS, Miniature, left_out
 from .scenes import render, scene
 
@@ -85,6 +87,14 @@ def run_inversion(system: Miniature, count: int, seed: int) -> tuple[dict, dict,
     return *inversion.run(system, scenes, sources, system.noise("test", range(count), seed), seed), {}
 
 
+def run_fidelity(system: Miniature, count: int, seed: int) -> tuple[dict, dict, dict]:
+    """The figures of faithful decoding of an edit of each of the first `count` test scenes, and those beside them; no
+    pictures are kept."""
+    changes = editing.instructions("test", count, seed)
+    sources = np.stack([render(change.source) for change in changes])
+    return *fidelity.run(system, changes, sources, system.noise("test", range(count), seed), seed), {}
+
+
 @dataclass(frozen=True)
 class Part:
     """One part of the evaluation: its number of scenes by default (`fewer` on a CPU that computes float32 fastest, so
@@ -104,7 +114,9 @@ PARTS = {"system": Part(256, 64, ADAPTERS, painted_in_all, run, table.page, tabl
          "kit": Part(64, 64, ("tree128",), lambda count, absent: kit.PAINTED * count, run_kit, table.kit_page,
                      table.KIT_PAGE),
          "inversion": Part(32, 32, ("tree128",), lambda count, absent: inversion.painted(count), run_inversion,
-                           table.inversion_page, table.INVERSION_PAGE)}
+                           table.inversion_page, table.INVERSION_PAGE),
+         "fidelity": Part(64, 64, ("tree128",), lambda count, absent: fidelity.painted(count), run_fidelity,
+                          table.fidelity_page, table.FIDELITY_PAGE)}
 
 
 def rounded(value):
@@ -136,8 +148,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("part", nargs="?", choices=list(PARTS), default="system",
                         help="what is measured (default: system)")
     parser.add_argument("--scenes", type=int,
-                        help="test scenes, at least 2 (default: 256, or 64 on a CPU without bf16; for kit 64; for "
-                             "inversion 32)")
+                        help="test scenes, at least 2 (default: 256, or 64 on a CPU without bf16; for kit and "
+                             "fidelity 64; for inversion 32)")
     parser.add_argument("--seed", type=int, default=0, help="another seed makes fresh scenes and noise (default: 0)")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--dump", type=Path, help="folder for every source, reconstruction and edit")

@@ -22,6 +22,7 @@ from ....kernels.hierarchy import Hierarchy
 from ....kernels.precision import autocast, resolve
 from ....kernels.visibility import region_bias
 from ....kernels.vision.towers import VisionTower
+from ...frozen.flux import velocity
 from ...frozen.region_attention import RegionAttention
 from ...objectives.edit import load_editor
 from ...objectives.reconstruct import load_adapter, named_hierarchy
@@ -223,12 +224,35 @@ class Miniature:
                 pictures.append(to_pixels(self.vae.decode(part.to(self.device)).sample))
         return np.concatenate(pictures)
 
+    def paint_by(self, layout: SemanticEmbedding, count: int, work: Callable[[slice], Tensor]) -> np.ndarray:
+        """Pictures [N, 128, 128, 3] uint8 of the latents that work(rows) makes of every batch of them, by `velocity` with
+        the tokens of `layout`."""
+        self.attention.regions = self._visibility(layout, layout.token_count)
+        return self._pictures(count, work)
+
+    def velocity(self, x: Tensor, time: float, tokens: Tensor) -> Tensor:
+        """What Flux predicts of latents x on its device, at one time, under the layout that was set last."""
+        pooled = tokens.new_zeros(len(tokens), self.flux.config.pooled_projection_dim)
+        t = torch.full((len(x),), float(time), device=x.device)
+        with torch.no_grad(), autocast(self.device, self.precision):
+            return velocity(self.flux, x, t, tokens, pooled).float()
+
+    def velocities(self, e: SemanticEmbedding, x: Tensor, time: float) -> Tensor:
+        """`velocity` of any number of latents under an embedding, on the CPU."""
+        self.attention.regions = self._visibility(e, e.token_count)
+        parts = zip(x.split(BATCH), e.tokens.split(BATCH))
+        return torch.cat([self.velocity(a.to(self.device), time, b.to(self.device)).cpu() for a, b in parts])
+
     def _paint(self, contexts: Callable, weights: list[float], x: Tensor, start: float = 1.0) -> np.ndarray:
-        def batch(first: int) -> np.ndarray:
-            rows = slice(first, first + BATCH)
-            part = x[rows].to(self.device)
+        def latents(rows: slice) -> Tensor:
             with torch.no_grad(), autocast(self.device, self.precision):
-                part = sample(self.flux, contexts(rows), weights, part, mu=self.mu, start=start)
+                return sample(self.flux, contexts(rows), weights, x[rows].to(self.device), mu=self.mu, start=start)
+
+        return self._pictures(len(x), latents)
+
+    def _pictures(self, count: int, latents: Callable[[slice], Tensor]) -> np.ndarray:
+        def batch(first: int) -> np.ndarray:
+            part = latents(slice(first, first + BATCH))
             pictures = self.decode(part)
             self.progress(len(part))
             return pictures
@@ -237,7 +261,7 @@ class Miniature:
         workers = threads if self.device.type == "cpu" else 1
         try:
             with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
-                return np.concatenate(list(pool.map(batch, range(0, len(x), BATCH))))
+                return np.concatenate(list(pool.map(batch, range(0, count, BATCH))))
         finally:
             torch.set_num_threads(threads)
 

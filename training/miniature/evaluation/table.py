@@ -15,6 +15,7 @@ from .system import GUIDANCE
 PAGE = Path(__file__).resolve().parents[3] / "benchmarks" / "miniature.md"
 KIT_PAGE = PAGE.with_name("kit.md")
 INVERSION_PAGE = PAGE.with_name("inversion.md")
+FIDELITY_PAGE = PAGE.with_name("fidelity.md")
 COLUMNS = {"f1": "F1", "f1_colour_position": "F1 (colour, position)", "position_px": "position error, px",
            "background": "ground", "psnr": "PSNR, dB"}
 
@@ -167,5 +168,40 @@ def inversion_page(results: dict, asides: dict, scenes: int, seed: int, command:
         *rows(["", "mean", "deviation", "norm", "cosine"],
               [[name, *(number(v[key]) for key in ("mean", "deviation", "norm", "cosine"))]
                for name, v in asides["distances"].items()]),
+        "",
+    ])
+
+
+def fidelity_page(results: dict, asides: dict, scenes: int, seed: int, command: str, precision: str,
+                  minutes: float) -> str:
+    """results: what `eval fidelity --json` prints. asides: those of fidelity.run."""
+    def pair(values: dict) -> str:
+        return f"{number(values['success'])} / {number(values['preservation'])}"
+
+    def share(value: float | None) -> str:
+        return "-" if value is None else f"{value:.4f}"
+
+    return "\n".join([
+        "# Faithful decoding, on the miniature",
+        "",
+        f"{machine()}, {precision}; {date.today()}; `{command}`, {minutes:.1f} minutes",
+        "",
+        f"One edit for each of {scenes} scenes of the test split (seed {seed}), in {asides['twins']} of which another "
+        "thing shares the subject's colour or shape. What each way and each figure means stands in the docstring of "
+        f"`training/miniature/evaluation/fidelity.py`. The autoencoder alone reaches {number(asides['ceiling'])} dB "
+        f"outside; SDEdit begins at {asides['start']}.",
+        "",
+        *rows(["", "success / preservation", "with a twin", "PSNR outside, dB", "SSIM outside", "PSNR of the true edit, dB",
+               "evaluations"],
+              [[name, pair(v), pair(v["twins"]), number(v["psnr_outside"]), share(v["ssim_outside"]),
+                number(v["psnr_target"]), str(v["evaluations"])] for name, v in results["decode"].items()]),
+        "",
+        "## Where the edit changes the picture",
+        "",
+        "AUC over latent patches.",
+        "",
+        *rows(["", "edit decoder", "true edit"],
+              [[name, share(results["change_map"][name]), share(asides["oracle_map"][name])]
+               for name in ("model", "tokens")]),
         "",
     ])

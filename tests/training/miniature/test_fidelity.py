@@ -1,0 +1,92 @@
+"""The evaluation of faithful decoding, on a miniature of random weights."""
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("diffusers", reason="diffusers is not installed: pip install -e '.[training]'")
+
+from semantic_diffusion_adapter.training.miniature import evaluate  # noqa: E402
+from semantic_diffusion_adapter.training.miniature.evaluation import editing, fidelity, system  # noqa: E402
+from semantic_diffusion_adapter.training.miniature.scenes import render  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def miniature(toy_assets):
+    return system.Miniature(toy_assets, torch.device("cpu"), adapters=("tree128",))
+
+
+@pytest.fixture(scope="module")
+def case(miniature):
+    """(a decoder of three scenes, the edited embeddings, the noise)."""
+    changes = editing.instructions("test", 3, 0)
+    sources = np.stack([render(change.source) for change in changes])
+    own, noise = miniature.embed(sources, "tree128"), miniature.noise("test", range(3), 0)
+    edited = miniature.edit(own, [change.instruction for change in changes], "parallel")
+    return fidelity.Decoder(miniature, own, miniature.latents(sources), noise, 0), edited, noise
+
+
+def test_plain_is_what_the_editing_part_paints(miniature, case):
+    decoder, edited, noise = case
+    apart = decoder.anew(edited).astype(int) - miniature.paint(edited, "tree128", noise)
+    assert abs(apart).max() <= 1
+
+
+def test_an_edit_to_the_source_itself_changes_nothing(miniature, case):
+    decoder, _, _ = case
+    source = miniature.decode(decoder.latents).astype(int)
+    assert abs(decoder.flow_edit(decoder.own) - source).max() <= 1
+    assert not decoder.change(decoder.own).any()
+
+
+def test_what_is_held_is_the_sources_latent(miniature, case):
+    decoder, edited, _ = case
+    source, nowhere = miniature.decode(decoder.latents), torch.zeros(3, 1, 16, 16, dtype=torch.bool)
+    for made in (decoder.flow_edit(edited, nowhere), decoder.anew(edited, inside=nowhere)):
+        assert np.array_equal(made, source)
+    assert not np.array_equal(decoder.flow_edit(edited), source)
+
+
+def test_auc_is_the_share_of_pairs_in_order():
+    rng = np.random.default_rng(0)
+    score, truth = rng.integers(0, 6, (4, 8)).astype(float), rng.random((4, 8)) > 0.6
+    pairs = [(a > b) + 0.5 * (a == b) for a in score[truth] for b in score[~truth]]
+    assert fidelity.auc(score, truth) == pytest.approx(np.mean(pairs))
+    assert fidelity.auc(truth.astype(float), truth) == 1 and fidelity.auc(score, np.zeros_like(truth)) is None
+
+
+def test_changed_patches_are_those_with_a_changed_pixel():
+    sources = np.zeros((2, 128, 128, 3), dtype=np.uint8)
+    targets = sources.copy()
+    targets[1, 31, 127, 2] = 1
+    patches = fidelity.patches_of(fidelity.truly_changed(sources, targets))
+    assert patches.shape == (2, 8, 8) and patches.sum() == 1 and patches[1, 1, 7]
+
+
+def test_figures_of_a_perfect_edit(case):
+    changes = editing.instructions("test", 3, 0)
+    sources, targets = (np.stack([render(getattr(c, side)) for c in changes]) for side in ("source", "target"))
+    found = fidelity.figures(changes, sources, targets, targets)
+    assert found["success"] == found["preservation"] == 1
+    assert found["psnr_outside"] == found["psnr_target"] == pytest.approx(58.9, abs=0.1)
+    assert 0.9 < found["ssim_outside"] <= 1
+    assert fidelity.figures(changes, sources, targets, sources)["psnr_outside"] == pytest.approx(58.9, abs=0.1)
+
+
+def test_the_whole_of_it_has_the_form_that_the_page_and_its_readers_expect(toy_assets, capsys):
+    assert evaluate.main(["fidelity", "--scenes", "2", "--json", "--assets", str(toy_assets)]) == 0
+    printed, said = capsys.readouterr()
+    results = json.loads(printed.splitlines()[-1])
+    assert set(results) == {"decode", "change_map"} and set(results["change_map"]) == {"model", "tokens"}
+    assert list(results["decode"]) == [f"{prefix}{name}" for prefix in ("", "oracle_") for name in fidelity.DECODES]
+    for values in results["decode"].values():
+        assert set(values) == {"success", "preservation", "twins", "psnr_outside", "ssim_outside", "psnr_target",
+                               "evaluations"}
+    cost = {name: v["evaluations"] for name, v in results["decode"].items()}
+    assert (cost["plain"], cost["change_mask"], cost["flow_edit"], cost["flow_edit_masked"]) == (20, 28, 40, 48)
+    assert cost["oracle_sdedit"] == cost["sdedit"] <= 20
+    assert "| oracle_flow_edit_masked |" in printed and "| tokens |" in printed
+    assert f"{fidelity.painted(2)}/{fidelity.painted(2)}" in said.replace("\r", "\n"), "the bar ends where it said"
