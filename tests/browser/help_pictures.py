@@ -26,14 +26,17 @@ WITH_PLACE = ", with Place for Compose"  # no template has Place: it does nothin
 README = "01 Reconstruct and edit (miniature)"
 SEE, OFF = "02 Tour, see an embedding (miniature)", "03 Tour, switch a quarter off (miniature)"
 TELL = "04 Tour, prompt a corner (miniature)"
+KEEP = "14 Edit and keep the rest (miniature)"
 COMPOSE = "08 Compose two images (miniature)"
 # The page's picture: the template, and the ids of its nodes from left to right.
 PICTURES = {
     "SDABlendEmbeddings": ("07 Blend two images (miniature)", 8, 21, 12),
     "SDABuildEmbedding": (SEE, 9, 17),
+    "SDAChangeMask": (KEEP, 22, 27, 26),
     "SDACompose": (COMPOSE, 17, 21),
     "SDAEditEmbedding": (README, 18, 22),
     "SDAEditGuider": ("05 Edit strength (miniature)", 24, 26, 28),
+    "SDAFlowEditGuider": (KEEP, 22, 24, 26),
     "SDAKeepOutsideMask": ("06 Edit inside a mask (miniature)", 23, 12, 25),
     "SDALoadEmbedding": ("09 Save and reuse an embedding (miniature)", 12),
     "SDAPlace": (COMPOSE + WITH_PLACE, 17),

@@ -75,6 +75,20 @@ def test_strength_zero_is_what_the_plain_sampler_paints(client: Client, nodes: d
     assert np.abs(painted.astype(int) - truth).max() <= 2
 
 
+@of("14 Edit and keep the rest (miniature)")
+@pytest.mark.parametrize("instruction", ["make the red circle yellow", "remove the red circle", "make the cyan cross green"])
+def test_the_flow_edit_edits_inside_the_mask_and_keeps_the_rest(client: Client, prompt: dict, instruction: str) -> None:
+    (edit,), (shown,) = of_class(prompt, "SDAEditEmbedding"), of_class(prompt, "MaskPreview")
+    prompt[edit]["inputs"]["instruction"] = instruction
+    outputs = client.run(prompt)
+    images = {name: pixels(client, output).astype(int) for name, output in pictures(prompt, outputs).items()}
+    mask = pixels(client, outputs[shown]["images"][0])[..., 0] > 0
+    assert 0.02 < mask.mean() < 0.6
+    plain, flow = (np.abs(images[f"keep_{name}"] - images["keep_source"]).max(-1) for name in ("plain", "flow"))
+    assert flow[~mask].mean() < 0.8 * plain[~mask].mean(), "outside is the source, but for the autoencoder"
+    assert (flow[mask] > 40).sum() > 0.5 * (plain[mask] > 40).sum() > 20, "inside is the edit"
+
+
 @of("09 Save and reuse an embedding (miniature)")
 def test_what_was_saved_paints_the_same_picture(client: Client, prompt: dict) -> None:
     """As the note in the template says: pick the file, connect it, and only Load Miniature is still needed."""
