@@ -83,8 +83,7 @@ class FlowEditGuider(comfy.samplers.CFGGuider):
             del self._run
         if mask is None:
             return made
-        held = comfy.utils.reshape_mask(mask, samples.shape) <= 0
-        return torch.where(held.to(made.device), samples.to(made), made)
+        return torch.where((mask > 0).to(made.device), made, samples.to(made))
 
     def predict_noise(self, x, timestep, model_options={}, seed=None):  # noqa: B006  (core's own signature; never written to)
         run = self._run
@@ -153,9 +152,9 @@ class FlowEditGuider(comfy.samplers.CFGGuider):
         return samples, pictures
 
     def _mask(self, connected: Tensor | None, shape) -> Tensor | None:
-        """What may change: our mask and the one that the latent carries, both in core's form."""
+        """What may change, [B, 1, H, W]: our mask and the one that the latent carries."""
         masks = [mask for mask in (self.mask, connected) if mask is not None]
-        masks = [comfy.utils.reshape_mask(mask, shape).cpu() for mask in masks]
+        masks = [comfy.utils.reshape_mask(mask, (shape[0], 1, *shape[2:])).cpu() for mask in masks]
         return math.prod(masks[1:], start=masks[0]) if masks else None
 
 

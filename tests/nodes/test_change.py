@@ -16,7 +16,7 @@ from semantic_diffusion_adapter.nodes import change  # noqa: E402
 from semantic_diffusion_adapter.nodes.host import flux  # noqa: E402
 from semantic_diffusion_adapter.nodes.host.conditioning import to_conditioning  # noqa: E402
 
-from .test_flow_edit import EDITED, SOURCE, latent, plain, watched
+from .flow_edits import EDITED, SOURCE, latent, plain, watched  # noqa: E402
 
 
 def masks(model, source=SOURCE, edited=EDITED, start=None, threshold=0.03, grow=0, feather=0.0, noises=2, seed=5):
