@@ -83,7 +83,7 @@ def test_the_flow_edit_edits_inside_the_mask_and_keeps_the_rest(client: Client, 
     outputs = client.run(prompt)
     images = {name: pixels(client, output).astype(int) for name, output in pictures(prompt, outputs).items()}
     mask = pixels(client, outputs[shown]["images"][0])[..., 0] > 0
-    assert 0.02 < mask.mean() < 0.6
+    assert 0.02 < mask.mean() < 0.8, "the patches of the miniature are large, and so is what one is grown by"
     plain, flow = (np.abs(images[f"keep_{name}"] - images["keep_source"]).max(-1) for name in ("plain", "flow"))
     assert flow[~mask].mean() < 0.8 * plain[~mask].mean(), "outside is the source, but for the autoencoder"
     assert (flow[mask] > 40).sum() > 0.5 * (plain[mask] > 40).sum() > 20, "inside is the edit"
