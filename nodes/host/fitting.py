@@ -14,7 +14,6 @@ from dataclasses import replace
 
 import comfy.conds
 import comfy.model_management
-import comfy.model_sampling
 import comfy.samplers
 import comfy.utils
 import node_helpers
@@ -32,6 +31,7 @@ from .conditioning import to_conditioning
 from .fit_preview import Preview
 from .gradient_check import check_gradients
 from .gradients import differentiable, differentiable_options
+from .source import check_flow
 
 GUIDANCE = 3.5  # what core tells a model with guidance where no node says otherwise
 _SPARE = 0.7  # share of the free memory that may be used to run no block twice
@@ -59,10 +59,7 @@ def fit_embedding(
     masked = model.get_wrappers(WrappersMP.DIFFUSION_MODEL, flux.WRAPPER_KEY)
     clone = model.clone() if masked else flux.patch(model)
     schedule = clone.get_model_object("model_sampling")
-    if not isinstance(schedule, comfy.model_sampling.CONST):
-        raise ValueError(
-            "A fit needs Flux's own flow sampling and another node replaced it: connect the model from before it."
-        )
+    check_flow(clone, "A fit")
     settings = replace(settings, shift=getattr(schedule, "shift", settings.shift))
     key = fits.fingerprint(
         (latents, start.tokens, start.boxes, start.levels, start.strengths, start.pooled, start.masks, start.masked_by,

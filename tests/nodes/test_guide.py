@@ -11,11 +11,12 @@ import comfy.hooks  # noqa: E402
 import comfy.model_management  # noqa: E402
 import comfy.samplers  # noqa: E402
 import comfy.utils  # noqa: E402
-from comfy.patcher_extension import WrappersMP  # noqa: E402
 from comfy_extras import nodes_custom_sampler, nodes_slg  # noqa: E402
 from semantic_diffusion_adapter.nodes import guide  # noqa: E402
 from semantic_diffusion_adapter.nodes.host import flux  # noqa: E402
 from semantic_diffusion_adapter.nodes.host.conditioning import to_conditioning  # noqa: E402
+
+from .flow_edits import watched  # noqa: E402
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -49,19 +50,6 @@ def paint(guider, steps: int = 2, size=(8, 8), batch: int = 1) -> torch.Tensor:
     latent = {"samples": torch.zeros(batch, 8, *size)}
     with torch.no_grad():
         return nodes_custom_sampler.SamplerCustomAdvanced.execute(noise, guider, sampler, sigmas, latent).result[0]["samples"]
-
-
-def watched(model) -> tuple[object, list[int]]:
-    """A clone of the model, and the list of what each of its forwards will have had as a batch."""
-    sizes = []
-
-    def watch(executor, x, *args, **kwargs):
-        sizes.append(x.shape[0])
-        return executor(x, *args, **kwargs)
-
-    clone = model.clone()
-    clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "watch", watch)
-    return clone, sizes
 
 
 @pytest.mark.parametrize("negative, cfg", [(None, 1.0), (None, 4.0), (NEGATIVE, 1.0), (NEGATIVE, 4.0)])

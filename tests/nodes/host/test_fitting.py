@@ -212,5 +212,5 @@ def test_what_cannot_be_fitted_is_refused(toy, embedding):
         fit(toy.model, embedding("tree64"), latents=LATENTS.expand(2, -1, -1, -1))
     other = toy.model.clone()
     other.add_object_patch("model_sampling", torch.nn.Module())
-    with pytest.raises(ValueError, match="flow sampling"):
+    with pytest.raises(ValueError, match="A fit needs a flow model .*connect it from before the node"):
         fit(other, embedding("tree64"))
