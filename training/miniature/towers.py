@@ -30,7 +30,7 @@ def unit_images(split: str, indices, device: torch.device) -> Tensor:
 
 def save_tower(path: Path, config: TowerConfig, model: nn.Module, step: int) -> None:
     checkpoint.save(path, model.state_dict(), kind="vision_tower", config=config.to_json(), step=step,
-                    dtype=torch.float16)
+                    dtype=torch.int8)
 
 
 def read_tower(path: Path, device: torch.device) -> VisionTower:
