@@ -1,4 +1,4 @@
-"""One headless browser for a module of tests, with the real page open twice: on the classic canvas and in Nodes 2.0."""
+"""One headless browser for this folder, with the real page open twice: on the classic canvas and in Nodes 2.0."""
 
 from __future__ import annotations
 
@@ -63,12 +63,23 @@ class Desk:
 
     def __init__(self, page: Page, url: str, modern: bool) -> None:
         self.page, self.url, self.modern, self.complaints = page, url, modern, []
+        self._cdp = page.context.new_cdp_session(page)
         page.on("console", lambda m: self._note(f"{m.text} ({m.location})") if m.type == "error" else None)
         page.on("pageerror", lambda error: self._note(f"{error} {error.stack}"))
 
     def _note(self, text: str) -> None:
         if PACK in text:
             self.complaints.append(text)
+
+    def rest(self, resting: bool) -> None:
+        """Stop what the page does by itself, or let it go on: an idle page draws its canvas on and on."""
+        self._cdp.send("Page.setWebLifecycleState", {"state": "frozen" if resting else "active"})
+
+    def resize(self, size: dict[str, int]) -> None:
+        """While it rests."""
+        self.rest(False)  # the size of a page at rest never settles
+        self.page.set_viewport_size(size)
+        self.rest(True)
 
     def settings(self, **values: object) -> None:
         """Of this user; a page reads them when it is opened."""
@@ -224,7 +235,7 @@ def chromium() -> str | None:
     return next(iter(found), None)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
     playwright = pytest.importorskip("playwright.sync_api")
     path = chromium()
@@ -238,12 +249,13 @@ def browser() -> Iterator[Browser]:
             browser.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def desks(server: Server, nodes: dict, browser: Browser) -> dict[str, Desk]:
     """The page in either renderer, each loaded once."""
     made = {name: Desk(browser.new_page(viewport=VIEW), server.url, modern) for name, modern in RENDERERS.items()}
     for desk in made.values():
         desk.open()
+        desk.rest(True)
     return made
 
 
@@ -252,10 +264,12 @@ def desk(desks: dict[str, Desk], request: pytest.FixtureRequest) -> Iterator[Des
     """An empty workflow; at the end a picture of the page in out/, and nothing of ours in its list of errors."""
     desk = desks[request.param]
     desk.complaints.clear()
+    desk.rest(False)
     desk.page.bring_to_front()
     desk.clear()
     yield desk
     desk.photograph(request.node.name)
+    desk.rest(True)
     assert desk.complaints == []
 
 

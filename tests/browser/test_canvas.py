@@ -205,7 +205,8 @@ def test_what_a_workflow_says_is_no_markup(artist: Artist) -> None:
     assert artist.page.evaluate("window.injected") is None
 
 
-def test_the_text_of_the_cells_reads_as_python_does(desks: dict[str, Desk]) -> None:
+@pytest.mark.parametrize("desk", ["classic canvas"], indirect=True)
+def test_the_text_of_the_cells_reads_as_python_does(desk: Desk) -> None:
     texts = ["1:0,1=0.5; 2:3,3=0", " 2 = .7 ;; *=1. ", "1 : 0 , 1 = 2", "1:0=1", "1:0,0=2.1", "1:0,0=-1", "", "1:0,0", "x=1"]
     script = """async ([pack, texts]) => {
         const { parseCells } = await import(`/extensions/${pack}/js/regions.js`);
@@ -220,4 +221,4 @@ def test_the_text_of_the_cells_reads_as_python_does(desks: dict[str, Desk]) -> N
         names = ("*" if level is None else f"{level}" if cell is None else f"{level}:{cell[0]},{cell[1]}" for level, cell, _ in rules)
         return dict(zip(names, (rule.factor for rule in rules)))
 
-    assert desks["classic canvas"].page.evaluate(script, [PACK, texts]) == [python(text) for text in texts]
+    assert desk.page.evaluate(script, [PACK, texts]) == [python(text) for text in texts]

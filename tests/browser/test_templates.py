@@ -12,6 +12,8 @@ from semantic_diffusion_adapter.runner.server import PACK, Server
 from semantic_diffusion_adapter.runner.workflow import to_prompt
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from playwright.sync_api import Browser
 
     from .conftest import Desk
@@ -21,6 +23,7 @@ pytestmark = pytest.mark.browser
 FOLDER = Path(__file__).resolve().parents[2] / "example_workflows"
 TEMPLATES = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))}
 FIRST = next(iter(TEMPLATES))
+VIEW = {"width": 1900, "height": 1000}  # of the other files
 SMALL = {"width": 1366, "height": 768}
 READABLE = 0.59  # of its full size; below 8/14 the page draws no text
 PUBLIC = [name for name in TEMPLATES if "miniature" not in name.lower()]  # need files that nobody ships
@@ -115,9 +118,12 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small(desks: dict[str, Desk]) -> None:
+def small(desks: dict[str, Desk]) -> Iterator[None]:
     for desk in desks.values():
-        desk.page.set_viewport_size(SMALL)
+        desk.resize(SMALL)
+    yield
+    for desk in desks.values():
+        desk.resize(VIEW)
 
 
 def missing(desk: Desk) -> str:
@@ -139,7 +145,7 @@ def missing(desk: Desk) -> str:
 
 def test_a_first_visit_ends_in_a_picture(server: Server, nodes: dict, miniature: Path, browser: Browser) -> None:
     """The template browser, and then by clicks alone: the pack, the template, Run."""
-    page = browser.new_page(viewport={"width": 1900, "height": 1000})
+    page = browser.new_page(viewport=VIEW)
     settings = {"TutorialCompleted": True, "VueNodes.Enabled": False, "Workflow.Persist": True}
     page.request.post(f"{server.url}/settings", data={f"Comfy.{key}": value for key, value in settings.items()})
     page.goto(server.url)

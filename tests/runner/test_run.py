@@ -34,11 +34,12 @@ def ignore_ctrl_c() -> None:
 @pytest.mark.skipif(os.name == "nt", reason="Windows knows no such signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP] if os.name != "nt" else [])
 def test_a_signal_in_the_background_ends_the_tests_in_their_own_way(tmp_path: Path, number: signal.Signals) -> None:
-    """Only run.py gets it; pytest takes its leave all the same."""
+    """Only run.py gets it; pytest takes its leave all the same, alone as well as with its two workers."""
     (tmp_path / "main.py").touch()  # enough of a ComfyUI to be run in
     (tmp_path / "test_sleeper.py").write_text(SLEEPER)
     environment = {**os.environ, "COMFYUI_PATH": str(tmp_path), "COMFYUI_PYTHON": sys.executable}
-    command = [sys.executable, str(RUN), "test", "-q", "-p", "no:cacheprovider", str(tmp_path / "test_sleeper.py")]
+    workers = [] if number == signal.SIGINT else ["-n", "0"]
+    command = [sys.executable, str(RUN), "test", "-q", "-p", "no:cacheprovider", *workers, str(tmp_path / "test_sleeper.py")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     run = subprocess.Popen(command, env=environment, preexec_fn=ignore_ctrl_c, **pipes)
     while not (tmp_path / "begun").exists():
