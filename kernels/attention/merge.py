@@ -111,8 +111,9 @@ class _Merge(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        *inputs, out, lse = ctx.saved_tensors[:10]
-        raws, q, source_k, part = ctx.saved_tensors[10:], inputs[0], inputs[3], inputs[5]
+        saved = ctx.saved_tensors  # under gradient checkpointing they can be read but once
+        *inputs, out, lse = saved[:10]
+        raws, q, source_k, part = saved[10:], inputs[0], inputs[3], inputs[5]
         grads = []
         for one, raw, extra in zip(_parts(*inputs, ctx.chosen), raws, ctx.extra):
             # A part's scores lack its shift, so its log-sum-exp must lack it too.
