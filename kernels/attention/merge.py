@@ -1,8 +1,9 @@
-"""Route *merge*: attend to the unmasked keys and to the region tokens apart, then join the two by their log-sum-exps.
+"""Route *merge*: attend to the unmasked keys, the region tokens and a source apart, then join by log-sum-exps.
 
 The unmasked part runs the fastest kernel that PyTorch has for the tensors; the region part needs a bias of [S, T] only.
 No mask of the whole sequence exists anywhere. The join is that of FlashAttention's split keys (Dao et al. 2022) and of
-ring attention (Liu et al. 2023): out = (1 - w) rest + w region with w = sigmoid(lse_region - lse_rest).
+ring attention (Liu et al. 2023): out = (1 - w) rest + w region with w = sigmoid(lse_region - lse_rest), and the source
+likewise onto their join, its log-sum-exp shifted by the log of each query's gate.
 
 Backward. The log-sum-exp that aten's kernels return carries no gradient, so autograd through the join would be silently
 wrong. A key's probability under the joined softmax is exp(score - lse_joined), and the backward kernels recompute it
@@ -20,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend
 
 from .bias import Regions
+from .source import Source
 
 _aten = torch.ops.aten
 _CPU, _FLASH, _EFFICIENT, _CUDNN = "cpu", "flash", "efficient", "cudnn"
@@ -30,8 +32,8 @@ class Kernels(NamedTuple):
     region: str
 
 
-def kernels(q: Tensor, k: Tensor, v: Tensor, regions: Regions) -> Kernels | None:
-    """The kernels for the two parts, or None where one of them returns no log-sum-exp.
+def kernels(q: Tensor, k: Tensor, v: Tensor, regions: Regions | None) -> Kernels | None:
+    """The kernels for the parts, or None where one of them returns no log-sum-exp. A source takes that of the rest.
 
     On CUDA the unmasked part gets the kernel that `scaled_dot_product_attention` itself would take for these tensors.
     """
@@ -41,7 +43,8 @@ def kernels(q: Tensor, k: Tensor, v: Tensor, regions: Regions) -> Kernels | None
     # Heads that are no multiple of 8 wide are padded by scaled_dot_product_attention, not by its kernels.
     if q.device.type != "cuda" or q.shape[-1] % 8 or q.dtype == torch.float64:
         return None
-    backend = torch._fused_sdp_choice(q, k[:, :, regions.tokens :], v[:, :, regions.tokens :])
+    tokens = regions.tokens if regions else 0
+    backend = torch._fused_sdp_choice(q, k[:, :, tokens:], v[:, :, tokens:])
     names = {
         SDPBackend.FLASH_ATTENTION.value: _FLASH,
         SDPBackend.EFFICIENT_ATTENTION.value: _EFFICIENT,
@@ -50,57 +53,89 @@ def kernels(q: Tensor, k: Tensor, v: Tensor, regions: Regions) -> Kernels | None
     return Kernels(names[backend], _EFFICIENT) if backend in names else None
 
 
-def merge_attention(q: Tensor, k: Tensor, v: Tensor, regions: Regions, chosen: Kernels | None = None) -> Tensor:
+def merge_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    regions: Regions | None,
+    chosen: Kernels | None = None,
+    source: Source | None = None,
+) -> Tensor:
     chosen = chosen or kernels(q, k, v, regions)
     if chosen is None:
         raise ValueError(
             f"No attention kernel on {q.device.type} returns the log-sum-exp for {q.dtype};"
             " take the route partition or dense."
         )
-    part, shift = regions.relative(q.dtype)
-    part = part.expand(q.shape[0], q.shape[1], -1, -1)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _Merge.apply(q, k, v, part, shift, chosen)
-    return _forward(q, k, v, part, shift, chosen)[0]
+    part, shift = regions.relative(q.dtype) if regions else (None, None)
+    if regions:
+        part = part.expand(q.shape[0], q.shape[1], -1, -1)
+    read = (source.keys, source.values, source.shift(q.dtype)) if source else (None, None, None)
+    inputs = (q, k, v, *read[:2])
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
+        return _Merge.apply(*inputs, part, shift, read[2], chosen)
+    return _forward(_parts(*inputs, part, shift, read[2], chosen), q)[0]
+
+
+class _Part(NamedTuple):
+    """Keys that one kernel attends to, their bias, and the shift of every query towards all of them."""
+
+    kernel: str
+    keys: Tensor
+    values: Tensor
+    bias: Tensor | None
+    shift: Tensor | None
+
+
+def _parts(q, k, v, source_k, source_v, part, shift, gate, chosen: Kernels) -> list[_Part]:
+    """The rest first, then the region tokens and the source where there are any."""
+    tokens = 0 if part is None else part.shape[-1]
+    parts = [_Part(chosen.rest, k[:, :, tokens:], v[:, :, tokens:], None, None)]
+    if part is not None:
+        parts.append(_Part(chosen.region, k[:, :, :tokens], v[:, :, :tokens], part, shift))
+    if source_k is not None:
+        parts.append(_Part(chosen.rest, source_k, source_v, None, gate))
+    return parts
 
 
 class _Merge(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, part: Tensor, shift: Tensor, chosen: Kernels) -> Tensor:
-        out, rest, region = _forward(q, k, v, part, shift, chosen)
-        lse = torch.logaddexp(_lse(rest, q), _lse(region, q) + shift)
+    def forward(ctx, q, k, v, source_k, source_v, part, shift, gate, chosen: Kernels) -> Tensor:
+        out, lse, results = _forward(_parts(q, k, v, source_k, source_v, part, shift, gate, chosen), q)
         # The raw log-sum-exps are kept for their shape and padding only. They are saved like the rest: what is kept on
         # ctx itself would outlive gradient checkpointing.
-        ctx.save_for_backward(q, k, v, part, shift, out, lse, rest[1], region[1])
-        ctx.chosen, ctx.rest, ctx.region = chosen, rest[2:], region[2:]
+        ctx.save_for_backward(q, k, v, source_k, source_v, part, shift, gate, out, lse, *(raw[1] for raw in results))
+        ctx.chosen, ctx.extra = chosen, [raw[2:] for raw in results]
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        q, k, v, part, shift, out, lse, raw_rest, raw_region = ctx.saved_tensors
-        tokens = part.shape[-1]
-        # The region part's scores lack the shift, so its log-sum-exp must lack it too.
-        region_lse = lse - shift
-        q_rest, k_rest, v_rest = _backward(
-            ctx.chosen.rest, grad, q, k[:, :, tokens:], v[:, :, tokens:], None, out, lse, (raw_rest, *ctx.rest)
-        )
-        q_region, k_region, v_region = _backward(
-            ctx.chosen.region, grad, q, k[:, :, :tokens], v[:, :, :tokens], part, out, region_lse,
-            (raw_region, *ctx.region),
-        )
-        keys, values = torch.cat([k_region, k_rest], dim=2), torch.cat([v_region, v_rest], dim=2)
-        return q_rest + q_region, keys, values, None, None, None
+        saved = ctx.saved_tensors  # under gradient checkpointing they can be read but once
+        *inputs, out, lse = saved[:10]
+        raws, q, source_k, part = saved[10:], inputs[0], inputs[3], inputs[5]
+        grads = []
+        for one, raw, extra in zip(_parts(*inputs, ctx.chosen), raws, ctx.extra):
+            # A part's scores lack its shift, so its log-sum-exp must lack it too.
+            own = lse if one.shift is None else lse - one.shift
+            grads.append(_backward(one.kernel, grad, q, one.keys, one.values, one.bias, out, own, (raw, *extra)))
+        queries = sum((each[0] for each in grads[1:]), grads[0][0])
+        from_source = grads.pop()[1:] if source_k is not None else (None, None)
+        keys, values = grads[0][1:]
+        if part is not None:
+            keys, values = torch.cat([grads[1][1], keys], dim=2), torch.cat([grads[1][2], values], dim=2)
+        return queries, keys, values, *from_source, None, None, None, None
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, part: Tensor, shift: Tensor, chosen: Kernels):
-    """Joined output and the raw results of the two kernels; the first one's output is overwritten by the join."""
-    tokens = part.shape[-1]
-    rest = _attend(chosen.rest, q, k[:, :, tokens:], v[:, :, tokens:], None)
-    region = _attend(chosen.region, q, k[:, :, :tokens], v[:, :, :tokens], part)
-    weight = torch.sigmoid(_lse(region, q) + shift - _lse(rest, q))
-    out = rest[0].lerp_(region[0], weight.unsqueeze(-1).to(q.dtype))
-    return out, rest, region
+def _forward(parts: list[_Part], q: Tensor):
+    """Joined output, joined log-sum-exp and the raw results; the first one's output is overwritten by the join."""
+    results = [_attend(one.kernel, q, one.keys, one.values, one.bias) for one in parts]
+    out, lse = results[0][0], _lse(results[0], q)
+    for one, result in zip(parts[1:], results[1:]):
+        other = _lse(result, q) + one.shift
+        out = out.lerp_(result[0], torch.sigmoid(other - lse).unsqueeze(-1).to(q.dtype))
+        lse = torch.logaddexp(lse, other)
+    return out, lse, results
 
 
 def _lse(result: tuple, q: Tensor) -> Tensor:

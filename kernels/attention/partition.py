@@ -12,30 +12,59 @@ import torch
 from torch import Tensor
 
 from .bias import Group, Regions
+from .source import Source
 
 
 def partition_attention(
-    q: Tensor, k: Tensor, v: Tensor, regions: Regions, plain: Callable[[Tensor, Tensor, Tensor], Tensor]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    regions: Regions | None,
+    plain: Callable[[Tensor, Tensor, Tensor], Tensor],
+    source: Source | None = None,
 ) -> Tensor:
-    if not regions.hard:
+    if regions is not None and not regions.hard:
         raise ValueError("The partition route knows no strengths other than 0 and -inf; take the route merge.")
-    entries = regions.groups()
-    if len(entries) == 1:
-        return _attend(q, k, v, regions.tokens, entries[0], plain)
-    outs = [
-        _attend(q[index : index + 1], k[index : index + 1], v[index : index + 1], regions.tokens, groups, plain)
-        for index, groups in enumerate(entries)
-    ]
+    if source is not None and not source.hard:
+        raise ValueError("The partition route knows no gates other than 0 and 1; take the route merge.")
+    tokens = regions.tokens if regions else 0
+    entries = regions.groups() if regions else [[Group(torch.arange(q.shape[2], device=q.device), None)]]
+    if len(entries) == 1 and (source is None or source.gate.shape[0] == 1):
+        gate = None if source is None else source.gate[0]
+        return _attend(q, k, v, tokens, entries[0], plain, source, gate)
+    outs = []
+    for index in range(q.shape[0]):
+        one = slice(index, index + 1)
+        gate = None if source is None else source.gate[index % source.gate.shape[0]]
+        read = None if source is None else source.entry(index)
+        groups = entries[index % len(entries)]
+        outs.append(_attend(q[one], k[one], v[one], tokens, groups, plain, read, gate))
     return torch.cat(outs)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, tokens: int, groups: list[Group], plain: Callable) -> Tensor:
-    outs = []
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tokens: int,
+    groups: list[Group],
+    plain: Callable,
+    source: Source | None,
+    gate: Tensor | None,
+) -> Tensor:
+    outs, order = [], []
     for rows, columns in groups:
         keys, values = (k, v) if columns is None else (_seen(k, columns, tokens), _seen(v, columns, tokens))
-        outs.append(plain(q.index_select(2, rows), keys, values))
-    back = torch.argsort(torch.cat([group.rows for group in groups]))
-    return torch.cat(outs, dim=2).index_select(2, back)
+        closed = rows if source is None else rows[gate[rows] == 0]
+        if len(closed):
+            outs.append(plain(q.index_select(2, closed), keys, values))
+            order.append(closed)
+        if len(closed) < len(rows):
+            opened = rows[gate[rows] != 0]
+            keys, values = torch.cat([keys, source.keys], dim=2), torch.cat([values, source.values], dim=2)
+            outs.append(plain(q.index_select(2, opened), keys, values))
+            order.append(opened)
+    return torch.cat(outs, dim=2).index_select(2, torch.argsort(torch.cat(order)))
 
 
 def _seen(keys: Tensor, columns: Tensor, tokens: int) -> Tensor:

@@ -84,10 +84,12 @@ def test_cuda_kernels_take_the_arguments_of_the_merge(kernel):
         q = torch.empty(2, 24, 1037, 128, dtype=torch.bfloat16, device="cuda")
         part = torch.empty(2, 24, 1037, 112, dtype=torch.bfloat16, device="cuda")
         shift = torch.empty(1, 1, 1037, device="cuda")
-        out, *results = merge._forward(q, q, q, part, shift, merge.Kernels(kernel, "efficient"))
-        assert out.shape == q.shape
-        parts = [(kernel, q[:, :, 112:], None), ("efficient", q[:, :, :112], part)]
-        for (name, keys, bias), result in zip(parts, results):
+        source = torch.empty(2, 24, 901, 128, dtype=torch.bfloat16, device="cuda")
+        chosen = merge.Kernels(kernel, "efficient")
+        parts = merge._parts(q, q, q, source, source, part, shift, shift, chosen)
+        out, joined, results = merge._forward(parts, q)
+        assert out.shape == q.shape and joined.shape == q.shape[:3]
+        for (name, keys, _, bias, _), result in zip(parts, results):
             lse = merge._lse(result, q)
             assert lse.shape == q.shape[:3]
             grads = merge._backward(name, out, q, keys, keys, bias, out, lse, result[1:])
