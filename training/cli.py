@@ -33,7 +33,8 @@ STAGES = {
     "dinov2": ("dinov2", "dinov2"), "adapter": ("adapter", "adapter"), "editor": ("editor", "editor"),
     "adapter-unmasked": ("adapter", "adapter_unmasked"), "adapter-global64": ("adapter", "adapter_global64"),
 }
-ASIDE = {"editor-llm": ("editor", "editor_llm")}  # trained to be compared, not shipped: `all` leaves them out
+# Made to be compared: `all` leaves them out.
+ASIDE = {"editor-llm": ("editor", "editor_llm"), "fits": ("fits", "fits"), "editor-from-fits": ("editor_fits", "editor_fits")}
 
 
 def usage() -> str:

@@ -8,7 +8,9 @@ caption     the encoding of the picture's caption with place words, cut to the h
 adapter     the adapter's embedding of the picture
 
 One fit of 400 steps gives the figures of all step counts, since a fit is usable at any step. `adapter` is refined by
-fewer steps and a smaller rate. Edits are two for each scene, by the shipped decoder in one pass.
+fewer steps and a smaller rate. Edits are two for each scene, by the shipped decoder in one pass. The last figure is of
+the decoder that was trained on fitted embeddings alone (`sda miniature editor-from-fits`), on embeddings fitted from
+`statistics`; None where its file is not there.
 """
 from __future__ import annotations
 
@@ -171,6 +173,11 @@ def run(system: Miniature, scenes: Sequence[Scene], sources: np.ndarray, noise: 
         kept[name] = made[EDITED_AT[name]]
         edits[name] = edited(system, changes, kept[name], noise, edit)
         distances[name] = space.distances(kept[name])
+    alone, own_twins = None, None
+    if system.editor_from_fits is not None:
+        alone = edited(system, changes, kept["statistics"], noise,
+                       lambda e, words: system.edit(e, words, "parallel", system.editor_from_fits))
+        own_twins = alone.pop("twins")
     settings = FitSettings(EDITED_AT["statistics"], RATES["statistics"], longest=math.inf, shift=system.mu, seed=seed)
     loose, _ = fitted(system, latents, begun["statistics"], settings, (settings.steps,))
     beside = {"statistics, not held": loose[settings.steps], "adapter, not refined": begun["adapter"]}
@@ -196,5 +203,5 @@ def run(system: Miniature, scenes: Sequence[Scene], sources: np.ndarray, noise: 
                         "blend": evenness_of(system, scenes, a, noise)}
     asides = {"edited": edits_beside, "distances": distances, "global64": whole, "joined": joined,
               "two_starts_apart": float(apart.square().mean().sqrt()), "edits": len(changes),
-              "twins": sum(map(has_twin, changes))}
-    return {"fit": fits, "edited": edits, "decoder_from_fits": None}, asides
+              "twins": sum(map(has_twin, changes)), "from_fits_twins": own_twins}
+    return {"fit": fits, "edited": edits, "decoder_from_fits": alone}, asides

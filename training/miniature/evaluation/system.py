@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ....kernels.adapter import Adapter
 from ....kernels.attention import Regions, masked_attention
+from ....kernels.edit_decoder import EditDecoder
 from ....kernels.embedding import SemanticEmbedding, from_hierarchy
 from ....kernels.hierarchy import Hierarchy
 from ....kernels.precision import autocast, resolve
@@ -43,6 +44,7 @@ _FLUX = ("diffusion_models/miniature_flux", "base")
 _TEXT = ("text_encoders/miniature_t5", "base")
 _CLIP = ("clip_vision/miniature_clip", "clip")
 _EDITOR = ("edit_decoders/miniature_editor", "editor")
+_FROM_FITS = ("ablations/edit_decoders/miniature_editor_from_fits", "editor-from-fits")
 # adapter -> (its file, its own DINOv2 tower, the command that makes both). The ablations lie apart, where no node lists
 # them.
 ADAPTERS = {
@@ -144,6 +146,9 @@ class Miniature:
             dinov2 = _read(assets, (tower, command), lambda path: read_tower(path, device))
             self.encoders[name] = Encoder(adapter, {t.config.id: t for t in (clip, dinov2)}, kept["masked"])
         self.editor = _read(assets, _EDITOR, lambda path: load_editor(path, device))[0]
+        self.editor_from_fits = None
+        if (assets / f"{_FROM_FITS[0]}.safetensors").is_file():
+            self.editor_from_fits = _read(assets, _FROM_FITS, lambda path: load_editor(path, device))[0]
 
     def noise(self, split: str, indices: Sequence[int], seed: int) -> Tensor:
         return noise_of(split, indices, seed, self.latent_shape)
@@ -166,14 +171,15 @@ class Miniature:
         return from_hierarchy(torch.cat(tokens), chosen.hierarchy)
 
     @torch.no_grad()
-    def edit(self, source: SemanticEmbedding, instructions: Sequence[str], mode: str) -> SemanticEmbedding:
-        """The edit decoder's embeddings of the instructions, one for each source. mode: as EditDecoder.generate takes
-        it."""
-        tokens = []
+    def edit(self, source: SemanticEmbedding, instructions: Sequence[str], mode: str,
+             editor: EditDecoder | None = None) -> SemanticEmbedding:
+        """The embeddings that an edit decoder (None: the shipped one) writes for the instructions, one for each source.
+        mode: as EditDecoder.generate takes it."""
+        editor, tokens = editor or self.editor, []
         for first in range(0, len(instructions), BATCH):
             words, _ = encode(self.text, token_ids(list(instructions[first:first + BATCH]), self.device))
             batch = source.tokens[first:first + BATCH].to(self.device)
-            tokens.append(self.editor.generate(batch, source.boxes, source.levels, words, mode).cpu())
+            tokens.append(editor.generate(batch, source.boxes, source.levels, words, mode).cpu())
         return from_hierarchy(torch.cat(tokens), source.hierarchy())
 
     def paint(self, embedding: SemanticEmbedding, variant: str, noise: Tensor) -> np.ndarray:

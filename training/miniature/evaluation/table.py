@@ -128,6 +128,9 @@ def inversion_page(results: dict, asides: dict, scenes: int, seed: int, command:
     seconds = {name: next(v["seconds"] / int(n) for n, v in values.items() if n != "0")
                for name, values in results["fit"].items()}
     edited = results["edited"] | asides["edited"]
+    if results["decoder_from_fits"]:
+        edited["statistics, by the decoder trained on fits alone"] = (
+            results["decoder_from_fits"] | {"twins": asides["from_fits_twins"]})
     return "\n".join([
         "# Embeddings fitted without an encoder, on the miniature",
         "",
