@@ -62,9 +62,9 @@ class Config:
     preset: str = "tree64"
     steps: Count = 100
     rate: Positive = 0.2
-    edited_steps: Count = 40
+    edited_steps: Count = 60
     """Steps by which an edited picture goes on from its source's fit."""
-    edited_rate: Positive = 0.1
+    edited_rate: Positive = 0.15
     seed: int = 0
     """Seed of the noise and of the times."""
     first: Whole = 0

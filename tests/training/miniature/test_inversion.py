@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -35,6 +36,7 @@ def toy(toy_assets):
 
 def test_a_fit_comes_closer_and_does_not_depend_on_the_batch(toy, monkeypatch):
     miniature, _ = toy
+    assert miniature.editor_from_fits is None, "its file is not there"
     scenes = [scene("test", i) for i in range(3)]
     latents = miniature.latents(np.stack([render(each) for each in scenes]))
     start = inversion.text_space(miniature).start(PRESETS["tree64"], 3)
@@ -65,17 +67,23 @@ def test_a_twin_shares_colour_or_shape_with_the_thing_that_is_named():
     assert not inversion.has_twin(Edit("add", "", Scene("white", (red, same)), Scene("white", (red, same)), None, other))
 
 
-def test_the_whole_of_it_has_the_form_that_the_page_and_its_readers_expect(toy_assets, short, capsys):
-    assert evaluate.main(["inversion", "--scenes", "2", "--json", "--assets", str(toy_assets)]) == 0
+def test_the_whole_of_it_has_the_form_that_the_page_and_its_readers_expect(toy_assets, short, capsys, tmp_path):
+    assets = tmp_path / "assets"
+    shutil.copytree(toy_assets, assets)
+    (assets / "ablations/edit_decoders").mkdir()
+    shutil.copy(assets / "edit_decoders/miniature_editor.safetensors",
+                assets / "ablations/edit_decoders/miniature_editor_from_fits.safetensors")
+    assert evaluate.main(["inversion", "--scenes", "2", "--json", "--assets", str(assets)]) == 0
     printed, said = capsys.readouterr()
     results = json.loads(printed.splitlines()[-1])
-    assert set(results) == {"fit", "edited", "decoder_from_fits"} and results["decoder_from_fits"] is None
+    assert set(results) == {"fit", "edited", "decoder_from_fits"}
+    assert set(results["decoder_from_fits"]) == {"success", "preservation"}
     assert list(results["fit"]) == ["mean", "statistics", "caption", "adapter"]
     for values in results["fit"].values():
         assert list(values) == ["0", "2", "20"] and all(set(v) == {"f1", "psnr", "seconds"} for v in values.values())
         assert values["0"]["seconds"] == 0 < values["2"]["seconds"]
     assert results["fit"]["statistics"]["20"]["psnr"] > results["fit"]["statistics"]["0"]["psnr"]
     assert all(set(v) == {"success", "preservation", "twins"} for v in results["edited"].values())
-    for words in ("| statistics, not held |", "| adapter, not refined |", "`global64`", "4 edits", "| norm |"):
+    for words in ("| statistics, not held |", "decoder trained on fits alone |", "| adapter, not refined |", "`global64`", "4 edits", "| norm |"):
         assert words in printed, words
     assert f"{inversion.painted(2)}/{inversion.painted(2)}" in said.replace("\r", "\n"), "the bar ends where it said"
