@@ -84,6 +84,7 @@ def test_the_whole_of_it_has_the_form_that_the_page_and_its_readers_expect(toy_a
         assert values["0"]["seconds"] == 0 < values["2"]["seconds"]
     assert results["fit"]["statistics"]["20"]["psnr"] > results["fit"]["statistics"]["0"]["psnr"]
     assert all(set(v) == {"success", "preservation", "twins"} for v in results["edited"].values())
-    for words in ("| statistics, not held |", "decoder trained on fits alone |", "| adapter, not refined |", "`global64`", "4 edits", "| norm |"):
+    for words in ("| statistics, not held |", "decoder trained on fits alone |",
+                  "| adapter, not refined |", "`global64`", "4 edits", "| norm |"):
         assert words in printed, words
     assert f"{inversion.painted(2)}/{inversion.painted(2)}" in said.replace("\r", "\n"), "the bar ends where it said"
