@@ -27,7 +27,7 @@ from ...kernels.precision import resolve
 from ..engine import pick_device
 from .captions import OPERATIONS
 from .evaluation import blend, editing, fidelity, inversion, kit, locality, reconstruction, table
-from .evaluation.system import ADAPTERS, ASSETS, VARIANTS, Miniature, left_out
+from .evaluation.system import ADAPTERS, ASSETS, VARIANTS, Miniature, has_editor_from_fits, left_out
 from .scenes import render, scene
 
 
@@ -99,23 +99,25 @@ def run_fidelity(system: Miniature, count: int, seed: int) -> tuple[dict, dict, 
 class Part:
     """One part of the evaluation: its number of scenes by default (`fewer` on a CPU that computes float32 fastest, so
     that it takes no longer there), its adapters, the pictures that it paints (for a number of scenes, without some
-    adapters), and its page."""
+    adapters, from a folder of weights), and its page."""
 
     scenes: int
     fewer: int
     adapters: Sequence[str]
-    pictures: Callable[[int, Sequence[str]], int]
+    pictures: Callable[[int, Sequence[str], Path], int]
     measure: Callable[[Miniature, int, int], tuple[dict, dict, dict]]
     page: Callable[[dict, dict, int, int, str, str, float], str]
     file: Path
 
 
-PARTS = {"system": Part(256, 64, ADAPTERS, painted_in_all, run, table.page, table.PAGE),
-         "kit": Part(64, 64, ("tree128",), lambda count, absent: kit.PAINTED * count, run_kit, table.kit_page,
+PARTS = {"system": Part(256, 64, ADAPTERS, lambda count, absent, assets: painted_in_all(count, absent), run, table.page,
+                       table.PAGE),
+         "kit": Part(64, 64, ("tree128",), lambda count, absent, assets: kit.PAINTED * count, run_kit, table.kit_page,
                      table.KIT_PAGE),
-         "inversion": Part(32, 32, ("tree128",), lambda count, absent: inversion.painted(count), run_inversion,
-                           table.inversion_page, table.INVERSION_PAGE),
-         "fidelity": Part(64, 64, ("tree128",), lambda count, absent: fidelity.painted(count), run_fidelity,
+         "inversion": Part(32, 32, ("tree128",),
+                           lambda count, absent, assets: inversion.painted(count, has_editor_from_fits(assets)),
+                           run_inversion, table.inversion_page, table.INVERSION_PAGE),
+         "fidelity": Part(64, 64, ("tree128",), lambda count, absent, assets: fidelity.painted(count), run_fidelity,
                           table.fidelity_page, table.FIDELITY_PAGE)}
 
 
@@ -169,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
         absent = {name: command for name, command in left_out(options.assets).items() if name in part.adapters}
         for name, command in absent.items():
             print(f"left out, since it is not there: {name} (`{command}` trains it)", file=sys.stderr)
-        with tqdm(total=part.pictures(options.scenes, tuple(absent)), desc="painting", unit="picture",
+        with tqdm(total=part.pictures(options.scenes, tuple(absent), options.assets), desc="painting", unit="picture",
                   mininterval=1) as bar:
             adapters = [name for name in part.adapters if name not in absent]
             system = Miniature(options.assets, device, bar.update, adapters)

@@ -87,4 +87,5 @@ def test_the_whole_of_it_has_the_form_that_the_page_and_its_readers_expect(toy_a
     for words in ("| statistics, not held |", "decoder trained on fits alone |",
                   "| adapter, not refined |", "`global64`", "4 edits", "| norm |"):
         assert words in printed, words
-    assert f"{inversion.painted(2)}/{inversion.painted(2)}" in said.replace("\r", "\n"), "the bar ends where it said"
+    painted = inversion.painted(2, from_fits=True)
+    assert f"{painted}/{painted}" in said.replace("\r", "\n"), "the bar ends where it said"

@@ -53,11 +53,12 @@ TOGETHER = 16  # pictures fitted by one core
 PAINTING = 20  # steps of a fit that count as one picture painted
 
 
-def painted(count: int) -> int:
-    """Pictures that are painted for `count` scenes, with the fits' share."""
+def painted(count: int, from_fits: bool) -> int:
+    """Pictures that are painted for `count` scenes, with the fits' share; from_fits: whether that decoder is there."""
     steps = [max(STEPS)] * len(RATES) + [max(GLOBAL_AT)] * 2 + [EDITED_AT["statistics"], EDITED_AT["mean"]]
     figures = len(STEPS) * len(RATES) + len(GLOBAL_AT) * 2
-    return count * (sum(-(-each // PAINTING) for each in steps) + figures + 2 * (len(RATES) + 2) + 2) + 2 * len(AMOUNTS) * pairs(count)
+    fits, edited = sum(-(-each // PAINTING) for each in steps), 2 * (len(RATES) + 2 + from_fits)
+    return count * (fits + figures + edited + 2) + 2 * len(AMOUNTS) * pairs(count)
 
 
 def text_space(system: Miniature) -> TextSpace:

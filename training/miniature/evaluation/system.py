@@ -100,6 +100,10 @@ def left_out(assets: Path) -> dict[str, str]:
             if name != "tree128" and not (assets / f"{file}.safetensors").is_file()}
 
 
+def has_editor_from_fits(assets: Path) -> bool:
+    return (assets / f"{_FROM_FITS[0]}.safetensors").is_file()
+
+
 def noise_of(split: str, indices: Sequence[int], seed: int, shape: tuple[int, int, int]) -> Tensor:
     """[N, *shape] float32: standard normal noise, a pure function of the split, the seed and each scene's number."""
     draws = [generator(split, int(i), _NOISE, seed).standard_normal(shape, dtype=np.float32) for i in indices]
@@ -147,7 +151,7 @@ class Miniature:
             self.encoders[name] = Encoder(adapter, {t.config.id: t for t in (clip, dinov2)}, kept["masked"])
         self.editor = _read(assets, _EDITOR, lambda path: load_editor(path, device))[0]
         self.editor_from_fits = None
-        if (assets / f"{_FROM_FITS[0]}.safetensors").is_file():
+        if has_editor_from_fits(assets):
             self.editor_from_fits = _read(assets, _FROM_FITS, lambda path: load_editor(path, device))[0]
 
     def noise(self, split: str, indices: Sequence[int], seed: int) -> Tensor:
