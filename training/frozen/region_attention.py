@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ...kernels.attention import Regions, masked_attention
 
-# tokens; on a CPU, two matrix products are faster below it than PyTorch's fused kernel, above all in the backward
+# tokens below which one kernel with a bias is faster than region attention's several; on a CPU, two matrix products are
+# faster there than PyTorch's fused kernel, above all in the backward
 SHORT = 512
 
 
@@ -42,7 +43,7 @@ class RegionAttention:
             return short_attention(q, k, v, None if self.regions is None else self.regions.floored())
         if self.regions is None:
             return torch.nn.functional.scaled_dot_product_attention(q, k, v)
-        return masked_attention(q, k, v, self.regions)
+        return masked_attention(q, k, v, self.regions, "dense" if q.shape[2] <= SHORT else "auto")
 
 
 def short_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:

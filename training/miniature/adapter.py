@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,13 @@ from ...kernels import checkpoint
 from ...kernels.adapter import Adapter, AdapterConfig
 from ...kernels.precision import autocast
 from ..config import RunConfig
-from ..engine import Step, compile_blocks, launch
+from ..engine import Ahead, Step, compile_blocks, launch
 from ..objectives.reconstruct import AdapterObjective, AdapterTraining, Batch, named_hierarchy
 from .base import load_base, sample, training_text
-from .latents import cached_latents, file_hash, take
+from .drawing import codes, draw
+from .latents import file_hash, take, training_latents
 from .parser import parse
-from .scenes import scene
+from .scenes import numbered, scene
 from .score import colour_position, f1, strict
 from .text import encode, token_ids
 from .towers import read_tower, save_tower, unit_images
@@ -46,7 +48,17 @@ class Config:
     heads: int = 4
     layers: int = 12
     scenes: int = 40_000
+    crowds: int = 0
+    """Number of crowded scenes beside them."""
     objective: AdapterTraining = field(default_factory=AdapterTraining)
+
+
+def prepare(config: Config, step: Step) -> dict[str, Tensor]:
+    """Scene numbers [B] of a step, and their codes."""
+    numbers = np.random.default_rng([step.seed, 7, step.number]).integers(config.scenes + config.crowds, size=step.batch)
+    numbers = numbers[step.positions]
+    return {"index": torch.from_numpy(numbers),
+            **codes([scene(*numbered(int(number), config.scenes)) for number in numbers])}
 
 
 class AdapterStage:
@@ -58,7 +70,8 @@ class AdapterStage:
         self.mu = base["config"]["sampling_shift_mu"]
         self.vae = load_vae(config.vae, device)
         self.towers = {t.config.id: t for t in (read_tower(p, device) for p in config.towers)}
-        self.latents = cached_latents(config.vae, "train", config.scenes, config.cache, device)
+        self.latents = training_latents(config.vae, config.scenes, config.crowds, config.cache, device)
+        self.ahead = Ahead(partial(prepare, config), device)
         table = named_hierarchy(config.table)
         adapter = Adapter(AdapterConfig(table.to_json(), tuple(t.config for t in self.towers.values()), config.width,
                                         config.heads, config.layers, flux.config.joint_attention_dim)).to(device)
@@ -87,9 +100,9 @@ class AdapterStage:
         return {"tuned": settings.unlock_scale if late else 0.0}
 
     def loss(self, step: Step):
-        index = np.random.default_rng([step.seed, 7, step.number]).integers(self.config.scenes, size=step.batch)[step.positions]
-        return self.objective.loss(Batch(take(self.latents, index, self.device),
-                                         unit_images("train", index, self.device)), step)
+        made = self.ahead(step)
+        images = (draw(made["things"], made["grounds"]) + 1) / 2
+        return self.objective.loss(Batch(take(self.latents, made["index"]), images), step)
 
     def validate(self) -> dict[str, float]:
         truth = [scene("validation", i) for i in range(VALIDATED)]

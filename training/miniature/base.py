@@ -7,7 +7,7 @@ column, which rotary positions alone do not give a patch directly. Flux's file h
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from ...kernels import checkpoint
 from ...kernels.precision import autocast
 from ..config import RunConfig
-from ..engine import Step, launch
+from ..engine import Ahead, Step, launch
 from ..frozen.flux import Tap, build_flux, from_bfl, shifted, to_bfl, velocity
 from ..frozen.region_attention import attend_by_region
 from ..objectives.times import sample_times
-from .captions import caption, describe, edit, tokenize, where
-from .latents import cached_latents, file_hash, take
+from .captions import caption, describe, edit, where
+from .drawing import codes, labels
+from .latents import file_hash, take, training_latents
 from .parser import parse
-from .scenes import generator, patch_labels, scene
+from .scenes import generator, numbered, scene
 from .score import colour_place, f1, shape_place
 from .text import encode, load_text_encoder, save_text_encoder, token_ids
 from .vae import load_vae, to_pixels
@@ -50,6 +51,8 @@ class Config:
     cache: Path
     scenes: int = 80_000
     """Number of distinct training scenes, which are visited again and again."""
+    crowds: int = 0
+    """Number of crowded ones beside them."""
     mu: float = 1.2
     """Time shift of training and sampling. The layout is decided while there is little but noise."""
     opening: int = 2000
@@ -70,12 +73,12 @@ class Config:
     """Learning rate of the text encoder as a share of Flux's: it already knows its words."""
 
 
-def training_text(index: int, visit: int, instructions: float) -> str:
+def training_text(index: int, visit: int, instructions: float, split: str = "train") -> str:
     """A caption of training scene `index`, differently worded at each visit; or a source scene and the instruction that
-    leads to it (the inverse of a random edit of the scene)."""
-    rng = generator("train", index, purpose=100 + visit)
-    truth = scene("train", index)
-    if rng.random() < instructions:
+    leads to it (the inverse of a random edit of the scene). Crowds have captions alone: the two would be too long."""
+    rng = generator(split, index, purpose=100 + visit)
+    truth = scene(split, index)
+    if split == "train" and rng.random() < instructions:
         change = edit(truth, rng, fine=rng.random() < FINE)
         inverse = inverse_instruction(change, fine=rng.random() < FINE)
         if inverse is not None:
@@ -97,19 +100,8 @@ def inverse_instruction(change, fine: bool) -> str | None:
     return f"move the {new.name} {where(old.x, old.y, old.place, True).replace('at', 'to', 1)}" if fine else None
 
 
-@lru_cache(maxsize=1 << 15)
-def _labels(index: int) -> np.ndarray:
-    return patch_labels(scene("train", index))
-
-
-def labels_of(index) -> Tensor:
-    """The patch labels of training scenes, [N, 64, 15]. They are cached, because drawing them costs time every
-    epoch."""
-    return torch.from_numpy(np.stack([_labels(int(i)) for i in index]))
-
-
 def name_loss(named: Tensor, labels: Tensor, told: Tensor | None = None) -> Tensor:
-    """Cross-entropy of predicted against true patch labels, [B, 64, 15] both (scenes.patch_labels), over samples whose
+    """Cross-entropy of predicted against true patch labels, [B, 64, 15] both (drawing.labels), over samples whose
     scene the model was `told` ([B] bool; None: all)."""
     colours, shapes = named.float().split([10, 5], -1)
     entropy = (-(labels[..., :10] * colours.log_softmax(-1)).sum(-1)
@@ -131,12 +123,31 @@ def place_loss(placed: Tensor) -> Tensor:
     return entropy + F.cross_entropy(columns.flatten(0, 2), where.expand(columns.shape[:3]).flatten())
 
 
+def prepare(config: Config, step: Step) -> dict[str, Tensor]:
+    """All that a step needs beside the latents: scene numbers [B], their codes, token ids [B, L], times, noise and what
+    is dropped. Epochs are random permutations."""
+    total, first = config.scenes + config.crowds, step.number * step.batch
+    visit = first // total
+    index = epoch_order(step.seed, visit, total)[(first + np.array(step.positions)) % total]
+    named = [numbered(int(number), config.scenes) for number in index]
+    ids = token_ids([training_text(i, visit, config.instructions, split) for split, i in named])
+    t = sample_times(step, config.mu, config.uniform)
+    if step.number < config.opening:
+        t = 0.9 + 0.1 * t
+    noise = step.randn(8, 16, 16)
+    empty = step.rand() < config.drop_text
+    return {"index": torch.from_numpy(index), **codes([scene(*each) for each in named]), "t": t, "noise": noise,
+            "ids": torch.where(empty[:, None], token_ids([""]), ids), "empty": empty,
+            "keep_pooled": step.rand(1) >= config.drop_pooled}
+
+
 class BaseStage:
     name = "base"
 
     def __init__(self, config: Config, device: torch.device):
         self.config, self.device = config, device
-        self.latents = cached_latents(config.vae, "train", config.scenes, config.cache, device)
+        self.latents = training_latents(config.vae, config.scenes, config.crowds, config.cache, device)
+        self.ahead = Ahead(partial(prepare, config), device)
         self.vae = load_vae(config.vae, device)
         text = load_text_encoder(config.text, device).train().requires_grad_(True)
         self.trainables = nn.ModuleDict({"text": text, "flux": build_flux(FLUX),
@@ -158,26 +169,12 @@ class BaseStage:
     def flux(self):
         return self.trainables["flux"]
 
-    def batch(self, step: Step) -> tuple[np.ndarray, Tensor, Tensor]:
-        """(scene numbers [B], token ids [B, L], patch labels [B, 64, 15]) of a step; epochs are random permutations."""
-        scenes, first = self.config.scenes, step.number * step.batch
-        visit = first // scenes
-        index = epoch_order(step.seed, visit, scenes)[(first + np.array(step.positions)) % scenes]
-        ids = [tokenize(training_text(int(i), visit, self.config.instructions)) for i in index]
-        return index, torch.tensor(ids, device=self.device), labels_of(index).to(self.device)
-
     def loss(self, step: Step):
-        config, device = self.config, self.device
-        index, ids, labels = self.batch(step)
-        x0 = take(self.latents, index, device)
-        t = sample_times(step, config.mu, config.uniform)
-        if step.number < config.opening:
-            t = 0.9 + 0.1 * t
-        noise = step.randn(*x0.shape[1:])
-        empty = step.rand() < config.drop_text
-        ids = torch.where(empty[:, None], token_ids([""], device), ids)
-        keep_pooled = step.rand(1) >= config.drop_pooled
-        flow, align, place = self.objective(x0, noise, t, ids, keep_pooled, labels, empty)
+        made = self.ahead(step)
+        truth = labels(made["things"], made["grounds"])
+        flow, align, place = self.objective(take(self.latents, made["index"]), made["noise"], made["t"], made["ids"],
+                                            made["keep_pooled"], truth, made["empty"])
+        config = self.config
         return flow + config.align * align + config.place * place, {"flow": flow, "align": align, "place": place}
 
     def _objective(self, x0, noise, t, ids, keep_pooled, labels, empty):

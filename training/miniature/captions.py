@@ -28,7 +28,7 @@ WORDS = ("a", "the", "at", "on", "ground", "remove", "add", "make", "move", "to"
          *SHAPES, *COLOURS, *GROUNDS, *RADII, "top", "bottom", "left", "right", "center",
          *(str(n) for n in range(0, 128, STEP)))
 VOCABULARY = ("<pad>", "</s>", "<unk>", *WORDS)
-LENGTH = 40  # tokens after padding
+LENGTH = 56  # tokens after padding; the caption of six things needs 53
 _IDS = {word: index for index, word in enumerate(VOCABULARY)}
 
 
@@ -85,10 +85,11 @@ def _placed(rng, thing: Thing, others, fine: bool) -> Thing | None:
 
 
 def edit(scene: Scene, rng: np.random.Generator, operation: str | None = None, fine: bool = False) -> Edit:
-    """A random instruction on the scene. An operation that finds no room or nothing to do becomes a recolouring."""
-    operation = operation or choice(rng, OPERATIONS)
+    """A random instruction on the scene. An operation that finds no room or nothing to do becomes a recolouring; to an
+    empty scene something is added."""
+    operation = "add" if not scene.things else operation or choice(rng, OPERATIONS)
     names = {t.name for t in scene.things}
-    old = choice(rng, scene.things)
+    old = choice(rng, scene.things) if scene.things else None
     others = tuple(t for t in scene.things if t != old)
     if operation == "remove":
         return Edit(operation, f"remove the {old.name}", scene, _swap(scene, old, None), old, None)

@@ -2,18 +2,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import open_clip
 import torch
+from torch import Tensor
 
 from ...kernels.vision.towers import VisionTower
 from ..config import RunConfig
-from ..engine import Step, launch
+from ..engine import Ahead, Step, launch
 from .captions import LENGTH, VOCABULARY, caption
-from .scenes import generator, scene
+from .drawing import codes, draw
+from .scenes import generator, numbered, scene
 from .text import token_ids
-from .towers import CLIP, save_tower, unit_images
+from .towers import CLIP, save_tower
 
 TEXT = dict(context_length=LENGTH, vocab_size=len(VOCABULARY), width=128, heads=4, layers=2, pool_type="eos", eos_id=1)
 
@@ -23,6 +26,22 @@ class Config:
     run: RunConfig
     export: Path
     scenes: int = 200_000
+    crowds: int = 0
+    """Number of crowded scenes beside them."""
+
+
+def prepare(config: Config, step: Step) -> dict[str, Tensor]:
+    """Token ids [B, L] of captions, and the codes of their scenes."""
+    numbers = (step.rand() * (config.scenes + config.crowds)).long().tolist()
+    return samples([numbered(number, config.scenes) for number in numbers], step.number % 1000)
+
+
+def samples(named: list[tuple[str, int]], visit: int) -> dict[str, Tensor]:
+    scenes, words = [scene(*each) for each in named], []
+    for each, truth in zip(named, scenes):
+        rng = generator(*each, purpose=500 + visit)
+        words.append(caption(truth, rng, fine=rng.random() < 0.5))
+    return {"ids": token_ids(words), **codes(scenes)}
 
 
 class ClipStage:
@@ -34,20 +53,16 @@ class ClipStage:
         self.trainables = open_clip.CLIP(text_cfg=TEXT, **CLIP.architecture).to(device)
         self.tower = VisionTower(CLIP)  # for its resize and normalisation
         self.contrastive = open_clip.ClipLoss()
+        self.ahead = Ahead(partial(prepare, config), device)
         self.identity: dict = {}
 
-    def encode(self, split: str, indices, visit: int):
-        pixels = self.tower.preprocess(unit_images(split, indices, self.device))
-        words = []
-        for index in indices:
-            rng = generator(split, int(index), purpose=500 + visit)
-            words.append(caption(scene(split, int(index)), rng, fine=rng.random() < 0.5))
-        picture, text, scale = self.trainables(pixels, token_ids(words, self.device))
+    def encode(self, made: dict[str, Tensor]):
+        pixels = self.tower.preprocess((draw(made["things"], made["grounds"]) + 1) / 2)
+        picture, text, scale = self.trainables(pixels, made["ids"])
         return picture.float(), text.float(), scale.float()
 
     def loss(self, step: Step):
-        index = (step.rand() * self.config.scenes).long().tolist()
-        picture, text, scale = self.encode("train", index, step.number % 1000)
+        picture, text, scale = self.encode(self.ahead(step))
         loss = self.contrastive(picture, text, scale)
         return loss, {"scale": scale}
 
@@ -55,7 +70,8 @@ class ClipStage:
         return {}
 
     def validate(self) -> dict[str, float]:
-        picture, text, _ = self.encode("validation", range(128), 0)
+        made = samples([("validation", index) for index in range(128)], 0)
+        picture, text, _ = self.encode({name: each.to(self.device) for name, each in made.items()})
         hit = (picture @ text.T).argmax(1) == torch.arange(128, device=self.device)
         return {"retrieval_of_128": float(hit.float().mean())}
 

@@ -6,18 +6,19 @@ dense features that say what is where.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.vision.towers import build_tower
 from ..config import RunConfig
-from ..engine import Step, launch
-from .scenes import patch_labels, scene
-from .towers import DINOV2, save_tower, unit_images
+from ..engine import Ahead, Step, launch
+from .drawing import codes, draw, labels
+from .scenes import numbered, scene
+from .towers import DINOV2, save_tower
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,20 @@ class Config:
     run: RunConfig
     export: Path
     scenes: int = 200_000
+    crowds: int = 0
+    """Number of crowded scenes beside them."""
     masked: float = 0.25
     """Share of patches replaced by the mask token, in half of the images."""
     names: float = 0.3
     """Weight of naming each patch's colours and shapes, beside painting its pixels."""
+
+
+def prepare(config: Config, step: Step) -> dict[str, Tensor]:
+    """The codes of a step's scenes, and which of their patches are masked: [B, 64] bool."""
+    numbers = (step.rand() * (config.scenes + config.crowds)).long().tolist()
+    mask = step.rand(64) < config.masked
+    mask[[position < step.batch // 2 for position in step.positions]] = False
+    return {"mask": mask, **codes([scene(*numbered(number, config.scenes)) for number in numbers])}
 
 
 class Dinov2Stage:
@@ -40,32 +51,29 @@ class Dinov2Stage:
         pixels = 3 * DINOV2.patch ** 2
         self.trainables = nn.ModuleDict({"model": self.tower.model, "paint": nn.Linear(DINOV2.width, pixels),
                                          "name": nn.Linear(DINOV2.width, 15)}).to(device)
+        self.ahead = Ahead(partial(prepare, config), device)
         self.identity: dict = {}
 
-    def losses(self, split: str, indices, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        x = self.tower.preprocess(unit_images(split, indices, self.device))
-        labels = np.stack([patch_labels(scene(split, int(i))) for i in indices])
-        labels = torch.from_numpy(labels).to(self.device)
+    def losses(self, things: Tensor, grounds: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        x, truth = self.tower.preprocess((draw(things, grounds) + 1) / 2), labels(things, grounds)
         features = self.trainables["model"](x, bool_masked_pos=mask).last_hidden_state[:, 1:]
         patches = F.unfold(x, DINOV2.patch, stride=DINOV2.patch).transpose(1, 2)
         painted = (self.trainables["paint"](features).float() - patches).abs().mean()
         colours, shapes = self.trainables["name"](features).float().split([10, 5], -1)
-        named = (-(labels[..., :10] * colours.log_softmax(-1)).sum(-1)
-                 - (labels[..., 10:] * shapes.log_softmax(-1)).sum(-1))
+        named = (-(truth[..., :10] * colours.log_softmax(-1)).sum(-1)
+                 - (truth[..., 10:] * shapes.log_softmax(-1)).sum(-1))
         return painted, named.mean()
 
     def loss(self, step: Step):
-        index = (step.rand() * self.config.scenes).long().tolist()
-        mask = step.rand(64) < self.config.masked
-        mask[[position < step.batch // 2 for position in step.positions]] = False
-        painted, named = self.losses("train", index, mask)
+        painted, named = self.losses(**self.ahead(step))
         return painted + self.config.names * named, {"painted": painted, "named": named}
 
     def scales(self, step: int) -> dict[str, float]:
         return {}
 
     def validate(self) -> dict[str, float]:
-        painted, named = self.losses("validation", range(128), None)
+        held = codes([scene("validation", index) for index in range(128)])
+        painted, named = self.losses(**{name: each.to(self.device) for name, each in held.items()}, mask=None)
         return {"painted": float(painted), "named": float(named)}
 
     def export(self, step: int) -> None:

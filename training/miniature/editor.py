@@ -5,6 +5,7 @@ The shipped decoder is T5's. Stage `editor-llm` trains a small causal LLM on the
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,18 +22,18 @@ from ...kernels.edit_decoder import (
 )
 from ...kernels.precision import autocast
 from ..config import RunConfig
-from ..engine import Step, compile_blocks, launch
+from ..engine import Ahead, Step, compile_blocks, launch
 from ..objectives.augmentation import Augmentation
 from ..objectives.edit import EditorTraining, editor_loss
 from ..objectives.reconstruct import load_adapter, named_hierarchy
 from .base import inverse_instruction
 from .captions import Edit, edit
+from .drawing import codes, draw
 from .latents import file_hash
-from .scenes import COLOURS, SHAPES, choice, render, scene
+from .scenes import COLOURS, SHAPES, choice, scene
 from .scenes import generator as generator_of
 from .text import encode, load_text_encoder, token_ids
 from .towers import read_tower
-from .vae import to_tensor
 
 VALIDATED = 96  # number of edits of a validation
 
@@ -54,6 +55,11 @@ class Config:
     feed_forward: int = 416
     """Inner width of the feed-forward layers of an LLM. T5's is 2.5 times its width."""
     scenes: int = 200_000
+    twins: float = 0.0
+    """Share of the samples in which another thing shares the colour or the shape of the one that is named."""
+    chained: float = 0.0
+    """Share of the samples whose source is what the decoder itself wrote for an edit before, not the adapter's
+    embedding: so that several edits in a row do not drift."""
     objective: EditorTraining = field(default_factory=EditorTraining)
     augmentation: Augmentation = field(default_factory=Augmentation)
 
@@ -93,6 +99,49 @@ def nothing_to_do(change: Edit, rng: np.random.Generator) -> str:
     return choice(rng, ["", f"make the {thing.name} {thing.colour}", f"remove the {absent}"])
 
 
+def has_twin(change: Edit) -> bool:
+    """Whether another thing of the scene shares the subject's colour or shape."""
+    subject = change.subject
+    return subject is not None and any(t != subject and (t.colour == subject.colour or t.shape == subject.shape)
+                                       for t in change.source.things)
+
+
+def twin_after(split: str, index: int, tries: int = 20) -> Edit:
+    """The first instruction from number `index` on whose subject has a twin."""
+    found = (change_of(split, i) for i in range(index, index + tries))
+    return next((change for change in found if has_twin(change)), change_of(split, index))
+
+
+def following(change: Edit, rng: np.random.Generator) -> Edit:
+    """An edit of the edited scene."""
+    return edit(change.target, rng, fine=rng.random() < 0.5)
+
+
+def samples(first: list[Edit], changes: list[Edit]) -> dict[str, Tensor]:
+    """The codes of the scenes of edits (before, source, target: [3 B] in this order) and the ids of their instructions
+    ([2 B]: of `first`, from "before" to "source", then of `changes`)."""
+    scenes = [c.source for c in first] + [c.source for c in changes] + [c.target for c in changes]
+    return {"ids": token_ids([c.instruction for c in (*first, *changes)]), **codes(scenes)}
+
+
+def prepare(config: Config, step: Step) -> dict[str, Tensor]:
+    """The edits of a step. The first `chained` of the global batch follow another edit; the others are twice the
+    same."""
+    first, changes = [], []
+    draws = zip(step.positions, step.rand(3).tolist())
+    for position, (where, kind, twin) in draws:
+        index = int(where * config.scenes)
+        change = twin_after("train", index) if twin < config.twins else change_of("train", index)
+        own = generator_of("train", index, purpose=32)
+        if position < config.chained * step.batch:
+            first.append(change)
+            changes.append(following(change, own))
+        else:
+            changes.append(augmented(change, config.augmentation.kind(kind), own))
+            first.append(changes[-1])
+    return samples(first, changes)
+
+
 class EditorStage:
     name = "editor"
 
@@ -104,8 +153,9 @@ class EditorStage:
         dim = self.adapter.config.out_dim
         decoder = build_edit_decoder(config.decoder(dim, self.adapter.config.hierarchy))
         self.trainables = nn.ModuleDict({"decoder": decoder}).to(device)
-        tokens = torch.cat([self.embed([change_of("train", i).source for i in range(n, n + 32)], "tree128")
-                            for n in range(0, 256, 32)])
+        known = codes([change_of("train", i).source for i in range(256)])
+        tokens = self.embed(*(known[name].to(device) for name in ("things", "grounds")), "tree128")
+        self.ahead = Ahead(partial(prepare, config), device)
         self.decoder.set_token_statistics(tokens.mean((0, 1)), tokens.std((0, 1)))
         self.frozen = {"text": self.text, "adapter": self.adapter, **self.towers}
         self.identity = {"text": file_hash(config.text), "adapter": file_hash(config.adapter),
@@ -118,37 +168,40 @@ class EditorStage:
         return self.trainables["decoder"]
 
     @torch.no_grad()
-    def embed(self, scenes, preset: str) -> Tensor:
-        """[B, T, D] float32: the adapter's tokens of rendered scenes."""
-        x = (to_tensor([render(s) for s in scenes]).to(self.device) + 1) / 2
+    def embed(self, things: Tensor, grounds: Tensor, preset: str) -> Tensor:
+        """[B, T, D] float32: the adapter's tokens of scenes drawn from their codes."""
+        x = (draw(things, grounds) + 1) / 2
         with autocast(self.device, self.config.run.precision):
             return self.adapter({k: t(x) for k, t in self.towers.items()}, named_hierarchy(preset))[0]
 
-    def losses(self, changes: list[Edit], preset: str, step: Step):
-        both = self.embed([c.source for c in changes] + [c.target for c in changes], preset)
-        source, target = both.chunk(2)
+    def losses(self, made: dict[str, Tensor], preset: str, step: Step, chained: int = 0):
+        """chained: how many of the first samples start from what the decoder itself writes."""
+        hierarchy, count = named_hierarchy(preset), len(made["grounds"]) // 3
+        keep = [*range(chained), *range(count, 3 * count)]
+        tokens = self.embed(made["things"][keep], made["grounds"][keep], preset)
+        before, source, target = tokens.split([chained, count, count])
         with torch.no_grad():
-            instruction, _ = encode(self.text, token_ids([c.instruction for c in changes], self.device))
-        hierarchy = named_hierarchy(preset)
-        return editor_loss(self.decoder, source, target, hierarchy.boxes(), hierarchy.level_ids(), instruction,
-                           self.config.objective, step)
+            words, _ = encode(self.text, torch.cat([made["ids"][:chained], made["ids"][count:]]))
+            boxes, levels = hierarchy.boxes(), hierarchy.level_ids()
+            if chained:
+                written = self.decoder(before, boxes, levels, words[:chained]).float()
+                source = torch.cat([written, source[chained:]])
+        return editor_loss(self.decoder, source, target, boxes, levels, words[chained:], self.config.objective, step)
 
     def loss(self, step: Step):
         config = self.config
-        index = (step.rand() * config.scenes).long().tolist()
         preset = config.presets[int(torch.randint(len(config.presets), (), generator=step.shared()))]
-        kinds = [config.augmentation.kind(draw) for draw in step.rand().tolist()]
-        changes = [augmented(change_of("train", i), kind, generator_of("train", i, purpose=32))
-                   for i, kind in zip(index, kinds)]
-        return self.losses(changes, preset, step)
+        chained = sum(position < config.chained * step.batch for position in step.positions)
+        return self.losses(self.ahead(step), preset, step, chained)
 
     def scales(self, step: int) -> dict[str, float]:
         return {}
 
     def validate(self) -> dict[str, float]:
         changes = [change_of("validation", i) for i in range(VALIDATED)]
-        count = len(changes)
-        _, parts = self.losses(changes, "tree128", Step(0, 1, 0, "validation", self.device, range(count), count))
+        held = {name: each.to(self.device) for name, each in samples(changes, changes).items()}
+        step = Step(0, 1, 0, "validation", self.device, range(VALIDATED), VALIDATED)
+        _, parts = self.losses(held, "tree128", step)
         return {k: float(v) for k, v in parts.items()}
 
     def export(self, step: int) -> None:

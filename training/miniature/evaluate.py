@@ -5,7 +5,7 @@
     python3 run.py eval inversion [--scenes N] [--seed S] [--json]
     python3 run.py eval fidelity [--scenes N] [--seed S] [--json]
 
-The parts are reconstruction, locality, editing and blend, or the artist's kit, or embeddings fitted without an encoder,
+The parts are reconstruction, locality, editing, twins, chains, blend and levels, or the artist's kit, or embeddings fitted without an encoder,
 or edits that keep the rest, as the modules of `evaluation/` define them. A run over 256 scenes replaces
 benchmarks/miniature.md, one of the kit over 64 benchmarks/kit.md, one of the inversion over 32 benchmarks/inversion.md,
 one of the fidelity over 64 benchmarks/fidelity.md.
@@ -26,7 +26,18 @@ from tqdm import tqdm
 from ...kernels.precision import resolve
 from ..engine import pick_device
 from .captions import OPERATIONS
-from .evaluation import blend, editing, fidelity, inversion, kit, locality, reconstruction, table
+from .evaluation import (
+    blend,
+    editing,
+    fidelity,
+    inversion,
+    kit,
+    levels,
+    locality,
+    reconstruction,
+    table,
+    turns,
+)
 from .evaluation.system import ADAPTERS, ASSETS, VARIANTS, Miniature, has_editor_from_fits, left_out
 from .scenes import render, scene
 
@@ -37,7 +48,9 @@ def painted_in_all(count: int, absent: Sequence[str] = ()) -> int:
     swapped = [name for name in locality.VARIANTS.values() if name in variants]
     return (count * (len(variants) + reconstruction.PAINTED + len(editing.DECODERS) - 1) + len(swapped)
             * locality.pairs(count)
-            + len(editing.STARTS) * editing.trials(count) + len(blend.AMOUNTS) * blend.pairs(count))
+            + len(editing.STARTS) * editing.trials(count) + len(blend.AMOUNTS) * blend.pairs(count)
+            + 3 * len(turns.KINDS) * turns.twins(count) + turns.chains(count)
+            + len(levels.STRENGTHS) * levels.LEVELS * levels.scenes(count))
 
 
 def run(system: Miniature, count: int, seed: int) -> tuple[dict, dict, dict]:
@@ -60,13 +73,20 @@ def run(system: Miniature, count: int, seed: int) -> tuple[dict, dict, dict]:
     edited = editing.edit_pictures(system, changes, sources, noise, rebuilt["tree128"], start)
     edits = {name: editing.by_operation(changes, reconstruction.parse_all(pictures))
              for name, pictures in edited.items()}
+    beside_twins = turns.run_twins(system, count, seed)
+    for name, values in beside_twins.items():
+        edits[name]["twins"] = {key: values[key] for key in ("success", "preservation")}
+    few = levels.scenes(count)
     results = {"text": text, "reconstruction": figures, "locality": local, "editing": edits,
-               "blend": {"evenness": blend.blend_evenness(system, scenes, sources, noise)}}
+               "chain": turns.run_chains(system, count, seed, noise),
+               "blend": blend.figures(system, scenes, sources, noise),
+               "levels": levels.run(system, system.embed(sources[:few], "tree128"), noise, rebuilt["tree128"])}
     other = reconstruction.others(scenes)
     asides = {
         "chance": reconstruction.measure(scenes, other, sources, np.stack([render(each) for each in other])),
         "same_ground": same_ground, "widened": widened, "sdedit_start": start, "locality_pairs": locality.pairs(count),
-        "blend_pairs": blend.pairs(count),
+        "blend_pairs": blend.pairs(count), "twins": beside_twins, "twin_edits": turns.twins(count),
+        "chains": turns.chains(count), "level_scenes": few,
         "edits": {op: sum(change.operation == op for change in changes) for op in OPERATIONS} | {"all": count},
     }
     return results, asides, {"edits": changes, "sources": sources, "reconstructions": rebuilt, "edited": edited}

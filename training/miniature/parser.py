@@ -30,6 +30,12 @@ def _overlap(mask: np.ndarray, thing: Thing) -> float:
 def parse(image: np.ndarray) -> Scene:
     """[128, 128, 3] uint8 -> the scene it shows. A blob of a thing's colour is always reported, as the shape it
     resembles most. The ground is the ground colour that covers most pixels."""
+    ground, read = parse_scored(image)
+    return Scene(ground, tuple(thing for thing, _ in read))
+
+
+def parse_scored(image: np.ndarray) -> tuple[str, list[tuple[Thing, float]]]:
+    """The ground, and every thing with how well its blob fits the shape: their intersection over union."""
     distance = ((image.astype(np.float32)[:, :, None] - _PALETTE) ** 2).sum(-1)
     label = distance.argmin(-1)
     counts = np.bincount(label.ravel(), minlength=len(_NAMES))
@@ -52,5 +58,5 @@ def parse(image: np.ndarray) -> Scene:
                     score = _overlap(mask.astype(np.float32), thing)
                     if best is None or score > best[0]:
                         best = (score, thing)
-            things.append(best[1])
-    return Scene(ground, tuple(things))
+            things.append(best[::-1])
+    return ground, things

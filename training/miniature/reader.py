@@ -8,17 +8,18 @@ step of one that starts from nothing (README.md has the figures). The readers ar
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..config import RunConfig
-from ..engine import Step, launch
+from ..engine import Ahead, Step, launch
 from .base import name_loss, training_text
-from .captions import VOCABULARY, caption, tokenize
-from .scenes import SHAPES, patch_labels, scene
+from .captions import VOCABULARY, caption
+from .drawing import codes, labels
+from .scenes import SHAPES, numbered, scene
 from .text import build_text_encoder, encode, save_text_encoder, token_ids
 
 
@@ -27,12 +28,14 @@ class Config:
     run: RunConfig
     export: Path
     scenes: int = 200_000
+    crowds: int = 0
+    """Number of crowded scenes beside them."""
     instructions: float = 0.25
     """Share of texts that are a source caption with an instruction, as in the base."""
 
 
 class Reader(nn.Module):
-    """Text encoding [B, L, D] -> what each of the 64 patches shows, [B, 64, 15] logits (scenes.patch_labels)."""
+    """Text encoding [B, L, D] -> what each of the 64 patches shows, [B, 64, 15] logits (drawing.labels)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -58,6 +61,14 @@ def recall_loss(recalled: Tensor, ids: Tensor, codes: Tensor) -> Tensor:
     return ((error * shapes).sum(1) / shapes.sum(1).clamp(min=1)).mean()
 
 
+def prepare(config: Config, step: Step) -> dict[str, Tensor]:
+    """Token ids [B, L] of a step's texts, and the codes of their scenes."""
+    numbers = (step.rand() * (config.scenes + config.crowds)).long().tolist()
+    named = [numbered(number, config.scenes) for number in numbers]
+    texts = [training_text(index, step.number, config.instructions, split) for split, index in named]
+    return {"ids": token_ids(texts), **codes([scene(*each) for each in named])}
+
+
 class ReaderStage:
     name = "text"
 
@@ -68,19 +79,17 @@ class ReaderStage:
         self.codes = encoder.shared.weight.detach().clone().to(device)
         self.trainables = nn.ModuleDict({"text": encoder, "reader": Reader(width),
                                          "recall": nn.Linear(width, len(ABOUT) * width)}).to(device)
+        self.ahead = Ahead(partial(prepare, config), device)
         self.identity: dict = {}
 
-    def read(self, ids: Tensor, labels: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+    def read(self, ids: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
         context, _ = encode(self.trainables["text"], ids)
-        named = name_loss(self.trainables["reader"](context), torch.from_numpy(np.stack(labels)).to(self.device))
+        named = name_loss(self.trainables["reader"](context), truth)
         return named, recall_loss(self.trainables["recall"](context), ids, self.codes)
 
     def loss(self, step: Step):
-        config = self.config
-        index = (step.rand() * config.scenes).long().tolist()
-        ids = [tokenize(training_text(i, step.number, config.instructions)) for i in index]
-        named, recall = self.read(torch.tensor(ids, device=self.device),
-                                  [patch_labels(scene("train", i)) for i in index])
+        made = self.ahead(step)
+        named, recall = self.read(made["ids"], labels(made["things"], made["grounds"]))
         return named + recall, {"named": named, "recall": recall}
 
     def scales(self, step: int) -> dict[str, float]:
@@ -88,10 +97,10 @@ class ReaderStage:
 
     def validate(self) -> dict[str, float]:
         scenes = [scene("validation", i) for i in range(256)]
-        labels = [patch_labels(s) for s in scenes]
+        truth = labels(**{name: each.to(self.device) for name, each in codes(scenes).items()})
         figures = {}
         for name, fine in (("by_place", False), ("by_coordinates", True)):
-            named, recall = self.read(token_ids([caption(s, fine=fine) for s in scenes], self.device), labels)
+            named, recall = self.read(token_ids([caption(s, fine=fine) for s in scenes], self.device), truth)
             figures |= {f"named_{name}": float(named), f"recall_{name}": float(recall)}
         return figures
 

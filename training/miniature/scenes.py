@@ -18,7 +18,7 @@ COLOURS = {
 GROUNDS = {"white": (244, 244, 244), "grey": (150, 150, 150), "black": (24, 24, 24), "brown": (112, 76, 50)}
 RADII = {"small": 15.0, "large": 22.0}
 PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
-SPLITS = {"train": 0, "validation": 1, "test": 2}
+SPLITS = {"train": 0, "validation": 1, "test": 2, "crowd_train": 3, "crowd_validation": 4, "crowd_test": 5}
 GAP = 4.0     # pixels kept free between two shapes
 MARGIN = 2.0  # pixels kept free at the border
 
@@ -92,15 +92,20 @@ def random_position(rng: np.random.Generator, radius: float, others, tries: int 
     return None
 
 
+def numbered(number: int, scenes: int) -> tuple[str, int]:
+    """(split, index) of training scene `number` among `scenes` ordinary ones, after which come the crowds."""
+    return ("train", number) if number < scenes else ("crowd_train", number - scenes)
+
+
 def choice(rng: np.random.Generator, options):
     return options[int(rng.integers(len(options)))]
 
 
-def new_thing(rng: np.random.Generator, others) -> Thing | None:
+def new_thing(rng: np.random.Generator, others, sizes: tuple[str, ...] = tuple(RADII)) -> Thing | None:
     """A thing that fits beside the others and differs from each in colour or shape; None when there is no room."""
     names = {o.name for o in others}
     while True:
-        shape, colour, size = choice(rng, SHAPES), choice(rng, tuple(COLOURS)), choice(rng, tuple(RADII))
+        shape, colour, size = choice(rng, SHAPES), choice(rng, tuple(COLOURS)), choice(rng, sizes)
         if f"{colour} {shape}" not in names:
             break
     position = random_position(rng, RADII[size], others)
@@ -108,11 +113,11 @@ def new_thing(rng: np.random.Generator, others) -> Thing | None:
 
 
 def scene(split: str, index: int, seed: int = 0) -> Scene:
-    """Scene number `index` of a split: 1 to 3 things."""
-    rng = generator(split, index, seed=seed)
-    count, things = int(rng.integers(1, 4)), []
+    """Scene number `index` of a split: 1 to 3 things, or 4 to 6 small ones in a crowd."""
+    rng, crowd = generator(split, index, seed=seed), split.startswith("crowd")
+    count, things = int(rng.integers(*((4, 7) if crowd else (1, 4)))), []
     for _ in range(count):
-        thing = new_thing(rng, things)
+        thing = new_thing(rng, things, ("small",) if crowd else tuple(RADII))
         if thing is not None:
             things.append(thing)
     return Scene(choice(rng, tuple(GROUNDS)), tuple(things))

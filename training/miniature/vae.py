@@ -12,6 +12,7 @@ from torch import Tensor
 from ...kernels import checkpoint
 from ..config import RunConfig
 from ..engine import Step, launch
+from .drawing import codes, draw
 from .parser import parse
 from .scenes import COLOURS, GROUNDS, RADII, SHAPES, Scene, Thing, choice, render, scene
 from .scenes import generator as generator_of
@@ -44,7 +45,7 @@ class Config:
 
 def images(split: str, indices, seed: int = 0) -> Tensor:
     """Rendered scenes: [N, 3, 128, 128] float32 in [-1, 1]."""
-    return to_tensor([render(scene(split, int(i), seed)) for i in indices])
+    return draw(**codes([scene(split, int(i), seed) for i in indices]))
 
 
 def to_tensor(pictures: list[np.ndarray]) -> Tensor:

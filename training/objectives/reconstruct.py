@@ -42,6 +42,10 @@ class AdapterTraining:
     coarse_dropout: float = 0.0
     """Share of batches that drop the coarser levels of their preset, up to a random one. If the tokens of the whole
     picture were always there, they would learn everything and the regions' tokens nothing."""
+    composed: float = 0.0
+    """Share of batches in which a quadrant or a half of every picture, and the tokens that own a part of it, are those
+    of another picture of the batch. The tokens of the whole picture remain, so a region's tokens learn to be believed
+    where they are put."""
     mu: float | Literal["resolution"] = 0.5
     """Time shift of training. "resolution": the shift that the base itself samples with, which in FLUX.1 grows with the
     number of patches. A larger one spends more steps where the tokens, not the noisy picture, determine what to
@@ -119,6 +123,30 @@ def regions_for(hierarchy: Hierarchy, grid: tuple[int, int], device: torch.devic
     return Regions(region_bias(boxes, torch.zeros(len(boxes)), grid, len(boxes)).to(device))
 
 
+# Boxes (x0, y0, x1, y1): the quadrants, and a half either way.
+PARTS = ((0, 0, 0.5, 0.5), (0.5, 0, 1, 0.5), (0, 0.5, 0.5, 1), (0.5, 0.5, 1, 1), (0.5, 0, 1, 1), (0, 0.5, 1, 1))
+
+
+def neighbours(x: Tensor) -> Tensor:
+    """Every sample's neighbour in the batch: the two of each pair exchanged, an odd last one its own."""
+    order = torch.arange(len(x), device=x.device) ^ 1
+    return x[torch.where(order < len(x), order, order ^ 1)]
+
+
+def composed(latents: Tensor, tokens: Tensor, hierarchy: Hierarchy, part: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """Latents [B, C, H, W] and tokens [B, T, D] with those of the neighbour in a part of the picture. Tokens whose box
+    reaches beyond the part stay."""
+    rows, cols = ((torch.arange(size, device=latents.device) + 0.5) / size for size in latents.shape[-2:])
+    x0, y0, x1, y1 = part
+    inside = ((rows > y0) & (rows < y1))[:, None] & ((cols > x0) & (cols < x1))
+    boxes = hierarchy.boxes().to(tokens.device)
+    own = (boxes[:, 0] >= x0) & (boxes[:, 1] >= y0) & (boxes[:, 2] <= x1) & (boxes[:, 3] <= y1)
+    if not own.any():
+        return latents, tokens
+    return (torch.where(inside, neighbours(latents), latents),
+            torch.where(own[:, None], neighbours(tokens), tokens))
+
+
 class AdapterObjective:
     """loss(batch, step) of the adapter under a frozen Flux with a RegionAttention in its blocks."""
 
@@ -162,6 +190,9 @@ class AdapterObjective:
         settings, x0 = self.settings, batch.latents
         hierarchy = settings.draw(step)
         tokens, pooled = self.embed(batch, hierarchy)
+        if settings.composed and float(torch.rand((), generator=step.shared())) < settings.composed:
+            part = PARTS[int(torch.randint(len(PARTS), (), generator=step.shared()))]
+            x0, tokens = composed(x0, tokens, hierarchy, part)
         mu = settings.mu if settings.mu != "resolution" else mu_of(self.flux, x0.shape[-2] * x0.shape[-1] // 4)
         t = sample_times(step, mu, settings.uniform)
         flow = self.flow(x0, step.randn(*x0.shape[1:]), t, tokens, pooled, hierarchy).mean()

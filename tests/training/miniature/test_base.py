@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("diffusers", reason="diffusers is not installed: pip install -e '.[training]'")
 
-from semantic_diffusion_adapter.training.miniature.base import labels_of, place_loss  # noqa: E402
-from semantic_diffusion_adapter.training.miniature.scenes import GROUNDS, patch_labels, scene  # noqa: E402
+from semantic_diffusion_adapter.training.miniature.base import place_loss  # noqa: E402
+from semantic_diffusion_adapter.training.miniature.scenes import GROUNDS  # noqa: E402
 from semantic_diffusion_adapter.training.miniature.vae import VaeStage  # noqa: E402
 
 
@@ -19,11 +19,6 @@ def test_a_patch_that_knows_its_row_and_column_has_no_loss():
     swapped = torch.cat([known[:, 8:], known[:, :8]], 1).expand(2, -1, -1)
     assert place_loss(swapped) > 10
     assert torch.isclose(place_loss(torch.zeros(2, 64, 16)), torch.tensor(2 * np.log(8.0), dtype=torch.float32))
-
-
-def test_remembered_labels_are_the_scenes():
-    expected = np.stack([patch_labels(scene("train", i)) for i in (3, 5, 3)])
-    assert np.array_equal(labels_of([3, 5, 3]).numpy(), expected)
 
 
 @pytest.mark.parametrize("busy", [False, True])

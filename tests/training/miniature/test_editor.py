@@ -77,7 +77,7 @@ def test_either_decoder_learns_on_the_same_samples(toy_assets, tmp_path, stack, 
     seen.clear()
     total, parts = stage.loss(Step(3, 10, 0, stage.name, CPU, range(4), 4))
     assert set(parts) == modes | {"copy"} and total.item() == pytest.approx(sum(parts[mode].item() for mode in modes), rel=1e-5)
-    assert [arguments[1] for arguments in seen] == [int(x * 64) for x in Step(3, 10, 0, stage.name, CPU, range(4), 4).rand().tolist()]
+    assert [arguments[1] for arguments in seen] == [int(x * 64) for x in Step(3, 10, 0, stage.name, CPU, range(4), 4).rand(3)[:, 0].tolist()]
     total.backward()
     assert stage.decoder.out.weight.grad.abs().sum() > 0
     stage.export(2)
@@ -85,6 +85,28 @@ def test_either_decoder_learns_on_the_same_samples(toy_assets, tmp_path, stack, 
     again = build_edit_decoder(read_config(record["config"]))
     weights.fill(again, tensors, tmp_path)
     assert again.config == stage.decoder.config and record["adapter_sha256"] == stage.identity["adapter"]
+
+
+def test_twins_and_chains_are_drawn_on_purpose(toy_assets, tmp_path):
+    step = Step(0, 10, 0, "editor", CPU, range(40), 40)
+    found = editor.twin_after("train", 5)
+    assert editor.has_twin(found) and found.subject in found.source.things
+    plain = editor.prepare(config(toy_assets, tmp_path), step)
+    things = plain["things"].view(3, 40, *plain["things"].shape[1:])
+    assert torch.equal(things[0], things[1]) and torch.equal(*plain["ids"].view(2, 40, -1))
+    chained = editor.prepare(config(toy_assets, tmp_path, chained=0.25), step)
+    before, source, target = chained["things"].view(3, 40, *things.shape[2:])
+    moved = [not torch.equal(a, b) for a, b in zip(before, source)]
+    assert any(moved[:10]) and not any(moved[10:])
+    assert all(not torch.equal(a, b) for a, b in zip(source[:10], target[:10]))
+
+
+def test_a_chained_sample_starts_from_what_the_decoder_wrote(toy_assets, tmp_path):
+    stage = editor.EditorStage(config(toy_assets, tmp_path, chained=0.5), CPU)
+    step = Step(3, 10, 0, stage.name, CPU, range(4), 4)
+    _, parts = stage.loss(step)
+    plain = stage.losses(stage.ahead(step), "tree128", step)[1]
+    assert parts["copy"].isfinite() and not torch.equal(parts["copy"], plain["copy"])
 
 
 CHANGES = [editor.change_of("train", i) for i in range(4)]

@@ -5,6 +5,9 @@ scene X has the progress p = (1 + similarity(X, B) - similarity(X, A)) / 2 towar
 rescaled so that the pictures of amounts 0 and 1 lie at 0 and 1. A perfectly even path makes eight steps of 1/8. The
 evenness of a pair is 1 - (largest step - 1/8) / (1 - 1/8), kept within 0..1: 1 is perfectly even, 0 is one jump over
 the whole way (or more). A pair whose two ends are less than 0.1 of progress apart has not moved and counts 0.
+
+`whole` is the share of the things painted at amount 0.5 that are whole: their blob covers a shape that the world knows by
+0.8 (intersection over union). The rest are torn remnants.
 """
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from torch import Tensor
 
 from ....kernels.algebra import blend
 from ....kernels.embedding import SemanticEmbedding
+from ..parser import parse_scored
 from ..scenes import Scene, Thing
 from ..score import distance
 from .reconstruction import others, parse_all
@@ -25,6 +29,7 @@ from .system import Miniature
 
 AMOUNTS = tuple(k / 8 for k in range(9))
 PAIRS = 16
+WHOLE = 0.8
 SCALE = 32.0  # px: a thing this far away is worth 1/e of one in place
 
 
@@ -57,18 +62,21 @@ def evenness(a: Scene, b: Scene, path: Sequence[Scene]) -> float:
     return float(np.clip(1 - (largest - ideal) / (1 - ideal), 0, 1))
 
 
-def blend_evenness(system: Miniature, scenes: Sequence[Scene], sources: np.ndarray, noise: Tensor) -> float:
-    """Mean evenness over the pairs, embedded by the adapter."""
-    return evenness_of(system, scenes, system.embed(sources[:pairs(len(scenes)) + 1], "tree128"), noise)
+def figures(system: Miniature, scenes: Sequence[Scene], sources: np.ndarray, noise: Tensor) -> dict[str, float | None]:
+    """{"evenness", "whole"} over the pairs, embedded by the adapter."""
+    return figures_of(system, scenes, system.embed(sources[:pairs(len(scenes)) + 1], "tree128"), noise)
 
 
-def evenness_of(system: Miniature, scenes: Sequence[Scene], own: SemanticEmbedding, noise: Tensor) -> float:
-    """Mean evenness over the pairs. own: the embeddings of the scenes; one beyond the pairs is enough."""
+def figures_of(system: Miniature, scenes: Sequence[Scene], own: SemanticEmbedding, noise: Tensor) -> dict[str, float | None]:
+    """The same. own: the embeddings of the scenes; one beyond the pairs is enough."""
     count = pairs(len(scenes))
     first = replace(own, tokens=own.tokens[:count])
     then = replace(own, tokens=own.tokens.roll(-1, 0)[:count])
     tokens = torch.stack([blend(first, then, amount, "slerp").tokens for amount in AMOUNTS], 1)  # [pairs, 9, T, D]
     same_noise = noise[:count].repeat_interleave(len(AMOUNTS), 0)
-    found = parse_all(system.paint_regions(own, [tokens.flatten(0, 1)], [1.0], same_noise))
+    pictures = system.paint_regions(own, [tokens.flatten(0, 1)], [1.0], same_noise)
+    found = parse_all(pictures)
     paths = [found[k:k + len(AMOUNTS)] for k in range(0, len(found), len(AMOUNTS))]
-    return float(np.mean([evenness(a, b, path) for a, b, path in zip(scenes, others(scenes), paths)]))
+    even = [evenness(a, b, path) for a, b, path in zip(scenes, others(scenes), paths)]
+    scores = [score for picture in pictures[len(AMOUNTS) // 2::len(AMOUNTS)] for _, score in parse_scored(picture)[1]]
+    return {"evenness": float(np.mean(even)), "whole": float(np.mean(np.array(scores) >= WHOLE)) if scores else None}

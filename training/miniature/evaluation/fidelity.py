@@ -34,7 +34,7 @@ from ..base import schedule
 from ..captions import Edit
 from ..scenes import SIZE, render
 from .editing import STARTS, TRIALS, instructions, judge, summary
-from .inversion import has_twin
+from ..editor import has_twin
 from .reconstruction import parse_all, psnr
 from .system import Miniature
 

@@ -34,10 +34,10 @@ from ...frozen.flux import velocity
 from ...frozen.region_attention import attend_by_region
 from ...objectives.reconstruct import named_hierarchy, regions_for
 from ..captions import OPERATIONS, Edit, caption
-from ..editor import change_of
+from ..editor import change_of, has_twin
 from ..scenes import Scene, render
 from ..text import encode, token_ids
-from .blend import AMOUNTS, evenness_of, pairs
+from .blend import AMOUNTS, figures_of, pairs
 from .editing import judge, summary
 from .kit import RIGHT, composed, partners
 from .reconstruction import measure, parse_all
@@ -132,13 +132,6 @@ def two_edits(scenes: Sequence[Scene], split: str, seed: int) -> list[Edit]:
     return [pair[0] for pair in found] + [pair[-1] for pair in found]
 
 
-def has_twin(change: Edit) -> bool:
-    """Whether another thing of the scene shares the subject's colour or shape."""
-    subject = change.subject
-    return subject is not None and any(t != subject and (t.colour == subject.colour or t.shape == subject.shape)
-                                       for t in change.source.things)
-
-
 def edited(system: Miniature, changes: Sequence[Edit], own: SemanticEmbedding, noise: Tensor, decode) -> dict:
     """{"success", "preservation", "twins": the same two of the edits with a twin}. decode: (embedding, instructions)
     -> the edited embedding."""
@@ -201,7 +194,7 @@ def run(system: Miniature, scenes: Sequence[Scene], sources: np.ndarray, noise: 
                          "mean": (kept["mean"], theirs[EDITED_AT["mean"]])}.items():
         both = insert(a, b, box_mask(RIGHT))
         joined[name] = {"compose": composed(scenes, guests, paint(both)),
-                        "blend": evenness_of(system, scenes, a, noise)}
+                        "blend": figures_of(system, scenes, a, noise)["evenness"]}
     asides = {"edited": edits_beside, "distances": distances, "global64": whole, "joined": joined,
               "two_starts_apart": float(apart.square().mean().sqrt()), "edits": len(changes),
               "twins": sum(map(has_twin, changes)), "from_fits_twins": own_twins}

@@ -10,6 +10,7 @@ from ..captions import caption
 from ..parser import parse
 from ..scenes import Scene, Thing
 from ..score import colour_place, colour_position, distance, f1, matches, shape_place, strict
+from .shape import iou
 from .system import Miniature
 
 PAINTED = 2  # pictures for each scene beside those of the variants: `caption`, and that of text_to_image
@@ -56,6 +57,7 @@ def measure(scenes: Sequence[Scene], found: Sequence[Scene], sources: np.ndarray
     position_px          mean distance between the centres of objects of the same colour and shape, however far apart
                          they are: nothing is cut off at 6 px; None where no object has its match
     background           share of scenes whose ground has the right colour
+    iou                  mean overlap of the things that are there with their exact shapes (shape.iou)
     psnr                 mean over scenes of the PSNR in dB against the source picture, 8 bits
     """
     far = [distance(*pair) for truth, seen in zip(scenes, found) for pair in matches(truth, seen, same_name)]
@@ -64,6 +66,7 @@ def measure(scenes: Sequence[Scene], found: Sequence[Scene], sources: np.ndarray
         "f1_colour_position": f1(scenes, found, colour_position),
         "position_px": float(np.mean(far)) if far else None,
         "background": float(np.mean([truth.ground == seen.ground for truth, seen in zip(scenes, found)])),
+        "iou": iou(scenes, pictures),
         "psnr": float(np.mean([psnr(a, b) for a, b in zip(sources, pictures)])),
     }
 

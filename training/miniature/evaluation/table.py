@@ -17,7 +17,7 @@ KIT_PAGE = PAGE.with_name("kit.md")
 INVERSION_PAGE = PAGE.with_name("inversion.md")
 FIDELITY_PAGE = PAGE.with_name("fidelity.md")
 COLUMNS = {"f1": "F1", "f1_colour_position": "F1 (colour, position)", "position_px": "position error, px",
-           "background": "ground", "psnr": "PSNR, dB"}
+           "background": "ground", "iou": "shape, IoU", "psnr": "PSNR, dB"}
 
 
 def machine() -> str:
@@ -88,10 +88,29 @@ def page(results: dict, asides: dict, scenes: int, seed: int, command: str, prec
         "",
         *rows(["", *operations], editing),
         "",
+        f"Where another thing shares the named one's colour, and where one shares its shape ({asides['twin_edits']} edits "
+        "of each):",
+        "",
+        *rows(["", "same colour", "same shape"],
+              [[name, *(f"{number(v[kind]['success'])} / {number(v[kind]['preservation'])}" for kind in ("colour", "shape"))]
+               for name, v in asides["twins"].items()]),
+        "",
+        f"Five edits in a row, each from what the decoder wrote before ({asides['chains']} chains): the fifth succeeds in "
+        f"{number(results['chain']['success'])}, and {number(results['chain']['preservation'])} of the things that none "
+        "names are found again.",
+        "",
         "## Blend",
         "",
         f"Evenness of the way from A to B over 9 amounts, {asides['blend_pairs']} pairs: "
-        f"{number(results['blend']['evenness'])}.",
+        f"{number(results['blend']['evenness'])}. In the middle {number(results['blend']['whole'])} of the things are "
+        "whole.",
+        "",
+        "## Levels",
+        "",
+        f"Share of pixels that change where a level's strength is 0 or 2, `tree128`, {asides['level_scenes']} scenes.",
+        "",
+        *rows(["level", "off", "double"],
+              [[level, number(v["off"]), number(v["double"])] for level, v in results["levels"].items()]),
         "",
     ])
 

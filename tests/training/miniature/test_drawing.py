@@ -1,0 +1,27 @@
+"""Scenes drawn in batches are those of the renderer, and their labels those of the scenes."""
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from semantic_diffusion_adapter.training.miniature.drawing import codes, draw, labels
+from semantic_diffusion_adapter.training.miniature.scenes import GROUNDS, Scene, patch_labels, render, scene
+
+
+@pytest.mark.parametrize("split", ["train", "crowd_test"])
+def test_a_batch_is_drawn_as_its_scenes_are(split):
+    scenes = [scene(split, index) for index in range(24)] + [Scene(ground, ()) for ground in GROUNDS]
+    made = codes(scenes)
+    drawn = ((draw(**made) + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
+    expected = np.stack([render(each) for each in scenes]).astype(np.float32)
+    # The same formula in float32; where a level lies between two, another order of sums may round the other way.
+    assert abs(drawn - expected).max() <= 1 and (drawn != expected).mean() < 1e-3
+    torch.testing.assert_close(labels(**made), torch.from_numpy(np.stack([patch_labels(s) for s in scenes])),
+                               rtol=1e-4, atol=1e-4)
+
+
+def test_a_crowd_has_four_to_six_small_things():
+    counts = {len(scene("crowd_train", index).things) for index in range(60)}
+    assert counts <= {3, 4, 5, 6} and {4, 5, 6} <= counts  # a thing that found no room is left out
+    assert {thing.size for index in range(20) for thing in scene("crowd_test", index).things} == {"small"}
