@@ -33,8 +33,10 @@ STAGES = {
     "dinov2": ("dinov2", "dinov2"), "adapter": ("adapter", "adapter"), "editor": ("editor", "editor"),
     "adapter-unmasked": ("adapter", "adapter_unmasked"), "adapter-global64": ("adapter", "adapter_global64"),
 }
-# Made to be compared: `all` leaves them out.
-ASIDE = {"editor-llm": ("editor", "editor_llm"), "fits": ("fits", "fits"), "editor-from-fits": ("editor_fits", "editor_fits")}
+# Made to be compared, and what goes on from exported files on a GPU: `all` leaves them out.
+ASIDE = {"editor-llm": ("editor", "editor_llm"), "fits": ("fits", "fits"), "editor-from-fits": ("editor_fits", "editor_fits"),
+         **{f"{name}-more": (module, f"{file}_more") for name, (module, file) in STAGES.items()
+            if module in ("base", "adapter", "editor")}}
 
 
 def usage() -> str:

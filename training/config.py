@@ -77,6 +77,8 @@ class RunConfig:
     """bf16 uses autocast. auto takes bf16 where the device computes it fast, and fp32 elsewhere: a GPU before Ampere
     would need fp16, whose gradients vanish without a loss scaler. A resumed run keeps the precision it began with."""
     device: str = free("auto")
+    workers: Whole = free(8)
+    """Processes that prepare the miniature's batches while a GPU computes. On a CPU there are none."""
     threads: Whole = free(0)
     """CPU threads; 0 leaves PyTorch's choice."""
     compile: bool = free(False)

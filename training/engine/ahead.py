@@ -37,27 +37,26 @@ class _Calls(Dataset):
         return self.work(self.items[place])
 
 
-def processes(device: torch.device) -> int:
-    """How many processes beside this one prepare batches for the device."""
-    return min(MOST, (os.cpu_count() or 1) - 1) if device.type == "cuda" else 0
+def _processes(wanted: int, device: torch.device) -> int:
+    """On a CPU none: they would take the cores from the training."""
+    return min(wanted, (os.cpu_count() or 1) - 1) if device.type == "cuda" else 0
 
 
 def in_order(work: Callable[[int], dict[str, Tensor]], items: Sequence[int], device: torch.device
              ) -> Iterator[dict[str, Tensor]]:
     """work(item) of each of the items, in their order; ahead of time where the device is a GPU."""
-    return iter(DataLoader(_Calls(work, items), batch_size=None, num_workers=processes(device)))
+    return iter(DataLoader(_Calls(work, items), batch_size=None, num_workers=_processes(MOST, device)))
 
 
 class Ahead:
     """prepare(step) of one step after the other, with its tensors on the step's device.
 
-    prepare: a function of a step on the CPU, picklable where processes are not forked. On a CPU it is called as each step
-    comes: there the other processes would take the cores from the training.
+    prepare: a function of a step on the CPU, picklable where processes are not forked. `workers` processes call it for a
+    GPU. Where a CPU trains it is called as each step comes.
     """
 
-    def __init__(self, prepare: Callable[[Step], dict[str, Tensor]], device: torch.device):
-        self.prepare = prepare
-        self.processes = processes(device)
+    def __init__(self, prepare: Callable[[Step], dict[str, Tensor]], device: torch.device, workers: int):
+        self.prepare, self.processes = prepare, _processes(workers, device)
         self.loaders: dict[range, tuple[int, Iterator]] = {}  # of every micro-batch, with the step that comes next
 
     def __call__(self, step: Step) -> dict[str, Tensor]:
@@ -67,7 +66,7 @@ class Ahead:
         expected, loader = self.loaders.get(step.positions, (None, None))
         if expected != step.number:
             loader = iter(DataLoader(_Steps(self.prepare, own), batch_size=None, sampler=itertools.count(step.number),
-                                     num_workers=self.processes, prefetch_factor=4, pin_memory=True))
+                                     num_workers=self.processes, prefetch_factor=4, pin_memory=torch.cuda.is_available()))
         made = next(loader)
         self.loaders[step.positions] = (step.number + 1, loader)
         return {name: value.to(step.device, non_blocking=True) for name, value in made.items()}

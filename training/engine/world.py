@@ -24,9 +24,12 @@ _joined: list = []
 
 
 def pick_device(name: str) -> torch.device:
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """auto: a GPU where there is one. cuDNN's attention is then left out: its backward failed at short sequences in bf16
+    (CUBLAS_STATUS_EXECUTION_FAILED, or losses that are not finite; PyTorch 2.11 on an H100), where flash does not."""
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    return device
 
 
 def unsure_restarts() -> bool:

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +12,15 @@ from ...kernels import checkpoint
 from ...kernels.adapter import Adapter, AdapterConfig
 from ...kernels.precision import autocast
 from ..config import RunConfig
-from ..engine import Ahead, Step, compile_blocks, launch
-from ..objectives.reconstruct import AdapterObjective, AdapterTraining, Batch, named_hierarchy
+from ..engine import Step, compile_blocks, launch
+from ..files import file_hash
+from ..objectives.reconstruct import AdapterObjective, AdapterTraining, Batch, load_adapter, named_hierarchy
 from .base import load_base, sample, training_text
-from .drawing import codes, draw
-from .latents import file_hash, take, training_latents
+from .drawing import draw
 from .parser import parse
-from .scenes import numbered, scene
+from .scenes import generator, scene
 from .score import colour_position, f1, strict
+from .stored import take, training_latents, training_scenes
 from .text import encode, token_ids
 from .towers import read_tower, save_tower, unit_images
 from .vae import load_vae, to_pixels
@@ -36,10 +36,11 @@ class Config:
     vae: Path
     towers: tuple[Path, ...]
     """Files of the vision towers."""
-    cache: Path
     export: Path
     export_dinov2: Path
     """The adapter's own DINOv2 tower, with its last blocks tuned."""
+    cache: Path
+    """Folder of what is made once of the training scenes."""
     table: str = "tree128"
     """The full query table: a preset or global<n>."""
     validate: str = "tree128"
@@ -47,18 +48,13 @@ class Config:
     width: int = 128
     heads: int = 4
     layers: int = 12
-    scenes: int = 40_000
+    scenes: int = 160_000
+    """Number of distinct training scenes, which are visited again and again."""
     crowds: int = 0
-    """Number of crowded scenes beside them."""
+    """Number of crowded ones beside them."""
+    start: Path | None = None
+    """An exported adapter of the same sizes to go on from; None: a new one."""
     objective: AdapterTraining = field(default_factory=AdapterTraining)
-
-
-def prepare(config: Config, step: Step) -> dict[str, Tensor]:
-    """Scene numbers [B] of a step, and their codes."""
-    numbers = np.random.default_rng([step.seed, 7, step.number]).integers(config.scenes + config.crowds, size=step.batch)
-    numbers = numbers[step.positions]
-    return {"index": torch.from_numpy(numbers),
-            **codes([scene(*numbered(int(number), config.scenes)) for number in numbers])}
 
 
 class AdapterStage:
@@ -70,14 +66,17 @@ class AdapterStage:
         self.mu = base["config"]["sampling_shift_mu"]
         self.vae = load_vae(config.vae, device)
         self.towers = {t.config.id: t for t in (read_tower(p, device) for p in config.towers)}
-        self.latents = training_latents(config.vae, config.scenes, config.crowds, config.cache, device)
-        self.ahead = Ahead(partial(prepare, config), device)
+        self.scenes = training_scenes(config.scenes, config.crowds, config.cache, device)
+        self.latents = training_latents(config.vae, self.scenes, config.cache, device)
         table = named_hierarchy(config.table)
         adapter = Adapter(AdapterConfig(table.to_json(), tuple(t.config for t in self.towers.values()), config.width,
                                         config.heads, config.layers, flux.config.joint_attention_dim)).to(device)
+        if config.start:
+            adapter.load_state_dict(load_adapter(config.start, device)[0].state_dict())
         with torch.no_grad():
-            words = [training_text(i, 0, 0.0) for i in range(512)]
-            context = torch.cat([encode(text, token_ids(words[i:i + 64], device))[0] for i in range(0, 512, 64)])
+            words = [training_text(self.scenes[n], generator("train", n, purpose=100), 0.0)
+                     for n in range(min(512, len(self.scenes)))]
+            context = torch.cat([encode(text, token_ids(words[i:i + 64], device))[0] for i in range(0, len(words), 64)])
             adapter.set_text_statistics(context.mean((0, 1)), context.std((0, 1)))
         attention = next(iter(flux.attn_processors.values()))
         self.objective = AdapterObjective(flux, attention, adapter, self.towers, config.objective)
@@ -88,7 +87,8 @@ class AdapterStage:
         self.trainables = nn.ModuleDict({"adapter": adapter, "tuned": self.tuned})
         self.frozen = {"flux": flux, "vae": self.vae, **self.towers}
         self.identity = {"flux": file_hash(config.flux), "text": file_hash(config.text), "vae": file_hash(config.vae),
-                         "towers": {name: file_hash(path) for name, path in zip(self.towers, config.towers)}}
+                         "towers": {name: file_hash(path) for name, path in zip(self.towers, config.towers)},
+                         **({"start": file_hash(config.start)} if config.start else {})}
 
     @property
     def adapter(self) -> Adapter:
@@ -100,9 +100,11 @@ class AdapterStage:
         return {"tuned": settings.unlock_scale if late else 0.0}
 
     def loss(self, step: Step):
-        made = self.ahead(step)
-        images = (draw(made["things"], made["grounds"]) + 1) / 2
-        return self.objective.loss(Batch(take(self.latents, made["index"]), images), step)
+        numbers = np.random.default_rng([step.seed, 7, step.number]).integers(len(self.scenes), size=step.batch)
+        numbers = numbers[step.positions]
+        images = (draw(**{name: each.to(self.device) for name, each in self.scenes.of(numbers).items()}) + 1) / 2
+        latents = take(self.latents, torch.from_numpy(numbers).to(self.device))
+        return self.objective.loss(Batch(latents, images), step)
 
     def validate(self) -> dict[str, float]:
         truth = [scene("validation", i) for i in range(VALIDATED)]

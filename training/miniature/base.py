@@ -19,15 +19,16 @@ from ...kernels import checkpoint
 from ...kernels.precision import autocast
 from ..config import RunConfig
 from ..engine import Ahead, Step, launch
+from ..files import file_hash
 from ..frozen.flux import Tap, build_flux, from_bfl, shifted, to_bfl, velocity
 from ..frozen.region_attention import attend_by_region
 from ..objectives.times import sample_times
 from .captions import caption, describe, edit, where
-from .drawing import codes, labels
-from .latents import file_hash, take, training_latents
+from .drawing import labels
 from .parser import parse
-from .scenes import generator, numbered, scene
+from .scenes import Scene, generator, scene
 from .score import colour_place, f1, shape_place
+from .stored import Scenes, take, training_latents, training_scenes
 from .text import encode, load_text_encoder, save_text_encoder, token_ids
 from .vae import load_vae, to_pixels
 
@@ -49,10 +50,13 @@ class Config:
     export_flux: Path
     export_text: Path
     cache: Path
-    scenes: int = 80_000
+    """Folder of what is made once of the training scenes."""
+    scenes: int = 160_000
     """Number of distinct training scenes, which are visited again and again."""
     crowds: int = 0
     """Number of crowded ones beside them."""
+    start: Path | None = None
+    """An exported Flux to go on from; None: a new one."""
     mu: float = 1.2
     """Time shift of training and sampling. The layout is decided while there is little but noise."""
     opening: int = 2000
@@ -73,12 +77,10 @@ class Config:
     """Learning rate of the text encoder as a share of Flux's: it already knows its words."""
 
 
-def training_text(index: int, visit: int, instructions: float, split: str = "train") -> str:
-    """A caption of training scene `index`, differently worded at each visit; or a source scene and the instruction that
-    leads to it (the inverse of a random edit of the scene). Crowds have captions alone: the two would be too long."""
-    rng = generator(split, index, purpose=100 + visit)
-    truth = scene(split, index)
-    if split == "train" and rng.random() < instructions:
+def training_text(truth: Scene, rng: np.random.Generator, instructions: float) -> str:
+    """A caption of a scene; or, for a share of the scenes that are no crowds, a source scene and the instruction that
+    leads to it (the inverse of a random edit of the scene). With a crowd the two would be too long."""
+    if len(truth.things) <= 3 and rng.random() < instructions:
         change = edit(truth, rng, fine=rng.random() < FINE)
         inverse = inverse_instruction(change, fine=rng.random() < FINE)
         if inverse is not None:
@@ -123,22 +125,36 @@ def place_loss(placed: Tensor) -> Tensor:
     return entropy + F.cross_entropy(columns.flatten(0, 2), where.expand(columns.shape[:3]).flatten())
 
 
-def prepare(config: Config, step: Step) -> dict[str, Tensor]:
+def prepare(config: Config, scenes: Scenes, step: Step) -> dict[str, Tensor]:
     """All that a step needs beside the latents: scene numbers [B], their codes, token ids [B, L], times, noise and what
     is dropped. Epochs are random permutations."""
-    total, first = config.scenes + config.crowds, step.number * step.batch
-    visit = first // total
-    index = epoch_order(step.seed, visit, total)[(first + np.array(step.positions)) % total]
-    named = [numbered(int(number), config.scenes) for number in index]
-    ids = token_ids([training_text(i, visit, config.instructions, split) for split, i in named])
+    first = step.number * step.batch
+    visit = first // len(scenes)
+    numbers = epoch_order(step.seed, visit, len(scenes))[(first + np.array(step.positions)) % len(scenes)]
+    texts = [training_text(scenes[n], generator("train", int(n), purpose=100 + visit), config.instructions) for n in numbers]
+    ids = token_ids(texts)
     t = sample_times(step, config.mu, config.uniform)
     if step.number < config.opening:
         t = 0.9 + 0.1 * t
     noise = step.randn(8, 16, 16)
     empty = step.rand() < config.drop_text
-    return {"index": torch.from_numpy(index), **codes([scene(*each) for each in named]), "t": t, "noise": noise,
+    return {"numbers": torch.from_numpy(numbers), **scenes.of(numbers), "t": t, "noise": noise,
             "ids": torch.where(empty[:, None], token_ids([""]), ids), "empty": empty,
             "keep_pooled": step.rand(1) >= config.drop_pooled}
+
+
+def begin_at_nothing(flux) -> None:
+    """Zero output and zero modulation (adaLN-zero, as DiT): the first steps learn the mean."""
+    for block in (*flux.transformer_blocks, *flux.single_transformer_blocks):
+        for name, layer in block.named_modules():
+            if name.endswith("linear") and isinstance(layer, nn.Linear) and name.startswith("norm"):
+                nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+    nn.init.zeros_(flux.proj_out.weight), nn.init.zeros_(flux.proj_out.bias)
+
+
+def fill_flux(flux, path: Path) -> None:
+    state, record = checkpoint.load(path, "flux")
+    flux.load_state_dict({k: v.float() for k, v in from_bfl(state, record["config"]["hidden_size"]).items()})
 
 
 class BaseStage:
@@ -146,20 +162,20 @@ class BaseStage:
 
     def __init__(self, config: Config, device: torch.device):
         self.config, self.device = config, device
-        self.latents = training_latents(config.vae, config.scenes, config.crowds, config.cache, device)
-        self.ahead = Ahead(partial(prepare, config), device)
+        scenes = training_scenes(config.scenes, config.crowds, config.cache, device)
+        self.latents = training_latents(config.vae, scenes, config.cache, device)
+        self.ahead = Ahead(partial(prepare, config, scenes), device, config.run.workers)
         self.vae = load_vae(config.vae, device)
         text = load_text_encoder(config.text, device).train().requires_grad_(True)
         self.trainables = nn.ModuleDict({"text": text, "flux": build_flux(FLUX),
                                          "align": nn.Linear(FLUX["hidden_size"], 15),
                                          "place": nn.Linear(FLUX["hidden_size"], 16)}).to(device)
-        # Zero output and zero modulation at the start (adaLN-zero, as DiT): the first steps learn the mean.
-        for block in (*self.flux.transformer_blocks, *self.flux.single_transformer_blocks):
-            for name, layer in block.named_modules():
-                if name.endswith("linear") and isinstance(layer, nn.Linear) and name.startswith("norm"):
-                    nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
-        nn.init.zeros_(self.flux.proj_out.weight), nn.init.zeros_(self.flux.proj_out.bias)
-        self.identity = {"vae": file_hash(config.vae), "text": file_hash(config.text)}
+        if config.start:
+            fill_flux(self.flux, config.start)
+        else:
+            begin_at_nothing(self.flux)
+        self.identity = {"vae": file_hash(config.vae), "text": file_hash(config.text),
+                         **({"start": file_hash(config.start)} if config.start else {})}
         self.figures: dict[str, float] = {}  # of the latest validation, for the exported file
         attend_by_region(self.flux)
         self.tap = Tap(self.flux.single_transformer_blocks[TAPPED])
@@ -172,7 +188,7 @@ class BaseStage:
     def loss(self, step: Step):
         made = self.ahead(step)
         truth = labels(made["things"], made["grounds"])
-        flow, align, place = self.objective(take(self.latents, made["index"]), made["noise"], made["t"], made["ids"],
+        flow, align, place = self.objective(take(self.latents, made["numbers"]), made["noise"], made["t"], made["ids"],
                                             made["keep_pooled"], truth, made["empty"])
         config = self.config
         return flow + config.align * align + config.place * place, {"flow": flow, "align": align, "place": place}
@@ -246,9 +262,9 @@ def sample_text(flux, text, vae, prompts: list[str], device, cfg: float, mu: flo
 
 def load_base(flux_path: Path, text_path: Path, device: torch.device):
     """(diffusers Flux, text encoder, flux record), frozen, in eval mode."""
-    state, record = checkpoint.load(flux_path, "flux")
+    _, record = checkpoint.load(flux_path, "flux")
     flux = build_flux(record["config"])
-    flux.load_state_dict({k: v.float() for k, v in from_bfl(state, record["config"]["hidden_size"]).items()})
+    fill_flux(flux, flux_path)
     attend_by_region(flux)
     return flux.to(device).eval().requires_grad_(False), load_text_encoder(text_path, device), record
 

@@ -1,6 +1,7 @@
 """Stage 3a: a tiny open_clip CLIP, trained with open_clip's own contrastive loss on scenes and captions."""
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,8 @@ from ..config import RunConfig
 from ..engine import Ahead, Step, launch
 from .captions import LENGTH, VOCABULARY, caption
 from .drawing import codes, draw
-from .scenes import generator, numbered, scene
+from .scenes import Scene, generator, scene
+from .stored import Scenes, training_scenes
 from .text import token_ids
 from .towers import CLIP, save_tower
 
@@ -25,23 +27,27 @@ TEXT = dict(context_length=LENGTH, vocab_size=len(VOCABULARY), width=128, heads=
 class Config:
     run: RunConfig
     export: Path
-    scenes: int = 200_000
+    cache: Path
+    """Folder of what is made once of the training scenes."""
+    scenes: int = 160_000
+    """Number of distinct training scenes, which are visited again and again."""
     crowds: int = 0
-    """Number of crowded scenes beside them."""
+    """Number of crowded ones beside them."""
 
 
-def prepare(config: Config, step: Step) -> dict[str, Tensor]:
-    """Token ids [B, L] of captions, and the codes of their scenes."""
-    numbers = (step.rand() * (config.scenes + config.crowds)).long().tolist()
-    return samples([numbered(number, config.scenes) for number in numbers], step.number % 1000)
-
-
-def samples(named: list[tuple[str, int]], visit: int) -> dict[str, Tensor]:
-    scenes, words = [scene(*each) for each in named], []
-    for each, truth in zip(named, scenes):
-        rng = generator(*each, purpose=500 + visit)
+def captions(scenes: Iterable[tuple[int, Scene]], split: str, visit: int) -> Tensor:
+    """Token ids [B, L] of numbered scenes of a split, differently worded at each visit."""
+    words = []
+    for number, truth in scenes:
+        rng = generator(split, number, purpose=500 + visit)
         words.append(caption(truth, rng, fine=rng.random() < 0.5))
-    return {"ids": token_ids(words), **codes(scenes)}
+    return token_ids(words)
+
+
+def prepare(scenes: Scenes, step: Step) -> dict[str, Tensor]:
+    """Token ids [B, L] of captions, and the codes of their scenes."""
+    numbers = (step.rand() * len(scenes)).long().tolist()
+    return {"ids": captions(((n, scenes[n]) for n in numbers), "train", step.number % 1000), **scenes.of(numbers)}
 
 
 class ClipStage:
@@ -53,7 +59,8 @@ class ClipStage:
         self.trainables = open_clip.CLIP(text_cfg=TEXT, **CLIP.architecture).to(device)
         self.tower = VisionTower(CLIP)  # for its resize and normalisation
         self.contrastive = open_clip.ClipLoss()
-        self.ahead = Ahead(partial(prepare, config), device)
+        scenes = training_scenes(config.scenes, config.crowds, config.cache, device)
+        self.ahead = Ahead(partial(prepare, scenes), device, config.run.workers)
         self.identity: dict = {}
 
     def encode(self, made: dict[str, Tensor]):
@@ -70,7 +77,8 @@ class ClipStage:
         return {}
 
     def validate(self) -> dict[str, float]:
-        made = samples([("validation", index) for index in range(128)], 0)
+        scenes = [scene("validation", index) for index in range(128)]
+        made = {"ids": captions(enumerate(scenes), "validation", 0), **codes(scenes)}
         picture, text, _ = self.encode({name: each.to(self.device) for name, each in made.items()})
         hit = (picture @ text.T).argmax(1) == torch.arange(128, device=self.device)
         return {"retrieval_of_128": float(hit.float().mean())}

@@ -17,7 +17,8 @@ from ...kernels.vision.towers import build_tower
 from ..config import RunConfig
 from ..engine import Ahead, Step, launch
 from .drawing import codes, draw, labels
-from .scenes import numbered, scene
+from .scenes import scene
+from .stored import Scenes, training_scenes
 from .towers import DINOV2, save_tower
 
 
@@ -25,21 +26,24 @@ from .towers import DINOV2, save_tower
 class Config:
     run: RunConfig
     export: Path
-    scenes: int = 200_000
+    cache: Path
+    """Folder of what is made once of the training scenes."""
+    scenes: int = 160_000
+    """Number of distinct training scenes, which are visited again and again."""
     crowds: int = 0
-    """Number of crowded scenes beside them."""
+    """Number of crowded ones beside them."""
     masked: float = 0.25
     """Share of patches replaced by the mask token, in half of the images."""
     names: float = 0.3
     """Weight of naming each patch's colours and shapes, beside painting its pixels."""
 
 
-def prepare(config: Config, step: Step) -> dict[str, Tensor]:
+def prepare(config: Config, scenes: Scenes, step: Step) -> dict[str, Tensor]:
     """The codes of a step's scenes, and which of their patches are masked: [B, 64] bool."""
-    numbers = (step.rand() * (config.scenes + config.crowds)).long().tolist()
+    numbers = (step.rand() * len(scenes)).long().tolist()
     mask = step.rand(64) < config.masked
     mask[[position < step.batch // 2 for position in step.positions]] = False
-    return {"mask": mask, **codes([scene(*numbered(number, config.scenes)) for number in numbers])}
+    return {"mask": mask, **scenes.of(numbers)}
 
 
 class Dinov2Stage:
@@ -51,7 +55,8 @@ class Dinov2Stage:
         pixels = 3 * DINOV2.patch ** 2
         self.trainables = nn.ModuleDict({"model": self.tower.model, "paint": nn.Linear(DINOV2.width, pixels),
                                          "name": nn.Linear(DINOV2.width, 15)}).to(device)
-        self.ahead = Ahead(partial(prepare, config), device)
+        scenes = training_scenes(config.scenes, config.crowds, config.cache, device)
+        self.ahead = Ahead(partial(prepare, config, scenes), device, config.run.workers)
         self.identity: dict = {}
 
     def losses(self, things: Tensor, grounds: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .scenes import COLOURS, GROUNDS, SHAPES, SIZE, Scene
+from .scenes import COLOURS, GROUNDS, RADII, SHAPES, SIZE, Scene, Thing
 
 MOST = 6  # things of a scene
 _COLOURS, _GROUNDS = tuple(COLOURS), tuple(GROUNDS)
+_SIZES = {radius: name for name, radius in RADII.items()}
 
 
 def codes(scenes: Sequence[Scene], most: int = MOST) -> dict[str, Tensor]:
@@ -25,6 +26,13 @@ def codes(scenes: Sequence[Scene], most: int = MOST) -> dict[str, Tensor]:
             things[row, place] = (SHAPES.index(t.shape), _COLOURS.index(t.colour), t.radius, t.x, t.y, 1)
     grounds = np.array([_GROUNDS.index(scene.ground) for scene in scenes], np.int64)
     return {"things": torch.from_numpy(things), "grounds": torch.from_numpy(grounds)}
+
+
+def scene_of(things: np.ndarray, ground: int) -> Scene:
+    """The scene of one row of codes, things [N, 6]."""
+    return Scene(_GROUNDS[ground], tuple(
+        Thing(SHAPES[int(shape)], _COLOURS[int(colour)], _SIZES[float(radius)], round(float(x), 2), round(float(y), 2))
+        for shape, colour, radius, x, y, present in things if present))
 
 
 def coverages(things: Tensor) -> Tensor:

@@ -23,15 +23,16 @@ from ...kernels.edit_decoder import (
 from ...kernels.precision import autocast
 from ..config import RunConfig
 from ..engine import Ahead, Step, compile_blocks, launch
+from ..files import file_hash
 from ..objectives.augmentation import Augmentation
-from ..objectives.edit import EditorTraining, editor_loss
+from ..objectives.edit import EditorTraining, editor_loss, load_editor
 from ..objectives.reconstruct import load_adapter, named_hierarchy
 from .base import inverse_instruction
 from .captions import Edit, edit
 from .drawing import codes, draw
-from .latents import file_hash
-from .scenes import COLOURS, SHAPES, choice, scene
+from .scenes import COLOURS, SHAPES, Scene, choice, scene
 from .scenes import generator as generator_of
+from .stored import Scenes, training_scenes
 from .text import encode, load_text_encoder, token_ids
 from .towers import read_tower
 
@@ -46,6 +47,10 @@ class Config:
     towers: tuple[Path, ...]
     """Files of the adapter's vision towers."""
     export: Path
+    cache: Path
+    """Folder of what is made once of the training scenes."""
+    start: Path | None = None
+    """An exported edit decoder of the same sizes to go on from; None: a new one."""
     presets: tuple[str, ...] = ("tree128", "tree128", "tree64", "global32")
     stack: str = "t5"
     """t5, or the type of a causal LLM as transformers calls it (qwen3)."""
@@ -54,7 +59,7 @@ class Config:
     layers: int = 4
     feed_forward: int = 416
     """Inner width of the feed-forward layers of an LLM. T5's is 2.5 times its width."""
-    scenes: int = 200_000
+    scenes: int = 160_000
     twins: float = 0.0
     """Share of the samples in which another thing shares the colour or the shape of the one that is named."""
     chained: float = 0.0
@@ -106,10 +111,20 @@ def has_twin(change: Edit) -> bool:
                                        for t in change.source.things)
 
 
-def twin_after(split: str, index: int, tries: int = 20) -> Edit:
-    """The first instruction from number `index` on whose subject has a twin."""
-    found = (change_of(split, i) for i in range(index, index + tries))
-    return next((change for change in found if has_twin(change)), change_of(split, index))
+def with_twins(scenes: Scenes) -> np.ndarray:
+    """The numbers of the scenes in which two things share a colour or a shape."""
+    kinds, present = scenes.things[..., :2], scenes.things[..., 5] > 0
+    pairs = np.triu(np.ones((present.shape[1],) * 2, bool), 1) & present[:, :, None] & present[:, None]
+    return np.flatnonzero(((kinds[:, :, None] == kinds[:, None]).any(-1) & pairs).any((1, 2)))
+
+
+def twin_edit(truth: Scene, rng: np.random.Generator, tries: int = 8) -> Edit:
+    """An edit of the scene whose subject has a twin, where one is found in a few tries."""
+    for _ in range(tries):
+        change = edit(truth, rng, fine=rng.random() < 0.5)
+        if has_twin(change):
+            break
+    return change
 
 
 def following(change: Edit, rng: np.random.Generator) -> Edit:
@@ -124,20 +139,21 @@ def samples(first: list[Edit], changes: list[Edit]) -> dict[str, Tensor]:
     return {"ids": token_ids([c.instruction for c in (*first, *changes)]), **codes(scenes)}
 
 
-def prepare(config: Config, step: Step) -> dict[str, Tensor]:
+def prepare(config: Config, scenes: Scenes, twins: np.ndarray, step: Step) -> dict[str, Tensor]:
     """The edits of a step. The first `chained` of the global batch follow another edit; the others are twice the
-    same."""
+    same. twins: with_twins(scenes)."""
     first, changes = [], []
-    draws = zip(step.positions, step.rand(3).tolist())
-    for position, (where, kind, twin) in draws:
-        index = int(where * config.scenes)
-        change = twin_after("train", index) if twin < config.twins else change_of("train", index)
-        own = generator_of("train", index, purpose=32)
+    for position, (where, kind, twin) in zip(step.positions, step.rand(3).tolist()):
+        rng = np.random.default_rng([step.seed, 31, step.number, position])
+        if twin < config.twins and len(twins):
+            change = twin_edit(scenes[twins[int(where * len(twins))]], rng)
+        else:
+            change = edit(scenes[int(where * len(scenes))], rng, fine=rng.random() < 0.5)
         if position < config.chained * step.batch:
             first.append(change)
-            changes.append(following(change, own))
+            changes.append(following(change, rng))
         else:
-            changes.append(augmented(change, config.augmentation.kind(kind), own))
+            changes.append(augmented(change, config.augmentation.kind(kind), rng))
             first.append(changes[-1])
     return samples(first, changes)
 
@@ -152,14 +168,18 @@ class EditorStage:
         self.towers = {t.config.id: t for t in (read_tower(p, device) for p in config.towers)}
         dim = self.adapter.config.out_dim
         decoder = build_edit_decoder(config.decoder(dim, self.adapter.config.hierarchy))
+        if config.start:
+            decoder.load_state_dict(load_editor(config.start, torch.device("cpu"))[0].state_dict())
         self.trainables = nn.ModuleDict({"decoder": decoder}).to(device)
         known = codes([change_of("train", i).source for i in range(256)])
         tokens = self.embed(*(known[name].to(device) for name in ("things", "grounds")), "tree128")
-        self.ahead = Ahead(partial(prepare, config), device)
+        scenes = training_scenes(config.scenes, 0, config.cache, device)
+        self.ahead = Ahead(partial(prepare, config, scenes, with_twins(scenes)), device, config.run.workers)
         self.decoder.set_token_statistics(tokens.mean((0, 1)), tokens.std((0, 1)))
         self.frozen = {"text": self.text, "adapter": self.adapter, **self.towers}
         self.identity = {"text": file_hash(config.text), "adapter": file_hash(config.adapter),
-                         "towers": {name: file_hash(path) for name, path in zip(self.towers, config.towers)}}
+                         "towers": {name: file_hash(path) for name, path in zip(self.towers, config.towers)},
+                         **({"start": file_hash(config.start)} if config.start else {})}
         if config.run.compile:
             compile_blocks(self.adapter.layers, self.decoder.blocks)
 

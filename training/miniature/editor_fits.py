@@ -14,10 +14,10 @@ from ...kernels import checkpoint
 from ...kernels.edit_decoder import EditDecoder, T5EditDecoderConfig, build_edit_decoder
 from ..config import Count, RunConfig
 from ..engine import Step, compile_blocks, launch
+from ..files import file_hash
 from ..objectives.edit import EditorTraining, editor_loss
 from ..objectives.reconstruct import named_hierarchy
 from .fits import read_part
-from .latents import file_hash
 from .text import encode, load_text_encoder, token_ids
 
 

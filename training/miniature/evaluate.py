@@ -5,10 +5,10 @@
     python3 run.py eval inversion [--scenes N] [--seed S] [--json]
     python3 run.py eval fidelity [--scenes N] [--seed S] [--json]
 
-The parts are reconstruction, locality, editing, twins, chains, blend and levels, or the artist's kit, or embeddings fitted without an encoder,
-or edits that keep the rest, as the modules of `evaluation/` define them. A run over 256 scenes replaces
-benchmarks/miniature.md, one of the kit over 64 benchmarks/kit.md, one of the inversion over 32 benchmarks/inversion.md,
-one of the fidelity over 64 benchmarks/fidelity.md.
+The parts are reconstruction, locality, editing, twins, chains, blend and levels, or the artist's kit, or embeddings
+fitted without an encoder, or edits that keep the rest, as the modules of `evaluation/` define them. A run over 256
+scenes replaces benchmarks/miniature.md, one of the kit over 64 benchmarks/kit.md, one of the inversion over 32
+benchmarks/inversion.md, one of the fidelity over 64 benchmarks/fidelity.md.
 """
 from __future__ import annotations
 

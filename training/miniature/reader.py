@@ -19,7 +19,8 @@ from ..engine import Ahead, Step, launch
 from .base import name_loss, training_text
 from .captions import VOCABULARY, caption
 from .drawing import codes, labels
-from .scenes import SHAPES, numbered, scene
+from .scenes import SHAPES, generator, scene
+from .stored import Scenes, training_scenes
 from .text import build_text_encoder, encode, save_text_encoder, token_ids
 
 
@@ -27,9 +28,12 @@ from .text import build_text_encoder, encode, save_text_encoder, token_ids
 class Config:
     run: RunConfig
     export: Path
-    scenes: int = 200_000
+    cache: Path
+    """Folder of what is made once of the training scenes."""
+    scenes: int = 160_000
+    """Number of distinct training scenes, which are visited again and again."""
     crowds: int = 0
-    """Number of crowded scenes beside them."""
+    """Number of crowded ones beside them."""
     instructions: float = 0.25
     """Share of texts that are a source caption with an instruction, as in the base."""
 
@@ -61,12 +65,11 @@ def recall_loss(recalled: Tensor, ids: Tensor, codes: Tensor) -> Tensor:
     return ((error * shapes).sum(1) / shapes.sum(1).clamp(min=1)).mean()
 
 
-def prepare(config: Config, step: Step) -> dict[str, Tensor]:
+def prepare(config: Config, scenes: Scenes, step: Step) -> dict[str, Tensor]:
     """Token ids [B, L] of a step's texts, and the codes of their scenes."""
-    numbers = (step.rand() * (config.scenes + config.crowds)).long().tolist()
-    named = [numbered(number, config.scenes) for number in numbers]
-    texts = [training_text(index, step.number, config.instructions, split) for split, index in named]
-    return {"ids": token_ids(texts), **codes([scene(*each) for each in named])}
+    numbers = (step.rand() * len(scenes)).long().tolist()
+    texts = [training_text(scenes[n], generator("train", n, purpose=100 + step.number), config.instructions) for n in numbers]
+    return {"ids": token_ids(texts), **scenes.of(numbers)}
 
 
 class ReaderStage:
@@ -79,7 +82,8 @@ class ReaderStage:
         self.codes = encoder.shared.weight.detach().clone().to(device)
         self.trainables = nn.ModuleDict({"text": encoder, "reader": Reader(width),
                                          "recall": nn.Linear(width, len(ABOUT) * width)}).to(device)
-        self.ahead = Ahead(partial(prepare, config), device)
+        scenes = training_scenes(config.scenes, config.crowds, config.cache, device)
+        self.ahead = Ahead(partial(prepare, config, scenes), device, config.run.workers)
         self.identity: dict = {}
 
     def read(self, ids: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:

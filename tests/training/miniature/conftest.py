@@ -38,22 +38,22 @@ def toy_assets(tmp_path_factory) -> Path:
             patch.setitem(base.FLUX, key, value)
         vae.VaeStage(vae.Config(run, vae_file), device).export(0)
         words = run.out / "text.safetensors"
-        reader.ReaderStage(reader.Config(run, words), device).export(0)
+        reader.ReaderStage(reader.Config(run, words, cache, scenes=32), device).export(0)
         stage = base.BaseStage(base.Config(run, vae_file, words, flux, t5, cache, scenes=32), device)
         for parameter in stage.flux.parameters():  # an untrained one is silenced by zeros on purpose
             if not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.1)
         stage.export(0)
-        clip.ClipStage(clip.Config(run, clip_file), device).export(0)
-        dinov2.Dinov2Stage(dinov2.Config(run, dino), device).export(0)
+        clip.ClipStage(clip.Config(run, clip_file, cache, scenes=32), device).export(0)
+        dinov2.Dinov2Stage(dinov2.Config(run, dino, cache, scenes=32), device).export(0)
         for name, table, masked in (("tree128", "tree128", True), ("global64", "global64", True), ("tree64_unmasked", "tree64", False)):
             own, tower, _ = ADAPTERS[name]
             adapter.AdapterStage(adapter.Config(
-                run, flux, t5, vae_file, (clip_file, dino), cache, file(own), file(tower), table, table, width=32,
+                run, flux, t5, vae_file, (clip_file, dino), file(own), file(tower), cache, table, table, width=32,
                 heads=2, layers=1, scenes=32, objective=AdapterTraining(masked=masked)), device).export(0)
         stage = editor.EditorStage(editor.Config(
             run, t5, file("semantic_adapters/miniature_tree128"), (clip_file, file("clip_vision/miniature_dinov2")),
-            file("edit_decoders/miniature_editor"), width=32, heads=2, layers=1), device)
+            file("edit_decoders/miniature_editor"), cache, scenes=32, width=32, heads=2, layers=1), device)
         torch.nn.init.normal_(stage.decoder.out.weight, std=0.5)  # an untrained one copies
         stage.export(0)
     return assets

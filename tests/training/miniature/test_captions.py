@@ -117,7 +117,7 @@ def test_captions_name_everything():
 def test_every_text_of_training_fits_the_tokenizer():
     for index in range(300):
         for share in (0.0, 1.0):
-            ids = tokenize(training_text(index, 0, share))
+            ids = tokenize(training_text(scene("train", index), np.random.default_rng(index), share))
             assert len(ids) == LENGTH and 2 not in ids
             assert ids.count(1) == 1 and set(ids[ids.index(1) + 1:]) <= {0}
         assert 2 not in tokenize(change_of("train", index).instruction)

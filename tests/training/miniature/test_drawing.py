@@ -4,9 +4,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-
-from semantic_diffusion_adapter.training.miniature.drawing import codes, draw, labels
+from semantic_diffusion_adapter.training.miniature.drawing import codes, draw, labels, scene_of
 from semantic_diffusion_adapter.training.miniature.scenes import GROUNDS, Scene, patch_labels, render, scene
+from semantic_diffusion_adapter.training.miniature.stored import training_scenes
 
 
 @pytest.mark.parametrize("split", ["train", "crowd_test"])
@@ -25,3 +25,18 @@ def test_a_crowd_has_four_to_six_small_things():
     counts = {len(scene("crowd_train", index).things) for index in range(60)}
     assert counts <= {3, 4, 5, 6} and {4, 5, 6} <= counts  # a thing that found no room is left out
     assert {thing.size for index in range(20) for thing in scene("crowd_test", index).things} == {"small"}
+
+
+def test_codes_are_the_scenes():
+    scenes = [scene("crowd_train", index) for index in range(20)] + [scene("train", index) for index in range(20)]
+    made = codes(scenes)
+    assert [scene_of(things, int(ground)) for things, ground in zip(made["things"].numpy(), made["grounds"])] == scenes
+
+
+def test_training_scenes_are_kept_once(tmp_path):
+    made = training_scenes(30, 5, tmp_path, torch.device("cpu"))
+    file, = tmp_path.iterdir()
+    before = file.stat().st_mtime_ns
+    again = training_scenes(30, 5, tmp_path, torch.device("cpu"))
+    assert file.stat().st_mtime_ns == before and len(again) == 35
+    assert [again[n] for n in (3, 29)] == [scene("train", n) for n in (3, 29)] and made[31] == scene("crowd_train", 1)

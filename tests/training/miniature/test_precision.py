@@ -50,9 +50,9 @@ def configuration(name: str, assets: Path, out: Path):
     if name == "base":
         return base, base.Config(run, vae, text, *made, cache, scenes=32)
     if name == "adapter":
-        return adapter, adapter.Config(run, flux, text, vae, towers, cache, *made, width=32, heads=2, layers=1, scenes=32)
+        return adapter, adapter.Config(run, flux, text, vae, towers, *made, cache, width=32, heads=2, layers=1, scenes=32)
     known = assets / "semantic_adapters/miniature_tree128.safetensors"
-    return editor, editor.Config(run, text, known, towers, made[0], width=32, heads=2, layers=1)
+    return editor, editor.Config(run, text, known, towers, made[0], cache, scenes=32, width=32, heads=2, layers=1)
 
 
 @pytest.mark.parametrize("name", ["base", "adapter", "editor"])

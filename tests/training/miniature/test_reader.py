@@ -17,7 +17,7 @@ from semantic_diffusion_adapter.training.miniature.text import build_text_encode
 def stage(tmp_path: Path) -> reader.ReaderStage:
     torch.manual_seed(0)
     run = RunConfig(out=tmp_path, max_steps=1, batch=16, device="cpu")
-    return reader.ReaderStage(reader.Config(run, tmp_path / "text.safetensors", scenes=16), torch.device("cpu"))
+    return reader.ReaderStage(reader.Config(run, tmp_path / "text.safetensors", tmp_path, scenes=16), torch.device("cpu"))
 
 
 def test_a_few_steps_teach_it_something_and_reach_the_encoder(stage: reader.ReaderStage) -> None:

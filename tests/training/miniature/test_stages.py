@@ -25,19 +25,19 @@ def make(name: str, assets: Path, tmp: Path, patch: pytest.MonkeyPatch):
         patch.setitem(vae.ARCHITECTURE, "block_out_channels", [32, 32, 32, 32])
         return vae.VaeStage(vae.Config(run, out), CPU)
     if name == "text":
-        return reader.ReaderStage(reader.Config(run, out), CPU)
+        return reader.ReaderStage(reader.Config(run, out, cache, scenes=48, crowds=16), CPU)
     if name == "base":
         for key, value in dict(hidden_size=48, num_heads=2, axes_dim=[8, 8, 8], depth=1, depth_single_blocks=2,
                                context_in_dim=48, vec_in_dim=48).items():
             patch.setitem(base.FLUX, key, value)
-        return base.BaseStage(base.Config(run, vae_file, text, out, out, cache, scenes=32), CPU)
+        return base.BaseStage(base.Config(run, vae_file, text, out, out, cache, scenes=24, crowds=8), CPU)
     if name == "dinov2":
-        return dinov2.Dinov2Stage(dinov2.Config(run, out), CPU)
+        return dinov2.Dinov2Stage(dinov2.Config(run, out, cache, scenes=48, crowds=16), CPU)
     if name == "adapter":
         return adapter.AdapterStage(adapter.Config(
-            run, flux, text, vae_file, towers, cache, out, out, width=32, heads=2, layers=1, scenes=32), CPU)
-    return editor.EditorStage(editor.Config(run, text, assets / "semantic_adapters/miniature_tree128.safetensors", towers, out,
-                                            width=32, heads=2, layers=1), CPU)
+            run, flux, text, vae_file, towers, out, out, cache, width=32, heads=2, layers=1, scenes=24, crowds=8), CPU)
+    return editor.EditorStage(editor.Config(run, text, assets / "semantic_adapters/miniature_tree128.safetensors", towers, out, cache,
+                                            scenes=64, width=32, heads=2, layers=1), CPU)
 
 
 @pytest.mark.parametrize("name", ["vae", "text", "base", "dinov2", "adapter", "editor"])
@@ -70,7 +70,7 @@ def test_the_route_of_a_gpu_learns_the_same(toy_assets, tmp_path, monkeypatch, b
 
 def test_a_loss_over_pairs_is_not_cut(tmp_path):
     run = RunConfig(tmp_path, max_steps=1, batch=4, micro=2)
-    stage = clip.ClipStage(clip.Config(run, tmp_path / "clip.safetensors"), CPU)
+    stage = clip.ClipStage(clip.Config(run, tmp_path / "clip.safetensors", tmp_path / "cache", scenes=64), CPU)
     loss, _ = stage.loss(Step(0, 1, 0, "clip", CPU, range(4), 4))
     assert loss.isfinite()
     with pytest.raises(ValueError, match="compares the samples of a batch"):

@@ -32,9 +32,9 @@ from ....kernels.regions import feather
 from ...judge.metrics import ssim_map
 from ..base import schedule
 from ..captions import Edit
+from ..editor import has_twin
 from ..scenes import SIZE, render
 from .editing import STARTS, TRIALS, instructions, judge, summary
-from ..editor import has_twin
 from .reconstruction import parse_all, psnr
 from .system import Miniature
 
