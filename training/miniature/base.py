@@ -53,8 +53,6 @@ class Config:
     """Folder of what is made once of the training scenes."""
     scenes: int = 160_000
     """Number of distinct training scenes, which are visited again and again."""
-    crowds: int = 0
-    """Number of crowded ones beside them."""
     start: Path | None = None
     """An exported Flux to go on from; None: a new one."""
     mu: float = 1.2
@@ -78,9 +76,9 @@ class Config:
 
 
 def training_text(truth: Scene, rng: np.random.Generator, instructions: float) -> str:
-    """A caption of a scene; or, for a share of the scenes that are no crowds, a source scene and the instruction that
-    leads to it (the inverse of a random edit of the scene). With a crowd the two would be too long."""
-    if len(truth.things) <= 3 and rng.random() < instructions:
+    """A caption of a scene; or, for a share of the scenes, a source scene and the instruction that leads to it (the
+    inverse of a random edit of the scene)."""
+    if rng.random() < instructions:
         change = edit(truth, rng, fine=rng.random() < FINE)
         inverse = inverse_instruction(change, fine=rng.random() < FINE)
         if inverse is not None:
@@ -162,7 +160,7 @@ class BaseStage:
 
     def __init__(self, config: Config, device: torch.device):
         self.config, self.device = config, device
-        scenes = training_scenes(config.scenes, config.crowds, config.cache, device)
+        scenes = training_scenes(config.scenes, 0, config.cache, device)
         self.latents = training_latents(config.vae, scenes, config.cache, device)
         self.ahead = Ahead(partial(prepare, config, scenes), device, config.run.workers)
         self.vae = load_vae(config.vae, device)

@@ -31,8 +31,6 @@ class Config:
     """Folder of what is made once of the training scenes."""
     scenes: int = 160_000
     """Number of distinct training scenes, which are visited again and again."""
-    crowds: int = 0
-    """Number of crowded ones beside them."""
 
 
 def captions(scenes: Iterable[tuple[int, Scene]], split: str, visit: int) -> Tensor:
@@ -59,7 +57,7 @@ class ClipStage:
         self.trainables = open_clip.CLIP(text_cfg=TEXT, **CLIP.architecture).to(device)
         self.tower = VisionTower(CLIP)  # for its resize and normalisation
         self.contrastive = open_clip.ClipLoss()
-        scenes = training_scenes(config.scenes, config.crowds, config.cache, device)
+        scenes = training_scenes(config.scenes, 0, config.cache, device)
         self.ahead = Ahead(partial(prepare, scenes), device, config.run.workers)
         self.identity: dict = {}
 

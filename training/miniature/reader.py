@@ -32,8 +32,6 @@ class Config:
     """Folder of what is made once of the training scenes."""
     scenes: int = 160_000
     """Number of distinct training scenes, which are visited again and again."""
-    crowds: int = 0
-    """Number of crowded ones beside them."""
     instructions: float = 0.25
     """Share of texts that are a source caption with an instruction, as in the base."""
 
@@ -82,7 +80,7 @@ class ReaderStage:
         self.codes = encoder.shared.weight.detach().clone().to(device)
         self.trainables = nn.ModuleDict({"text": encoder, "reader": Reader(width),
                                          "recall": nn.Linear(width, len(ABOUT) * width)}).to(device)
-        scenes = training_scenes(config.scenes, config.crowds, config.cache, device)
+        scenes = training_scenes(config.scenes, 0, config.cache, device)
         self.ahead = Ahead(partial(prepare, config, scenes), device, config.run.workers)
         self.identity: dict = {}
 

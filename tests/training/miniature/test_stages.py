@@ -25,12 +25,12 @@ def make(name: str, assets: Path, tmp: Path, patch: pytest.MonkeyPatch):
         patch.setitem(vae.ARCHITECTURE, "block_out_channels", [32, 32, 32, 32])
         return vae.VaeStage(vae.Config(run, out), CPU)
     if name == "text":
-        return reader.ReaderStage(reader.Config(run, out, cache, scenes=48, crowds=16), CPU)
+        return reader.ReaderStage(reader.Config(run, out, cache, scenes=64), CPU)
     if name == "base":
         for key, value in dict(hidden_size=48, num_heads=2, axes_dim=[8, 8, 8], depth=1, depth_single_blocks=2,
                                context_in_dim=48, vec_in_dim=48).items():
             patch.setitem(base.FLUX, key, value)
-        return base.BaseStage(base.Config(run, vae_file, text, out, out, cache, scenes=24, crowds=8), CPU)
+        return base.BaseStage(base.Config(run, vae_file, text, out, out, cache, scenes=32), CPU)
     if name == "dinov2":
         return dinov2.Dinov2Stage(dinov2.Config(run, out, cache, scenes=48, crowds=16), CPU)
     if name == "adapter":

@@ -166,3 +166,29 @@ def test_names_of_hierarchies():
 def test_shares_of_the_batches_add_up(shares):
     with pytest.raises(ValueError, match="add up to at most 1"):
         AdapterTraining(**shares)
+
+
+def test_a_part_of_the_picture_comes_with_its_tokens():
+    tree = PRESETS["tree128"]
+    latents = torch.arange(3.0)[:, None, None, None].expand(3, 4, 8, 8)
+    tokens = torch.arange(3.0)[:, None, None].expand(3, 128, DIM)
+    x, mixed = reconstruct.composed(latents, tokens, tree, (0.5, 0, 1, 0.5))
+    assert x[0, 0, :4, 4:].eq(1).all() and x[1, 0, :4, 4:].eq(0).all(), "the two of a pair exchange the quadrant"
+    assert x[0, 0, 4:].eq(0).all() and x[0, 0, :4, :4].eq(0).all() and x[2].eq(2).all(), "an odd last one stays"
+    boxes = tree.boxes()
+    inside = (boxes[:, 0] >= 0.5) & (boxes[:, 3] <= 0.5)
+    assert torch.equal(mixed[0, :, 0] == 1, inside) and int(inside.sum()) == 8 + 4 * 4
+    alone = named_hierarchy("global16")
+    assert reconstruct.composed(latents, tokens[:, :16], alone, (0, 0, 0.5, 0.5))[0] is latents
+
+
+def test_composed_batches_are_drawn_by_their_share(monkeypatch):
+    asked = []
+    monkeypatch.setattr(reconstruct, "composed", lambda x, tokens, *part: asked.append(part) or (x, tokens))
+    never, always = objective(composed=0.0), objective(composed=1.0)
+    batch = Batch(torch.randn(4, 4, 8, 8), torch.rand(4, 3, 56, 56))
+    step = Step(3, 10, 0, "adapter", torch.device("cpu"), range(4), 4)
+    never.loss(batch, step)
+    assert not asked
+    always.loss(batch, Step(3, 10, 0, "adapter", torch.device("cpu"), range(4), 4))
+    assert len(asked) == 1 and asked[0][-1] in reconstruct.PARTS
