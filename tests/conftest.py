@@ -39,6 +39,23 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGHUP, lambda number, frame: None)
 
 
+# Few tests, each of many seconds.
+LONG = tuple(f"tests/{name}.py" for name in (
+    "training/engine/test_kills", "training/test_recipes", "training/engine/test_ranks", "nodes/test_flux_company",
+    "training/stages/test_held_out", "training/miniature/test_train_editor", "nodes/test_stock_flux",
+    "training/engine/test_fidelity", "training/miniature/test_evaluation", "training/test_walkthrough"))
+
+
+def shares_comfyui(file: str) -> bool:
+    return file.startswith(("tests/browser/", "tests/host/"))
+
+
+def place(item: pytest.Item) -> int:
+    """What takes long is begun first, so that no process of several waits for another at the end."""
+    file = item.nodeid.split("::")[0]
+    return 0 if shares_comfyui(file) else 1 if file in LONG else 2
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     """What stays in one process of several: all that shares the ComfyUI, and each file, for its fixtures are made once."""
@@ -47,12 +64,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0]
-            return "comfyui" if file.startswith(("tests/browser/", "tests/host/")) else file
+            return "comfyui" if shares_comfyui(file) else file
 
+    config.option.loadscopereorder = False  # in the order of `place`, not those with the most tests first
     return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=place)
     if not any(item.get_closest_marker("gpu") for item in items):
         return
     import torch

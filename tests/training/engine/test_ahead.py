@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import torch
-
 from semantic_diffusion_adapter.training.engine import Ahead, Step
 from semantic_diffusion_adapter.training.engine.ahead import in_order
 
