@@ -2,6 +2,10 @@
 
     python3 run.py bench attention [--device cpu|cuda] [--patches N ...] [--json]
 
+`merge+source` and `partition+source` read a source besides: keys and values of as many patches, under a gate that is 1
+for a half of the patches and 0 for the others and the text. Their ratio is to `plain+source`, the unmasked attention to
+as many keys.
+
 Times are ratios to the plain, unmasked attention over the same sequence. The routes take turns, and the ratio is the
 median over the turns, so that other load on the machine affects all of them alike. Peak memory is what one call adds to
 its inputs, its result included. The error is the largest absolute difference from float64 over some queries of some
@@ -12,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import re
 import statistics
@@ -26,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.attention import ROUTES, Regions, masked_attention
+from ..kernels.attention import ROUTES, Regions, Source, masked_attention
 from ..kernels.hierarchy import hierarchy
 from ..kernels.visibility import region_bias
 
@@ -35,7 +40,8 @@ HEADS, WIDTH, PRESET = 24, 128, "tree128"
 TABLE = Path(__file__).with_suffix(".md")
 SECONDS_PER_SIZE = 90
 TURNS = 30
-NAMES = ("plain", *ROUTES)
+SOURCE = "+source"  # this ending: with keys and values of a source
+NAMES = ("plain", *ROUTES, "plain" + SOURCE, "merge" + SOURCE, "partition" + SOURCE)
 
 
 class Case:
@@ -53,18 +59,33 @@ class Case:
         self.q, self.k, self.v = (
             torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16) for _ in range(3)
         )
+        text = self.regions.length - patches
+        gate = torch.zeros(self.regions.length, device=device)
+        gate[text : text + patches // 2] = 1
+        keys, values = (
+            torch.randn((1, HEADS, patches, WIDTH), generator=generator, device=device, dtype=torch.bfloat16)
+            for _ in range(2)
+        )
+        self.source = Source(keys, values, gate)
+        self.more = torch.cat([self.k, keys], 2), torch.cat([self.v, values], 2)
 
     def call(self, name: str) -> Tensor:
         if name == "plain":
             return F.scaled_dot_product_attention(self.q, self.k, self.v)
-        return masked_attention(self.q, self.k, self.v, self.regions, name)
+        if name == "plain" + SOURCE:
+            return F.scaled_dot_product_attention(self.q, *self.more)
+        source = self.source if name.endswith(SOURCE) else None
+        return masked_attention(self.q, self.k, self.v, self.regions, name.removesuffix(SOURCE), source=source)
 
     def error(self, name: str, out: Tensor) -> float:
         rows = torch.linspace(0, self.regions.length - 1, 97, device=out.device).long()
-        q, k, v = self.q[0, ::8, rows].double(), self.k[0, ::8].double(), self.v[0, ::8].double()
+        keys, values = self.more if name.endswith(SOURCE) else (self.k, self.v)
+        q, k, v = self.q[0, ::8, rows].double(), keys[0, ::8].double(), values[0, ::8].double()
         scores = q @ k.transpose(-1, -2) / WIDTH**0.5
-        if name != "plain":
+        if not name.startswith("plain"):
             scores[..., : self.regions.tokens] += self.bias[rows].double()
+            if name.endswith(SOURCE):
+                scores[..., self.regions.length :] += self.source.gate[0, rows].double().log()[:, None]
         return (out[0, ::8, rows].double() - torch.softmax(scores, dim=-1) @ v).abs().max().item()
 
 
@@ -134,7 +155,8 @@ def measure(patches: int, device: str) -> tuple[list[dict], dict[str, str]]:
         print(f"\r{patches} patches: turn {turn + 1} of {turns}", end="", file=sys.stderr, flush=True)
         taken = {name: seconds(lambda name=name: case.call(name), device, calls) for name in order}
         for name in order:
-            ratios[name].append(taken[name] / taken["plain"])
+            plain = "plain" + (SOURCE if name.endswith(SOURCE) else "")
+            ratios[name].append(taken[name] / taken.get(plain, math.nan))
         order = order[1:] + order[:1]
     print(file=sys.stderr)
     results = [
@@ -189,7 +211,9 @@ def write(device: str, text: str) -> None:
         f"24 heads x 128, bfloat16, `{PRESET}` under its hard visibility, batch 1, forward only. *Time* is the\n"
         "median ratio to the plain, unmasked attention, measured in turns in one run. *Peak* is what one call adds\n"
         "to its inputs, its result included. *Error* is the largest absolute difference from float64 over 97\n"
-        "queries of 3 heads (for *plain*, from the unmasked softmax).\n\n"
+        "queries of 3 heads (for *plain*, from the unmasked softmax). Routes *+source* read as many patches of a\n"
+        "source besides, under a gate that is 1 for half of the patches; their time is the ratio to *plain+source*, the\n"
+        "unmasked attention to as many keys.\n\n"
     )
     old = TABLE.read_text(encoding="utf-8") if TABLE.exists() else ""
     sections = {part.split("\n", 1)[0]: f"## {part.strip()}\n" for part in old.split("\n## ")[1:]}
