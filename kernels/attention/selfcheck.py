@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from . import merge
 from .bias import Regions
 from .dense import dense_attention
+from .source import Source
 
 # {(kernels, device, dtype, head width, with gradients): do they agree?}
 _verdicts: dict[tuple, bool] = {}
@@ -47,41 +48,48 @@ def agrees(chosen: merge.Kernels, q: Tensor, gradients: bool) -> bool:
 def _compare(
     chosen: merge.Kernels, device: torch.device, dtype: torch.dtype, width: int, gradients: bool
 ) -> str | None:
-    """None where they agree, else how they differ."""
-    bias, *inputs = _case(width)
+    """None where they agree, alone and with a source to read, else how they differ."""
+    bias, gate, *inputs = _case(width)
     inputs = [tensor.to(dtype) for tensor in inputs]
-    expected = _results(dense_attention, [t.double() for t in inputs], Regions(bias), gradients)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, regions: Regions) -> Tensor:
-        return merge.merge_attention(q, k, v, regions, chosen)
+    def attend(q: Tensor, k: Tensor, v: Tensor, regions: Regions, source: Source | None) -> Tensor:
+        return merge.merge_attention(q, k, v, regions, chosen, source)
 
-    try:
-        got = _results(attend, [t.to(device) for t in inputs], Regions(bias.to(device)), gradients)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:  # no such kernel in this build
-        return str(error).splitlines()[0]
     # Wide enough for TF32 and half precision; a wrong weight of a hidden token or a wrong backward is far outside.
     tolerance = max(8 * torch.finfo(dtype).eps, 5e-3)
-    for name, one, other in zip(("output", "dq", "dk", "dv"), got, expected):
-        difference = (one.double().cpu() - other).abs().max().item()
-        if not difference <= tolerance * max(1.0, other.abs().max().item()):  # NaN is a difference too
-            return f"{name} differs by {difference:.2g}"
+    for own in (None, gate):
+        expected = _results(dense_attention, [t.double() for t in inputs], bias, own, gradients)
+        try:
+            here = own if own is None else own.to(device)
+            got = _results(attend, [t.to(device) for t in inputs], bias.to(device), here, gradients)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # no such kernel in this build
+            return str(error).splitlines()[0]
+        for name, one, other in zip(("output", "dq", "dk", "dv", "dk of a source", "dv of a source"), got, expected):
+            difference = (one.double().cpu() - other).abs().max().item()
+            if not difference <= tolerance * max(1.0, other.abs().max().item()):  # NaN is a difference too
+                return f"{name} differs by {difference:.2g}"
     return None
 
 
 def _case(width: int) -> tuple[Tensor, ...]:
-    """bias [75, 20]; q, k, v and the output's gradient, [2, 2, 75, width] float32. No size is a multiple of a kernel's
-    block; tokens are hidden and weakened, and some queries see none."""
+    """bias [75, 20]; gate [75]; q, k, v, a source's keys and values and the output's gradient, [2, 2, 75, width] float32.
+    No size is a multiple of a kernel's block; tokens are hidden and weakened, and some queries see none; some read
+    nothing of the source, some half and some twice."""
     generator = torch.Generator().manual_seed(0)
     bias = torch.randn(75, 20, generator=generator)
     bias[torch.rand(75, 20, generator=generator) < 0.5] = -torch.inf
     bias[30:40] = -torch.inf
-    return bias, *(torch.randn(2, 2, 75, width, generator=generator) for _ in range(4))
+    gate = torch.tensor([0.0, 0.5, 1.0, 2.0, 0.0]).repeat(15)
+    return bias, gate, *(torch.randn(2, 2, 75, width, generator=generator) for _ in range(6))
 
 
-def _results(attend, inputs: list[Tensor], regions: Regions, gradients: bool) -> list[Tensor]:
-    """[output], or [output, dq, dk, dv]."""
-    *inputs, grad = inputs
-    out = attend(*(tensor.requires_grad_(gradients) for tensor in inputs), regions)
-    return [out.detach(), *torch.autograd.grad(out, inputs, grad)] if gradients else [out]
+def _results(attend, inputs: list[Tensor], bias: Tensor, gate: Tensor | None, gradients: bool) -> list[Tensor]:
+    """[output], or [output, dq, dk, dv] and, with a gate, those of the source's keys and values."""
+    *inputs, grad = [tensor.requires_grad_(gradients) for tensor in inputs]
+    q, k, v, keys, values = inputs
+    out = attend(q, k, v, Regions(bias), None if gate is None else Source(keys, values, gate))
+    if not gradients:
+        return [out]
+    return [out.detach(), *torch.autograd.grad(out, inputs if gate is not None else inputs[:3], grad)]

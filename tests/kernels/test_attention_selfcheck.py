@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from semantic_diffusion_adapter.kernels.attention import Regions, choose, masked_attention, merge, selfcheck
+from semantic_diffusion_adapter.kernels.attention import Regions, Source, choose, masked_attention, merge, selfcheck
 from semantic_diffusion_adapter.kernels.hierarchy import hierarchy
 from semantic_diffusion_adapter.kernels.visibility import region_bias
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -118,6 +118,13 @@ def test_the_first_use_may_be_under_gradient_checkpointing():
     for one, other in zip(got, expected):
         torch.testing.assert_close(one, other.grad)
     assert torch.equal(torch.random.get_rng_state(), state), "nobody's noise may change"
+
+
+def test_a_source_read_wrongly_is_noticed(monkeypatch, caplog):
+    right = Source.shift
+    monkeypatch.setattr(Source, "shift", lambda self, dtype: right(self, dtype) + (dtype != torch.float64))
+    assert choose(*qkv(), REGIONS) != "merge"
+    assert "output differs" in caplog.text
 
 
 def test_tensors_without_values_are_not_compared():
