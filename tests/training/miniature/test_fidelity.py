@@ -10,13 +10,24 @@ import torch
 pytest.importorskip("diffusers", reason="diffusers is not installed: pip install -e '.[training]'")
 
 from semantic_diffusion_adapter.training.miniature import evaluate  # noqa: E402
-from semantic_diffusion_adapter.training.miniature.evaluation import editing, fidelity, system  # noqa: E402
+from semantic_diffusion_adapter.training.miniature.evaluation import decoder, editing, fidelity, ways  # noqa: E402
+from semantic_diffusion_adapter.training.miniature.evaluation.system import Miniature  # noqa: E402
 from semantic_diffusion_adapter.training.miniature.scenes import render  # noqa: E402
+
+
+class Counting(Miniature):
+    """Counts the evaluations of Flux for one picture."""
+
+    evaluations = 0
+
+    def velocity(self, x, time, tokens):
+        self.evaluations += 1
+        return super().velocity(x, time, tokens)
 
 
 @pytest.fixture(scope="module")
 def miniature(toy_assets):
-    return system.Miniature(toy_assets, torch.device("cpu"), adapters=("tree128",))
+    return Counting(toy_assets, torch.device("cpu"), adapters=("tree128",))
 
 
 @pytest.fixture(scope="module")
@@ -26,28 +37,42 @@ def case(miniature):
     sources = np.stack([render(change.source) for change in changes])
     own, noise = miniature.embed(sources, "tree128"), miniature.noise("test", range(3), 0)
     edited = miniature.edit(own, [change.instruction for change in changes], "parallel")
-    return fidelity.Decoder(miniature, own, miniature.latents(sources), noise, 0), edited, noise
+    return decoder.Decoder(miniature, own, miniature.latents(sources), noise, 0), edited, noise
 
 
 def test_plain_is_what_the_editing_part_paints(miniature, case):
-    decoder, edited, noise = case
-    apart = decoder.anew(edited).astype(int) - miniature.paint(edited, "tree128", noise)
+    each, edited, noise = case
+    apart = ways.anew(each, edited).astype(int) - miniature.paint(edited, "tree128", noise)
     assert abs(apart).max() <= 1
 
 
 def test_an_edit_to_the_source_itself_changes_nothing(miniature, case):
-    decoder, _, _ = case
-    source = miniature.decode(decoder.latents).astype(int)
-    assert abs(decoder.flow_edit(decoder.own) - source).max() <= 1
-    assert not decoder.change(decoder.own).any()
+    each, _, _ = case
+    source = miniature.decode(each.latents).astype(int)
+    assert abs(ways.flow_edit(each, each.own) - source).max() <= 1
+    assert not each.change(each.own).any()
 
 
 def test_what_is_held_is_the_sources_latent(miniature, case):
-    decoder, edited, _ = case
-    source, nowhere = miniature.decode(decoder.latents), torch.zeros(3, 1, 16, 16, dtype=torch.bool)
-    for made in (decoder.flow_edit(edited, nowhere), decoder.anew(edited, inside=nowhere)):
+    each, edited, _ = case
+    source, nowhere = miniature.decode(each.latents), torch.zeros(3, 1, 16, 16, dtype=torch.bool)
+    for made in (ways.flow_edit(each, edited, nowhere), ways.anew(each, edited, inside=nowhere)):
         assert np.array_equal(made, source)
-    assert not np.array_equal(decoder.flow_edit(edited), source)
+    assert not np.array_equal(ways.flow_edit(each, edited), source)
+
+
+@pytest.mark.parametrize("way", fidelity.WAYS, ids=lambda way: way.name)
+def test_a_way_paints_at_its_cost(miniature, case, way):
+    each, edited, _ = case
+    one = decoder.Decoder(miniature, each.own, each.latents, each.noise, 0, start=0.75)
+    before = miniature.evaluations
+    change = each.change(edited)
+    mapped = miniature.evaluations - before
+    assert mapped == decoder.MAPPED
+    made = way.paint(one, edited, change)
+    assert made.shape == (3, 128, 128, 3) and made.dtype == np.uint8 and made.std() > 0
+    spent = miniature.evaluations - before - mapped
+    assert way.evaluations(one) in (spent, spent + mapped), "with the change map's or without"
 
 
 def test_auc_is_the_share_of_pairs_in_order():
