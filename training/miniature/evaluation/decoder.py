@@ -23,13 +23,13 @@ PATCH = 16  # pixels to a side of a patch
 
 
 class Decoder:
-    """Scenes and what paints them. own: the sources' embeddings; latents, noise: [N, C, h, w]; seed: of all other noise;
-    start: the time at which SDEdit begins."""
+    """Scenes and what paints them. sources: pictures [N, 128, 128, 3] uint8; own: their embeddings; noise: [N, C, h, w];
+    seed: of all other noise; start: the time at which SDEdit begins. `latents` are the sources' [N, C, h, w]."""
 
-    def __init__(self, system: Miniature, own: SemanticEmbedding, latents: Tensor, noise: Tensor, seed: int,
+    def __init__(self, system: Miniature, sources: np.ndarray, own: SemanticEmbedding, noise: Tensor, seed: int,
                  start: float = 1.0) -> None:
-        self.system, self.own, self.latents, self.noise = system, own, latents, noise
-        self.seed, self.start = seed, start
+        self.system, self.sources, self.own, self.noise = system, sources, own, noise
+        self.latents, self.seed, self.start = system.latents(sources), seed, start
 
     def change(self, edited: SemanticEmbedding) -> Tensor:
         """[N, 8, 8] in 0..1: the change map of the edited embeddings."""
@@ -40,9 +40,9 @@ class Decoder:
             found = found + patch_change(one, other)
         return relative(found)
 
-    def mask(self, change: Tensor) -> Tensor:
+    def mask(self, change: Tensor, grow: int = GROW) -> Tensor:
         """[N, 128, 128] of 0 and 1: the pixels that Change Mask finds."""
-        return enlarge(changed(change, THRESHOLD, GROW), SIZE, SIZE, PATCH)
+        return enlarge(changed(change, THRESHOLD, grow), SIZE, SIZE, PATCH)
 
     def cells(self, change: Tensor) -> Tensor:
         """[N, 1, h, w] bool: the same in cells of the latent."""

@@ -3,8 +3,10 @@
 plain             the edited embedding from noise, as the editing part paints it
 keep_outside      the same, with the source's tokens outside of the change mask (Keep Outside Mask)
 change_mask       the same, with the source's latent held outside of the change mask (Set Latent Noise Mask)
-flow_edit         FlowEdit from the source's latent, the source's and the edited embedding as its two prompts
+flow_edit         FlowEdit from the source's latent at time 0.9, the source's and the edited embedding as its two prompts
 flow_edit_masked  the same, held outside of the change mask
+flow_edit_composited
+                  the free flow edit, and the source's own pixels outside of a change mask that is feathered, not grown
 sdedit            from the source's latent under the noise of a time that was chosen on validation scenes
 oracle_...        all of these with the adapter's embedding of the true edited picture in place of the edit decoder's
 
@@ -83,7 +85,7 @@ def best_start(system: Miniature, count: int, seed: int) -> float:
     own = system.embed(sources, "tree128")
     edited = system.edit(own, [change.instruction for change in changes], "parallel")
     noise = system.noise("validation", range(count), seed)
-    decoder = Decoder(system, own, system.latents(sources), noise, seed)
+    decoder = Decoder(system, sources, own, noise, seed)
 
     def worth(start: float) -> float:
         pictures = anew(decoder, edited, start)
@@ -96,8 +98,8 @@ def run(system: Miniature, changes: Sequence[Edit], sources: np.ndarray, noise: 
     """(every figure, as `--json` prints them; further figures for the page) of test edits."""
     targets = np.stack([render(change.target) for change in changes])
     start = best_start(system, min(len(changes), TRIALS), seed)
-    own, latents = system.embed(sources, "tree128"), system.latents(sources)
-    decoder = Decoder(system, own, latents, noise, seed, start)
+    own = system.embed(sources, "tree128")
+    decoder = Decoder(system, sources, own, noise, seed, start)
     made = {"": system.edit(own, [change.instruction for change in changes], "parallel"),
             "oracle_": system.embed(targets, "tree128")}
     truth = patches_of(truly_changed(sources, targets))
@@ -109,7 +111,7 @@ def run(system: Miniature, changes: Sequence[Edit], sources: np.ndarray, noise: 
         for way in WAYS:
             seen = figures(changes, sources, targets, way.paint(decoder, edited, change))
             decodes[prefix + way.name] = seen | {"evaluations": way.evaluations(decoder)}
-    ceiling = figures(changes, sources, targets, system.decode(latents))
+    ceiling = figures(changes, sources, targets, system.decode(decoder.latents))
     asides = {"oracle_map": maps["oracle_"], "start": start, "ceiling": ceiling["psnr_outside"],
               "twins": sum(map(has_twin, changes))}
     return {"decode": decodes, "change_map": maps[""]}, asides

@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 
 from ....kernels.algebra import restrict
+from ....kernels.change_map import soften
 from ....kernels.embedding import SemanticEmbedding, from_hierarchy
 from ....kernels.flow_edit import coupled
 from ....kernels.regions import feather
 from .decoder import FEATHER, MAPPED, STEPS, Decoder, Way
 
+BEGIN = 0.9  # the time at which a flow edit begins: from 1 on it moves more of what the edit does not touch
+EDGE = 4  # half of the pixels within which a composite fades: 0.5 patches of feather
 
 def anew(decoder: Decoder, edited: SemanticEmbedding, start: float = 1.0, inside: Tensor | None = None) -> np.ndarray:
     """From noise, or from the source's latent under that of the time `start`, the rest held at the source's."""
@@ -27,11 +30,11 @@ def anew(decoder: Decoder, edited: SemanticEmbedding, start: float = 1.0, inside
 
 
 def flow_edit(decoder: Decoder, edited: SemanticEmbedding, inside: Tensor | None = None) -> np.ndarray:
-    """From the source's latent, held outside of `inside`; new noise at every step."""
+    """From the source's latent at the time BEGIN, held outside of `inside`; new noise at every step."""
     def work(rows: slice) -> Tensor:
         source, before, after, free = decoder.on_device(rows, decoder.latents, decoder.own.tokens, edited.tokens, inside)
         z = source
-        for step, (now, later) in enumerate(decoder.steps()):
+        for step, (now, later) in enumerate(decoder.steps(BEGIN)):
             sides = coupled(z, source, decoder.drawn(rows, step, 0).to(z), torch.tensor(now))
             one, other = (decoder.velocity(x, now, tokens) for x, tokens in zip(sides, (after, before)))
             z = z + (later - now) * (one - other)
@@ -50,11 +53,25 @@ def keep_outside(decoder: Decoder, edited: SemanticEmbedding, change: Tensor) ->
     return anew(decoder, from_hierarchy(torch.cat(kept), decoder.own.hierarchy()))
 
 
+def flow_edit_composited(decoder: Decoder, edited: SemanticEmbedding, change: Tensor) -> np.ndarray:
+    """The flow edit where the change map is above the threshold, the source's own pixels elsewhere. Nothing is held while
+    it is painted, and the mask is not grown: a soft edge over the free picture hides the seam."""
+    soft = soften(decoder.mask(change, grow=0), EDGE)[..., None].numpy()
+    apart = flow_edit(decoder, edited).astype(np.float32) - decoder.sources
+    return np.rint(decoder.sources + soft * apart).astype(np.uint8)
+
+
+def _flow_steps(decoder: Decoder) -> int:
+    return 2 * len(decoder.steps(BEGIN))
+
+
 OURS = (
     Way("plain", lambda d: STEPS, lambda d, edited, change: anew(d, edited)),
     Way("keep_outside", lambda d: STEPS + MAPPED, keep_outside),
     Way("change_mask", lambda d: STEPS + MAPPED, lambda d, edited, change: anew(d, edited, inside=d.cells(change))),
-    Way("flow_edit", lambda d: 2 * STEPS, lambda d, edited, change: flow_edit(d, edited)),
-    Way("flow_edit_masked", lambda d: 2 * STEPS + MAPPED, lambda d, edited, change: flow_edit(d, edited, d.cells(change))),
+    Way("flow_edit", _flow_steps, lambda d, edited, change: flow_edit(d, edited)),
+    Way("flow_edit_masked", lambda d: _flow_steps(d) + MAPPED,
+        lambda d, edited, change: flow_edit(d, edited, d.cells(change))),
+    Way("flow_edit_composited", lambda d: _flow_steps(d) + MAPPED, flow_edit_composited),
     Way("sdedit", lambda d: len(d.steps(d.start)), lambda d, edited, change: anew(d, edited, d.start)),
 )
