@@ -10,7 +10,14 @@ import torch
 pytest.importorskip("diffusers", reason="diffusers is not installed: pip install -e '.[training]'")
 
 from semantic_diffusion_adapter.training.miniature import evaluate  # noqa: E402
-from semantic_diffusion_adapter.training.miniature.evaluation import decoder, editing, fidelity, ways  # noqa: E402
+from semantic_diffusion_adapter.training.miniature.evaluation import (  # noqa: E402
+    decoder,
+    editing,
+    fidelity,
+    sequence,
+    turns,
+    ways,
+)
 from semantic_diffusion_adapter.training.miniature.evaluation.system import Miniature  # noqa: E402
 from semantic_diffusion_adapter.training.miniature.scenes import render  # noqa: E402
 
@@ -86,6 +93,21 @@ def test_a_composite_is_the_source_where_nothing_changes(case):
     assert not apart.any()
 
 
+def test_what_no_mask_reaches_in_five_turns_is_the_sources_own_pixels(miniature):
+    chains = [turns.chain_of(index, 0) for index in range(2)]
+    source, *made = sequence.pictures(miniature, chains, 0, "turns")
+    assert len(made) == 5 and made[-1].shape == source.shape
+    free = sequence.untouched(chains)
+    assert all((later <= now).all() for now, later in zip(free, free[1:])) and free[-1].any()
+    own, last = miniature.embed(source, "tree128"), source
+    for turn, now in enumerate(made):
+        edited = miniature.edit(own, [chain[turn].instruction for chain in chains], "parallel")
+        each = decoder.Decoder(miniature, last, own, miniature.noise("test", range(2), 0), turn)
+        beyond = each.mask(each.change(edited), grow=1)[..., None].numpy() == 0
+        assert np.array_equal(np.where(beyond, now, 0), np.where(beyond, last, 0))
+        own, last = miniature.embed(now, "tree128"), now
+
+
 def test_auc_is_the_share_of_pairs_in_order():
     rng = np.random.default_rng(0)
     score, truth = rng.integers(0, 6, (4, 8)).astype(float), rng.random((4, 8)) > 0.6
@@ -116,7 +138,8 @@ def test_the_whole_of_it_has_the_form_that_the_page_and_its_readers_expect(toy_a
     assert evaluate.main(["fidelity", "--scenes", "2", "--json", "--assets", str(toy_assets)]) == 0
     printed, said = capsys.readouterr()
     results = json.loads(printed.splitlines()[-1])
-    assert set(results) == {"decode", "change_map"} and set(results["change_map"]) == {"model", "tokens"}
+    assert set(results) == {"decode", "change_map", "turns"} and len(results["turns"]) == 5
+    assert set(results["change_map"]) == {"model", "tokens"}
     assert list(results["decode"]) == [f"{prefix}{name}" for prefix in ("", "oracle_") for name in fidelity.DECODES]
     for values in results["decode"].values():
         assert set(values) == {"success", "preservation", "twins", "psnr_outside", "ssim_outside", "psnr_target",
@@ -124,5 +147,5 @@ def test_the_whole_of_it_has_the_form_that_the_page_and_its_readers_expect(toy_a
     cost = {name: v["evaluations"] for name, v in results["decode"].items()}
     assert (cost["plain"], cost["change_mask"]) == (20, 28) and cost["flow_edit_masked"] == cost["flow_edit"] + 8 <= 48
     assert cost["oracle_sdedit"] == cost["sdedit"] <= 20
-    assert "| oracle_flow_edit_masked |" in printed and "| tokens |" in printed
+    assert "| oracle_flow_edit_masked |" in printed and "| tokens |" in printed and "| repainted |" in printed
     assert f"{fidelity.painted(2)}/{fidelity.painted(2)}" in said.replace("\r", "\n"), "the bar ends where it said"

@@ -7,6 +7,8 @@ flow_edit         FlowEdit from the source's latent at time 0.9, the source's an
 flow_edit_masked  the same, held outside of the change mask
 flow_edit_composited
                   the free flow edit, and the source's own pixels outside of a change mask that is feathered, not grown
+rf_inversion, rf_solver, fireflow, uniedit
+                  up from the source's latent and down again (`solvers`)
 sdedit            from the source's latent under the noise of a time that was chosen on validation scenes
 oracle_...        all of these with the adapter's embedding of the true edited picture in place of the edit decoder's
 
@@ -14,7 +16,7 @@ Pixels *outside* are those that the true edit leaves as they were. `psnr_outside
 there with the source's, `psnr_target` the whole of it with the true edit; all are means over the pictures. `evaluations`
 are those of Flux for one picture, with the change mask's. `change_map` is the AUC with which a score of the 8 x 8 latent
 patches, relative to the picture's greatest, tells those in which a pixel truly changes: by the frozen model, and by the
-tokens alone.
+tokens alone. `turns` is what `sequence` measures.
 """
 from __future__ import annotations
 
@@ -30,19 +32,21 @@ from ...judge.metrics import ssim_map
 from ..captions import Edit
 from ..editor import has_twin
 from ..scenes import SIZE, render
+from . import sequence
 from .decoder import PATCH, Decoder, Way
 from .editing import STARTS, TRIALS, instructions, judge, summary
 from .reconstruction import parse_all, psnr
+from .solvers import SOLVERS
 from .system import Miniature
 from .ways import OURS, anew
 
-WAYS: tuple[Way, ...] = OURS  # the ways of other files are added here
+WAYS: tuple[Way, ...] = (*OURS, *SOLVERS)  # the ways of other files are added here
 DECODES = tuple(way.name for way in WAYS)
 
 
 def painted(count: int) -> int:
     """Pictures that are painted for `count` scenes."""
-    return 2 * len(DECODES) * count + len(STARTS) * min(count, TRIALS)
+    return 2 * len(DECODES) * count + len(STARTS) * min(count, TRIALS) + sequence.painted(count)
 
 
 def auc(score: np.ndarray, truth: np.ndarray) -> float | None:
@@ -111,7 +115,8 @@ def run(system: Miniature, changes: Sequence[Edit], sources: np.ndarray, noise: 
         for way in WAYS:
             seen = figures(changes, sources, targets, way.paint(decoder, edited, change))
             decodes[prefix + way.name] = seen | {"evaluations": way.evaluations(decoder)}
+    chains = sequence.run(system, len(changes), seed)
     ceiling = figures(changes, sources, targets, system.decode(decoder.latents))
     asides = {"oracle_map": maps["oracle_"], "start": start, "ceiling": ceiling["psnr_outside"],
-              "twins": sum(map(has_twin, changes))}
-    return {"decode": decodes, "change_map": maps[""]}, asides
+              "twins": sum(map(has_twin, changes)), "chains": chains}
+    return {"decode": decodes, "change_map": maps[""], "turns": chains["turns"]["turns"]}, asides
