@@ -89,6 +89,17 @@ def test_the_flow_edit_edits_inside_the_mask_and_keeps_the_rest(client: Client, 
     assert (flow[mask] > 40).sum() > 0.5 * (plain[mask] > 40).sum() > 20, "inside is the edit"
 
 
+@of("15 Five edits in a row (miniature)")
+def test_five_turns_leave_the_sources_own_pixels_where_none_reaches(client: Client, prompt: dict) -> None:
+    images = run(client, prompt)
+    turns = [images[f"turns_{name}"].astype(int) for name in ("source", 1, 2, 3, 4, 5)]
+    for before, after in zip(turns, turns[1:]):
+        apart = np.abs(after - before).max(-1)
+        assert (apart > 40).sum() > 20, "every turn edits"
+        assert (apart == 0).mean() > 0.4, "and takes over only what its mask finds"
+    assert (turns[-1] == turns[0]).all(-1).mean() > 0.15
+
+
 @of("09 Save and reuse an embedding (miniature)")
 def test_what_was_saved_paints_the_same_picture(client: Client, prompt: dict) -> None:
     """As the note in the template says: pick the file, connect it, and only Load Miniature is still needed."""
