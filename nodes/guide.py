@@ -138,7 +138,7 @@ class InversionEdit(io.ComfyNode):
                     "conditioning on the way down; rf_inversion also pulls towards the source.",
                 ),
                 io.Float.Input(
-                    "omega", default=5.0, min=0.0, max=20.0, step=0.1,
+                    "omega", default=1.0, min=0.0, max=20.0, step=0.1,
                     tooltip="How far uniedit goes beyond the edit. Its paper says 5 for prompts; embeddings need less.",
                 ),
                 io.Float.Input(

@@ -15,13 +15,14 @@ from ....kernels import inversion
 from ....kernels.embedding import SemanticEmbedding
 from .decoder import Decoder, Way
 
-UNIEDIT_BEGIN, OMEGA = 0.868, 5.0  # the paper's alpha of 0.8
-GAMMA, ETA, STOP = 0.5, 0.9, 0.25
+BEGIN = 0.9  # of fireflow, rf_solver and uniedit
+OMEGA = 0.5  # the paper's 5 for prompts destroys what an embedding says
+GAMMA, ETA, STOP = 0.5, 0.9, 0.5
 
 Walk = Callable[[Tensor, list[float], inversion.Velocity], Iterator[Tensor]]
 
 
-def uniedit(decoder: Decoder, edited: SemanticEmbedding, change: Tensor, begin: float = UNIEDIT_BEGIN,
+def uniedit(decoder: Decoder, edited: SemanticEmbedding, change: Tensor, begin: float = BEGIN,
             omega: float = OMEGA) -> np.ndarray:
     def joined(of_edited: inversion.Velocity, of_source: inversion.Velocity) -> inversion.Velocity:
         return lambda x, time: inversion.joined(of_edited(x, time), of_source(x, time), omega)
@@ -29,11 +30,11 @@ def uniedit(decoder: Decoder, edited: SemanticEmbedding, change: Tensor, begin: 
     return _walked(decoder, edited, begin, lambda rows: (inversion.corrected, inversion.plain), joined)
 
 
-def fireflow(decoder: Decoder, edited: SemanticEmbedding, change: Tensor, begin: float = 1.0) -> np.ndarray:
+def fireflow(decoder: Decoder, edited: SemanticEmbedding, change: Tensor, begin: float = BEGIN) -> np.ndarray:
     return _walked(decoder, edited, begin, lambda rows: (inversion.reused, inversion.reused))
 
 
-def rf_solver(decoder: Decoder, edited: SemanticEmbedding, change: Tensor, begin: float = 1.0) -> np.ndarray:
+def rf_solver(decoder: Decoder, edited: SemanticEmbedding, change: Tensor, begin: float = BEGIN) -> np.ndarray:
     return _walked(decoder, edited, begin, lambda rows: (inversion.midpoint, inversion.midpoint))
 
 
@@ -68,7 +69,7 @@ def _last(walk: Iterator[Tensor]) -> Tensor:
 
 SOLVERS = (
     Way("rf_inversion", lambda d: 2 * len(d.steps()), rf_inversion),
-    Way("rf_solver", lambda d: 4 * len(d.steps()), rf_solver),
-    Way("fireflow", lambda d: 2 * len(d.steps()) + 2, fireflow),
-    Way("uniedit", lambda d: 3 * len(d.steps(UNIEDIT_BEGIN)) + 1, uniedit),
+    Way("rf_solver", lambda d: 4 * len(d.steps(BEGIN)), rf_solver),
+    Way("fireflow", lambda d: 2 * len(d.steps(BEGIN)) + 2, fireflow),
+    Way("uniedit", lambda d: 3 * len(d.steps(BEGIN)) + 1, uniedit),
 )
