@@ -11,7 +11,7 @@ from .edit import EditEmbedding, KeepOutsideMask
 from .encode import BuildEmbedding, EncodeImage
 from .files import LoadEmbedding, SaveEmbedding
 from .fit import FitEmbedding
-from .guide import EditGuider, FlowEditGuider
+from .guide import EditGuider, FlowEditGuider, InversionEdit
 from .host import folders
 from .load import LoadAdapter, LoadEditDecoder, LoadVisionEncoders
 from .miniature import LoadMiniature
@@ -51,5 +51,6 @@ class SemanticDiffusionExtension(ComfyExtension):
             EditGuider,
             ChangeMask,
             FlowEditGuider,
+            InversionEdit,
             LoadMiniature,
         ]

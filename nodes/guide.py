@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from .host import flow_edit, guider
+from .host import flow_edit, guider, inversion
 from .host.versions import schema
 
 
@@ -116,3 +116,61 @@ class FlowEditGuider(io.ComfyNode):
         made.set_edit(source, edited, latent, edit_strength, negative, cfg, source_cfg)
         made.set_noise(seed, n_avg, mask)
         return io.NodeOutput(made)
+
+
+class InversionEdit(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="SDAInversionEdit",
+            display_name="Edit by Inversion",
+            description="Turn the source picture back into its noise and paint the edit from there: UniEdit-Flow, FireFlow, "
+            "RF-Solver or RF-Inversion. Both outputs go to one SamplerCustomAdvanced.",
+            search_aliases=["unsample", "inversion", "uniedit", "fireflow", "rf inversion", "rf solver", "keep background"],
+            advanced=["eta_stop", "gamma", "cfg"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that paints; for embeddings the one from Masked Attention (Flux)."),
+                io.Conditioning.Input("source", tooltip="What the picture shows: the unedited embedding, or a prompt."),
+                io.Conditioning.Input("edited", tooltip="What it shall show."),
+                io.Combo.Input(
+                    "method", options=list(inversion.METHODS), default="uniedit",
+                    tooltip="uniedit compares the two at every step and keeps most; fireflow and rf_solver only change the "
+                    "conditioning on the way down; rf_inversion also pulls towards the source.",
+                ),
+                io.Float.Input(
+                    "omega", default=1.0, min=0.0, max=20.0, step=0.1,
+                    tooltip="How far uniedit goes beyond the edit. Its paper says 5 for prompts; embeddings need less.",
+                ),
+                io.Float.Input(
+                    "eta", default=0.9, min=0.0, max=1.0, step=0.01,
+                    tooltip="How strongly rf_inversion pulls towards the source. 1 to the end gives the source back.",
+                ),
+                io.Float.Input(
+                    "eta_stop", default=0.25, min=0.0, max=1.0, step=0.01,
+                    tooltip="In which part of the steps, from the first on, rf_inversion pulls.",
+                ),
+                io.Float.Input(
+                    "gamma", default=0.5, min=0.0, max=1.0, step=0.01,
+                    tooltip="How strongly rf_inversion's way up is led towards the connected noise.",
+                ),
+                io.Float.Input(
+                    "cfg", default=1.0, min=1.0, max=30.0, step=0.1,
+                    tooltip="How strongly the edited side keeps away from the negative. FLUX.1-dev is made for 1.",
+                ),
+                io.Conditioning.Input(
+                    "negative", optional=True, tooltip="What to keep away from. It only counts with a cfg above 1."
+                ),
+            ],
+            outputs=[
+                io.Guider.Output(display_name="guider", tooltip="For SamplerCustomAdvanced."),
+                io.Sampler.Output(display_name="sampler", tooltip="For the same SamplerCustomAdvanced."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, model, source, edited, method, omega, eta, eta_stop, gamma, cfg, negative=None
+    ) -> io.NodeOutput:  # fmt: skip
+        made = inversion.InversionGuider(model)
+        made.set_edit(source, edited, negative, cfg)
+        return io.NodeOutput(made, inversion.InversionSampler(method, omega, eta, eta_stop, gamma))

@@ -26,6 +26,7 @@ IDS = {
     "SDAEditGuider",
     "SDAChangeMask",
     "SDAFlowEditGuider",
+    "SDAInversionEdit",
     "SDARegionalPrompt",
     "SDAPlace",
     "SDACompose",

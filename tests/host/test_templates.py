@@ -14,6 +14,7 @@ from semantic_diffusion_adapter.runner.workflow import pictures, to_prompt
 
 pytestmark = pytest.mark.host
 
+SCENE = Path(__file__).resolve().parents[2] / "assets" / "miniature" / "scene.png"
 TEMPLATES = {
     path.stem: json.loads(path.read_text(encoding="utf-8"))
     for path in sorted((Path(__file__).resolve().parents[2] / "example_workflows").glob("*.json"))
@@ -87,6 +88,18 @@ def test_the_flow_edit_edits_inside_the_mask_and_keeps_the_rest(client: Client, 
     plain, flow = (np.abs(images[f"keep_{name}"] - images["keep_source"]).max(-1) for name in ("plain", "flow"))
     assert flow[~mask].mean() < 0.8 * plain[~mask].mean(), "outside is the source, but for the autoencoder"
     assert (flow[mask] > 40).sum() > 0.5 * (plain[mask] > 40).sum() > 20, "inside is the edit"
+
+
+@of("15 Five edits in a row (miniature)")
+def test_five_turns_leave_the_sources_own_pixels_where_none_reaches(client: Client, prompt: dict) -> None:
+    images = run(client, prompt)
+    source = np.asarray(Image.open(SCENE).convert("RGB")).astype(int)
+    turns = [source, *(images[f"turns_{number}"].astype(int) for number in range(1, 6))]
+    for before, after in zip(turns, turns[1:]):
+        apart = np.abs(after - before).max(-1)
+        assert (apart > 40).sum() > 20, "every turn edits"
+        assert (apart == 0).mean() > 0.4, "and takes over only what its mask finds"
+    assert (turns[-1] == turns[0]).all(-1).mean() > 0.15
 
 
 @of("09 Save and reuse an embedding (miniature)")

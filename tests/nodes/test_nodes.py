@@ -55,6 +55,9 @@ FROZEN = {
         ["model", "source", "edited", "latent", "edit_strength", "n_avg", "seed", "cfg", "source_cfg", "negative", "mask"],
         ["GUIDER"],
     ),
+    "SDAInversionEdit": (
+        ["model", "source", "edited", "method", "omega", "eta", "eta_stop", "gamma", "cfg", "negative"], ["GUIDER", "SAMPLER"],
+    ),
     "SDARegionalPrompt": (["clip", "text", *BOX, "embedding", *INSTEAD], ["SDA_EMBEDDING"]),
     "SDAPlace": (["embedding", "other", *BOX, *INSTEAD], ["SDA_EMBEDDING"]),
     "SDACompose": (["embedding", "other", *BOX, *INSTEAD], ["SDA_EMBEDDING"]),

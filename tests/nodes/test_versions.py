@@ -16,7 +16,8 @@ RARELY_USED = {
     ("SDAMaskedAttention", "start_percent"), ("SDAMaskedAttention", "end_percent"), ("SDAMaskedAttention", "token_mixing"),
     ("SDAMaskedAttention", "blocks"), ("SDABlendEmbeddings", "mode"), ("SDAEditEmbedding", "mode"), ("SDAEditGuider", "cfg"),
     ("SDAChangeMask", "noises"), ("SDAChangeMask", "seed"), ("SDAFlowEditGuider", "n_avg"), ("SDAFlowEditGuider", "cfg"),
-    ("SDAFlowEditGuider", "source_cfg"),
+    ("SDAFlowEditGuider", "source_cfg"), ("SDAInversionEdit", "eta_stop"), ("SDAInversionEdit", "gamma"),
+    ("SDAInversionEdit", "cfg"),
 }  # fmt: skip
 WITH_A_CANVAS = {"SDACompose", "SDAPlace", "SDARegionalPrompt", "SDAStrength"}
 KNOWN = {field.name for field in dataclasses.fields(io.Schema)}

@@ -226,7 +226,7 @@ class BaseStage:
 def schedule(steps: int, mu: float, start: float = 1.0) -> Tensor:
     """Falling times from `start` to 0; `steps` of them if it starts at 1."""
     times = shifted(torch.linspace(1, 0, steps + 1).clamp(min=1e-9), mu)
-    times[-1] = 0
+    times[0], times[-1] = 1, 0
     return torch.cat([torch.tensor([start]), times[times < start]])
 
 

@@ -145,6 +145,8 @@ def rounded(value):
     """Floats with four decimals, at any depth."""
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
     return round(value, 4) if isinstance(value, float) else value
 
 

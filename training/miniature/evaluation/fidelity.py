@@ -3,16 +3,20 @@
 plain             the edited embedding from noise, as the editing part paints it
 keep_outside      the same, with the source's tokens outside of the change mask (Keep Outside Mask)
 change_mask       the same, with the source's latent held outside of the change mask (Set Latent Noise Mask)
-flow_edit         FlowEdit from the source's latent, the source's and the edited embedding as its two prompts
+flow_edit         FlowEdit from the source's latent at time 0.9, the source's and the edited embedding as its two prompts
 flow_edit_masked  the same, held outside of the change mask
+flow_edit_composited
+                  the free flow edit, and the source's own pixels outside of a change mask that is feathered, not grown
+rf_inversion, rf_solver, fireflow, uniedit
+                  up from the source's latent and down again (`solvers`)
 sdedit            from the source's latent under the noise of a time that was chosen on validation scenes
-oracle_...        the same six with the adapter's embedding of the true edited picture in place of the edit decoder's
+oracle_...        all of these with the adapter's embedding of the true edited picture in place of the edit decoder's
 
 Pixels *outside* are those that the true edit leaves as they were. `psnr_outside` and `ssim_outside` compare the picture
 there with the source's, `psnr_target` the whole of it with the true edit; all are means over the pictures. `evaluations`
 are those of Flux for one picture, with the change mask's. `change_map` is the AUC with which a score of the 8 x 8 latent
 patches, relative to the picture's greatest, tells those in which a pixel truly changes: by the frozen model, and by the
-tokens alone.
+tokens alone. `turns` is what `sequence` measures.
 """
 from __future__ import annotations
 
@@ -23,102 +27,26 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from ....kernels.algebra import restrict
-from ....kernels.change_map import changed, enlarge, patch_change, relative, times, token_change
-from ....kernels.embedding import SemanticEmbedding, from_hierarchy
-from ....kernels.flow_edit import coupled
-from ....kernels.noise import own_noise
-from ....kernels.regions import feather
+from ....kernels.change_map import relative, token_change
 from ...judge.metrics import ssim_map
-from ..base import schedule
 from ..captions import Edit
 from ..editor import has_twin
 from ..scenes import SIZE, render
+from . import sequence
+from .decoder import PATCH, Decoder, Way
 from .editing import STARTS, TRIALS, instructions, judge, summary
 from .reconstruction import parse_all, psnr
+from .solvers import SOLVERS
 from .system import Miniature
+from .ways import OURS, anew
 
-DECODES = ("plain", "keep_outside", "change_mask", "flow_edit", "flow_edit_masked", "sdedit")
-STEPS = 20
-NOISES, THRESHOLD, GROW, FEATHER = 4, 0.03, 1, 0.05  # the defaults of Change Mask and of Keep Outside Mask
-CELLS = 2  # latent cells to a side of a patch
-MAPPED = 2 * NOISES  # evaluations that a change mask costs
-PATCH = 16  # pixels to a side of a patch
+WAYS: tuple[Way, ...] = (*OURS, *SOLVERS)  # the ways of other files are added here
+DECODES = tuple(way.name for way in WAYS)
 
 
 def painted(count: int) -> int:
     """Pictures that are painted for `count` scenes."""
-    return 2 * len(DECODES) * count + len(STARTS) * min(count, TRIALS)
-
-
-class Decoder:
-    """One set of scenes, their latents and noise, to be painted in every way."""
-
-    def __init__(self, system: Miniature, own: SemanticEmbedding, latents: Tensor, noise: Tensor, seed: int) -> None:
-        self.system, self.own, self.latents, self.noise, self.seed = system, own, latents, noise, seed
-
-    def change(self, edited: SemanticEmbedding) -> Tensor:
-        """[N, 8, 8] in 0..1: the change map of the edited embeddings."""
-        found = torch.zeros(())
-        for number, time in enumerate(times(NOISES)):
-            x = (1 - time) * self.latents + time * self._drawn(slice(None), number)
-            one, other = (self.system.velocities(e, x, time) for e in (edited, self.own))
-            found = found + patch_change(one, other)
-        return relative(found)
-
-    def all(self, edited: SemanticEmbedding, change: Tensor, start: float) -> dict[str, np.ndarray]:
-        """The pictures of every way, in the order of DECODES."""
-        mask = changed(change, THRESHOLD, GROW)
-        inside = mask.repeat_interleave(CELLS, 1).repeat_interleave(CELLS, 2)[:, None] > 0
-        kept = []
-        for number, each in enumerate(enlarge(mask, SIZE, SIZE, PATCH)):
-            one = slice(number, number + 1)
-            soft = feather(each, FEATHER)
-            kept.append(restrict(_rows(edited, one), _rows(self.own, one), soft).tokens)
-        kept = from_hierarchy(torch.cat(kept), self.own.hierarchy())
-        made = (self.anew(edited), self.anew(kept), self.anew(edited, inside=inside), self.flow_edit(edited),
-                self.flow_edit(edited, inside), self.anew(edited, start))
-        return dict(zip(DECODES, made))
-
-    def anew(self, edited: SemanticEmbedding, start: float = 1.0, inside: Tensor | None = None) -> np.ndarray:
-        """From noise, or from the source's latent under that of the time `start`, the rest held at the source's."""
-        def work(rows: slice) -> Tensor:
-            source, noise, tokens, free = self._on_device(rows, self.latents, self.noise, edited.tokens, inside)
-            x = (1 - start) * source + start * noise
-            for now, later in self._steps(start):
-                if free is not None:
-                    x = torch.where(free, x, (1 - now) * source + now * noise)
-                x = x + (later - now) * self.system.velocity(x, now, tokens)
-            return x if free is None else torch.where(free, x, source)
-
-        return self.system.paint_by(self.own, len(self.latents), work)
-
-    def flow_edit(self, edited: SemanticEmbedding, inside: Tensor | None = None) -> np.ndarray:
-        def work(rows: slice) -> Tensor:
-            source, before, after, free = self._on_device(rows, self.latents, self.own.tokens, edited.tokens, inside)
-            z = source
-            for step, (now, later) in enumerate(self._steps()):
-                at_edited, at_source = coupled(z, source, self._drawn(rows, step, 0).to(z), torch.tensor(now))
-                one, other = (self.system.velocity(x, now, tokens) for x, tokens in ((at_edited, after), (at_source, before)))
-                z = z + (later - now) * (one - other)
-                z = z if free is None else torch.where(free, z, source)
-            return z
-
-        return self.system.paint_by(self.own, len(self.latents), work)
-
-    def _steps(self, start: float = 1.0) -> list[tuple[float, float]]:
-        when = schedule(STEPS, self.system.mu, start).tolist()
-        return list(zip(when[:-1], when[1:]))
-
-    def _drawn(self, rows: slice, *key: int) -> Tensor:
-        return own_noise(self.latents.shape[1:], range(len(self.latents))[rows], self.seed, *key)
-
-    def _on_device(self, rows: slice, *tensors: Tensor | None) -> list[Tensor | None]:
-        return [None if each is None else each[rows].to(self.system.device) for each in tensors]
-
-
-def _rows(e: SemanticEmbedding, rows: slice) -> SemanticEmbedding:
-    return SemanticEmbedding(e.tokens[rows], e.boxes, e.levels, e.strengths)
+    return 2 * len(DECODES) * count + len(STARTS) * min(count, TRIALS) + sequence.painted(count)
 
 
 def auc(score: np.ndarray, truth: np.ndarray) -> float | None:
@@ -161,10 +89,10 @@ def best_start(system: Miniature, count: int, seed: int) -> float:
     own = system.embed(sources, "tree128")
     edited = system.edit(own, [change.instruction for change in changes], "parallel")
     noise = system.noise("validation", range(count), seed)
-    decoder = Decoder(system, own, system.latents(sources), noise, seed)
+    decoder = Decoder(system, sources, own, noise, seed)
 
     def worth(start: float) -> float:
-        pictures = decoder.anew(edited, start)
+        pictures = anew(decoder, edited, start)
         return sum(v or 0 for v in summary([judge(c, f) for c, f in zip(changes, parse_all(pictures))]).values())
 
     return max(STARTS, key=worth)
@@ -174,21 +102,21 @@ def run(system: Miniature, changes: Sequence[Edit], sources: np.ndarray, noise: 
     """(every figure, as `--json` prints them; further figures for the page) of test edits."""
     targets = np.stack([render(change.target) for change in changes])
     start = best_start(system, min(len(changes), TRIALS), seed)
-    own, latents = system.embed(sources, "tree128"), system.latents(sources)
-    decoder = Decoder(system, own, latents, noise, seed)
+    own = system.embed(sources, "tree128")
+    decoder = Decoder(system, sources, own, noise, seed, start)
     made = {"": system.edit(own, [change.instruction for change in changes], "parallel"),
             "oracle_": system.embed(targets, "tree128")}
-    begun = len(schedule(STEPS, system.mu, start)) - 1
-    cost = dict(zip(DECODES, (STEPS, STEPS + MAPPED, STEPS + MAPPED, 2 * STEPS, 2 * STEPS + MAPPED, begun)))
     truth = patches_of(truly_changed(sources, targets))
     decodes, maps = {}, {}
     for prefix, edited in made.items():
         change = decoder.change(edited)
         maps[prefix] = {"model": auc(change.numpy(), truth),
                         "tokens": auc(relative(token_change(edited, own, truth.shape[1:])).numpy(), truth)}
-        for name, pictures in decoder.all(edited, change, start).items():
-            decodes[prefix + name] = figures(changes, sources, targets, pictures) | {"evaluations": cost[name]}
-    ceiling = figures(changes, sources, targets, system.decode(latents))
+        for way in WAYS:
+            seen = figures(changes, sources, targets, way.paint(decoder, edited, change))
+            decodes[prefix + way.name] = seen | {"evaluations": way.evaluations(decoder)}
+    chains = sequence.run(system, len(changes), seed)
+    ceiling = figures(changes, sources, targets, system.decode(decoder.latents))
     asides = {"oracle_map": maps["oracle_"], "start": start, "ceiling": ceiling["psnr_outside"],
-              "twins": sum(map(has_twin, changes))}
-    return {"decode": decodes, "change_map": maps[""]}, asides
+              "twins": sum(map(has_twin, changes)), "chains": chains}
+    return {"decode": decodes, "change_map": maps[""], "turns": chains["turns"]["turns"]}, asides

@@ -226,4 +226,12 @@ def fidelity_page(results: dict, asides: dict, scenes: int, seed: int, command: 
               [[name, share(results["change_map"][name]), share(asides["oracle_map"][name])]
                for name in ("model", "tokens")]),
         "",
+        "## Five instructions in a row",
+        "",
+        "PSNR, in dB, of the pixels that none of the instructions so far changes (`training/miniature/evaluation/sequence.py`).",
+        "",
+        *rows(["", *(f"turn {turn}" for turn in range(1, 6)), "fifth succeeds", "things kept"],
+              [[name, *map(number, v["turns"]), number(v["success"]), number(v["preservation"])]
+               for name, v in asides["chains"].items()]),
+        "",
     ])
