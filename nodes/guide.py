@@ -134,7 +134,7 @@ class InversionEdit(io.ComfyNode):
                 io.Conditioning.Input("edited", tooltip="What it shall show."),
                 io.Combo.Input(
                     "method", options=list(inversion.METHODS), default="uniedit",
-                    tooltip="uniedit compares the two at every step and keeps most; fireflow and rf_solver only change the "
+                    tooltip="uniedit compares the two at every step; fireflow and rf_solver only change the "
                     "conditioning on the way down; rf_inversion also pulls towards the source.",
                 ),
                 io.Float.Input(
