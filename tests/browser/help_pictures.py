@@ -36,6 +36,7 @@ PICTURES = {
     "SDACompose": (COMPOSE, 17, 21),
     "SDAEditEmbedding": (README, 18, 22),
     "SDAEditGuider": ("05 Edit strength (miniature)", 24, 26, 28),
+    "SDAFitEmbedding": ("12 Fit a picture (miniature)", 7, 8, 12),
     "SDAFlowEditGuider": (KEEP, 22, 24, 26),
     "SDAKeepOutsideMask": ("06 Edit inside a mask (miniature)", 23, 12, 25),
     "SDALoadEmbedding": ("09 Save and reuse an embedding (miniature)", 12),
