@@ -107,7 +107,8 @@ def test_reconstruction_figures():
     truth, ground = [TWO, TWO], Scene("black", TWO.things)
     sources = np.stack([render(TWO)] * 2)
     perfect = reconstruction.measure(truth, truth, sources, sources)
-    assert perfect == {"f1": 1, "f1_colour_position": 1, "position_px": 0, "background": 1, "psnr": pytest.approx(58.92, abs=0.01)}
+    assert perfect == {"f1": 1, "f1_colour_position": 1, "position_px": 0, "background": 1, "iou": pytest.approx(1, abs=0.01),
+                       "psnr": pytest.approx(58.92, abs=0.01)}
     # One of two scenes: the red one small for large and 5 px off, the blue one 30 px off, on black.
     wrong = Scene("black", (at(RED, 33, 34, size="large"), at(BLUE, 60, 90)))
     figures = reconstruction.measure(truth, [TWO, wrong], sources, np.stack([render(TWO), render(ground)]))
@@ -232,17 +233,21 @@ def test_the_whole_evaluation(toy_assets, tmp_path, capsys, monkeypatch):
     name = resolve("auto", "cpu")
     assert f"computes in {name} on cpu\n" in said and f", {name}; " in printed, "what was chosen is said, and stands on the page"
     results = json.loads(printed.splitlines()[-1])
-    assert list(results) == ["text", "reconstruction", "locality", "editing", "blend"]
+    assert list(results) == ["text", "reconstruction", "locality", "editing", "chain", "blend", "levels"]
     assert set(results["text"]) == {"f1_colour_place", "f1_shape"} and set(results["locality"]) == {"masked", "unmasked"}
     assert set(results["reconstruction"]) == {"vae", "caption", "global16", "global32", "tree64", "tree112", "tree128",
                                               "tree64_unmasked", "global64", "shuffled"}
-    assert all(set(v) == {"f1", "f1_colour_position", "position_px", "background", "psnr"} for v in results["reconstruction"].values())
+    measured = {"f1", "f1_colour_position", "position_px", "background", "iou", "psnr"}
+    assert all(set(v) == measured for v in results["reconstruction"].values())
     assert set(results["editing"]) == {"autoregressive", "parallel", "oracle", "copy", "sdedit"}
-    for values in results["editing"].values():
-        assert set(values) == {"remove", "add", "recolour", "move", "replace", "all"}
+    for name, values in results["editing"].items():
+        beside = {"twins"} if name in ("autoregressive", "parallel", "oracle") else set()
+        assert set(values) == {"remove", "add", "recolour", "move", "replace", "all"} | beside
         assert all(set(v) == {"success", "preservation"} for v in values.values())
-    assert 0 <= results["blend"]["evenness"] <= 1
-    for line in ("## Reconstruction", "| shuffled |", "| (chance) |", "## Locality", "| sdedit |", "## Blend"):
+    assert 0 <= results["blend"]["evenness"] <= 1 and set(results["blend"]) == {"evenness", "whole"}
+    assert set(results["chain"]) == {"success", "preservation"}
+    assert {level: set(v) for level, v in results["levels"].items()} == dict.fromkeys("012", {"off", "double"})
+    for line in ("## Reconstruction", "| shuffled |", "| (chance) |", "## Locality", "| sdedit |", "same colour", "## Blend", "## Levels"):
         assert line in printed
 
     assert len(list(out.iterdir())) == 4
