@@ -15,7 +15,7 @@ from ....kernels.embedding import SemanticEmbedding
 from .locality import CHANGED
 from .system import Miniature
 
-SCENES = 32
+SCENES = 16
 STRENGTHS = {"off": 0.0, "double": 2.0}
 LEVELS = 3  # of tree128
 
