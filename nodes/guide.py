@@ -139,7 +139,7 @@ class InversionEdit(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "omega", default=1.0, min=0.0, max=20.0, step=0.1,
-                    tooltip="How far uniedit goes beyond the edit. Its paper says 5 for prompts; embeddings need less.",
+                    tooltip="How far uniedit goes beyond the edit. Its paper says 5 for prompts; begin with 1 for embeddings.",
                 ),
                 io.Float.Input(
                     "eta", default=0.9, min=0.0, max=1.0, step=0.01,

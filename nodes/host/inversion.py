@@ -50,7 +50,7 @@ class InversionGuider(comfy.samplers.CFGGuider):
 class InversionSampler(comfy.samplers.Sampler):
     """`kernels/inversion.py` from the source's latent to the first sigma, and from there down to 0."""
 
-    def __init__(self, method: str, omega: float = 5.0, eta: float = 0.9, eta_stop: float = 0.25, gamma: float = 0.5) -> None:
+    def __init__(self, method: str, omega: float, eta: float, eta_stop: float, gamma: float) -> None:
         """method: one of METHODS; omega is uniedit's, the others rf_inversion's, as the kernel takes them."""
         self.method, self.omega, self.eta, self.eta_stop, self.gamma = method, omega, eta, eta_stop, gamma
 

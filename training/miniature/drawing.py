@@ -63,7 +63,8 @@ def draw(things: Tensor, grounds: Tensor) -> Tensor:
 
 
 def labels(things: Tensor, grounds: Tensor, grid: int = 8) -> Tensor:
-    """What each cell of a grid shows, [B, grid * grid, 15] float32 (scenes.patch_labels)."""
+    """What each cell of a grid shows: [B, grid * grid, 15] float32, two distributions side by side, the share of the
+    cell's area taken by each of (6 colours, 4 grounds) and by each of (4 shapes, no shape)."""
     cell = SIZE // grid
     shares = coverages(things).unflatten(2, (grid, cell)).unflatten(4, (grid, cell)).mean((3, 5)).flatten(2)
     known = torch.zeros(len(things), 15, grid * grid, device=things.device)

@@ -80,9 +80,13 @@ class Config:
 
 
 def change_of(split: str, index: int, seed: int = 0, operation: str | None = None) -> Edit:
-    """Instruction number `index` of a split: half of the places are words, half are coordinates."""
-    rng = generator_of(split, index, purpose=31, seed=seed)
-    return edit(scene(split, index, seed), rng, operation, fine=rng.random() < 0.5)
+    """Instruction number `index` of a split."""
+    return random_edit(scene(split, index, seed), generator_of(split, index, purpose=31, seed=seed), operation)
+
+
+def random_edit(truth: Scene, rng: np.random.Generator, operation: str | None = None) -> Edit:
+    """An instruction on the scene: half of the places are words, half are coordinates."""
+    return edit(truth, rng, operation, fine=rng.random() < 0.5)
 
 
 def augmented(change: Edit, kind: str, rng: np.random.Generator) -> Edit:
@@ -104,11 +108,15 @@ def nothing_to_do(change: Edit, rng: np.random.Generator) -> str:
     return choice(rng, ["", f"make the {thing.name} {thing.colour}", f"remove the {absent}"])
 
 
-def has_twin(change: Edit) -> bool:
-    """Whether another thing of the scene shares the subject's colour or shape."""
+def shares(change: Edit, kind: str) -> bool:
+    """Whether another thing of the source scene shares the subject's `kind`, colour or shape."""
     subject = change.subject
-    return subject is not None and any(t != subject and (t.colour == subject.colour or t.shape == subject.shape)
+    return subject is not None and any(t != subject and getattr(t, kind) == getattr(subject, kind)
                                        for t in change.source.things)
+
+
+def has_twin(change: Edit) -> bool:
+    return shares(change, "colour") or shares(change, "shape")
 
 
 def with_twins(scenes: Scenes) -> np.ndarray:
@@ -121,15 +129,10 @@ def with_twins(scenes: Scenes) -> np.ndarray:
 def twin_edit(truth: Scene, rng: np.random.Generator, tries: int = 8) -> Edit:
     """An edit of the scene whose subject has a twin, where one is found in a few tries."""
     for _ in range(tries):
-        change = edit(truth, rng, fine=rng.random() < 0.5)
+        change = random_edit(truth, rng)
         if has_twin(change):
             break
     return change
-
-
-def following(change: Edit, rng: np.random.Generator) -> Edit:
-    """An edit of the edited scene."""
-    return edit(change.target, rng, fine=rng.random() < 0.5)
 
 
 def samples(first: list[Edit], changes: list[Edit]) -> dict[str, Tensor]:
@@ -148,10 +151,10 @@ def prepare(config: Config, scenes: Scenes, twins: np.ndarray, step: Step) -> di
         if twin < config.twins and len(twins):
             change = twin_edit(scenes[twins[int(where * len(twins))]], rng)
         else:
-            change = edit(scenes[int(where * len(scenes))], rng, fine=rng.random() < 0.5)
+            change = random_edit(scenes[int(where * len(scenes))], rng)
         if position < config.chained * step.batch:
             first.append(change)
-            changes.append(following(change, rng))
+            changes.append(random_edit(change.target, rng))
         else:
             changes.append(augmented(change, config.augmentation.kind(kind), rng))
             first.append(changes[-1])

@@ -49,7 +49,7 @@ def painted_in_all(count: int, absent: Sequence[str] = ()) -> int:
     return (count * (len(variants) + reconstruction.PAINTED + len(editing.DECODERS) - 1) + len(swapped)
             * locality.pairs(count)
             + len(editing.STARTS) * editing.trials(count) + len(blend.AMOUNTS) * blend.pairs(count)
-            + 3 * len(turns.KINDS) * turns.twins(count) + turns.chains(count)
+            + len(turns.DECODERS) * len(turns.KINDS) * turns.twins(count) + turns.chains(count)
             + len(levels.STRENGTHS) * levels.LEVELS * levels.scenes(count))
 
 

@@ -153,18 +153,3 @@ def render(scene: Scene) -> np.ndarray:
         alpha = coverage(thing)[..., None]
         image += alpha * (np.asarray(COLOURS[thing.colour], np.float32) - image)
     return np.rint(image).astype(np.uint8)
-
-
-def patch_labels(scene: Scene, grid: int = 8) -> np.ndarray:
-    """What each cell of a grid shows: [grid * grid, 15] float32, two distributions side by side, the share of the
-    cell's area taken by each of (6 colours, 4 grounds) and by each of (4 shapes, no shape)."""
-    colours, cell = np.zeros((10, SIZE, SIZE), np.float32), SIZE // grid
-    shapes = np.zeros((5, SIZE, SIZE), np.float32)
-    for thing in scene.things:
-        alpha = coverage(thing)
-        colours[tuple(COLOURS).index(thing.colour)] += alpha
-        shapes[SHAPES.index(thing.shape)] += alpha
-    colours[6 + tuple(GROUNDS).index(scene.ground)] = 1 - colours.sum(0)
-    shapes[4] = 1 - shapes.sum(0)
-    maps = np.concatenate([colours, shapes])
-    return maps.reshape(15, grid, cell, grid, cell).mean((2, 4)).reshape(15, -1).T

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from ...kernels.replace import replacing
 from ..engine.ahead import in_order
 from ..files import file_hash
 from .drawing import codes, draw, scene_of
-from .scenes import SPLITS, Scene, numbered, scene
+from .scenes import Scene, numbered, scene
 from .vae import load_vae
 
 BATCH = 256
@@ -48,15 +49,18 @@ def _codes(scenes: int, total: int, first: int) -> dict[str, Tensor]:
 
 def training_scenes(scenes: int, crowds: int, folder: Path, device: torch.device) -> Scenes:
     """The codes of the training scenes and crowds; other processes make them where the device is a GPU."""
-    path, total = folder / f"scenes_{SPLITS['train']}_{scenes}_{crowds}.npz", scenes + crowds
+    path, total = folder / f"scenes_{scenes}_{crowds}.npz", scenes + crowds
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         made = list(in_order(partial(_codes, scenes, total), range(0, total, BATCH), device))
         things, grounds = (torch.cat([each[key] for each in made]).numpy() for key in ("things", "grounds"))
         with replacing(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, things=things, grounds=grounds)
-    with np.load(path) as kept:
-        return Scenes(kept["things"], kept["grounds"], scenes)
+    try:
+        with np.load(path) as kept:
+            return Scenes(kept["things"], kept["grounds"], scenes)
+    except (ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise ValueError(f"{path} is damaged: delete it, and the same command makes it again.") from error
 
 
 def training_latents(vae_path: Path, scenes: Scenes, folder: Path, device: torch.device) -> Tensor:

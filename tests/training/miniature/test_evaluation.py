@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("diffusers", reason="diffusers is not installed: pip install -e '.[training]'")
 
 from PIL import Image  # noqa: E402
+from semantic_diffusion_adapter.kernels.algebra import select  # noqa: E402
 from semantic_diffusion_adapter.kernels.embedding import from_hierarchy  # noqa: E402
 from semantic_diffusion_adapter.kernels.hierarchy import PRESETS  # noqa: E402
 from semantic_diffusion_adapter.kernels.precision import resolve  # noqa: E402
@@ -23,6 +24,7 @@ from semantic_diffusion_adapter.training.miniature.evaluation import (  # noqa: 
     blend,
     editing,
     kit,
+    levels,
     locality,
     reconstruction,
     system,
@@ -212,6 +214,20 @@ def test_painting_attends_as_training_does(toy):
             found.append(velocity(miniature.flux, x, t, tokens, torch.zeros(2, 48)))
         miniature.flux.set_attn_processor(miniature.attention)
         torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+def test_a_level_that_is_off_is_not_there(toy, monkeypatch):
+    miniature, _ = toy
+    monkeypatch.setattr(levels, "CHANGED", 0)  # untrained tokens change little
+    own = miniature.embed(np.stack([render(scene("test", index)) for index in range(2)]), "tree128")
+    noise = miniature.noise("test", range(2), 0)
+    painted = miniature.paint(own, "tree128", noise)
+    found = levels.run(miniature, own, noise, painted)
+    for level in range(3):
+        rest = miniature.paint(select(own, own.levels != level), "tree128", noise)
+        expected = (rest != painted).any(-1).mean()
+        assert found[str(level)]["off"] == pytest.approx(expected, abs=0.05)
+        assert found[str(level)]["off"] > 0 < found[str(level)]["double"]
 
 
 def test_sdedit_begins_from_the_picture(toy, monkeypatch):

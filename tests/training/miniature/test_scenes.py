@@ -20,7 +20,6 @@ from semantic_diffusion_adapter.training.miniature.scenes import (  # noqa: E402
     Thing,
     coverage,
     generator,
-    patch_labels,
     place_centre,
     place_of,
     render,
@@ -98,17 +97,6 @@ def test_coverage_is_the_shape_with_soft_edges():
     assert square.sum() == pytest.approx((2 * 0.78 * 15) ** 2, rel=0.02)
     with pytest.raises(ValueError, match="Unknown shape 'star'"):
         coverage(Thing("star", "red", "large", 64, 64))
-
-
-def test_patch_labels_are_shares_of_area():
-    truth = scene("train", 5)
-    labels = patch_labels(truth)
-    assert labels.shape == (64, 15) and labels.dtype == np.float32
-    assert np.allclose(labels[:, :10].sum(1), 1, atol=1e-5) and np.allclose(labels[:, 10:].sum(1), 1, atol=1e-5)
-    assert (labels > -1e-6).all()
-    for colour in {t.colour for t in truth.things}:
-        area = sum(coverage(t).sum() for t in truth.things if t.colour == colour)
-        assert labels[:, tuple(COLOURS).index(colour)].sum() * 256 == pytest.approx(area, rel=1e-4)
 
 
 def test_place_words_and_their_centres_agree():

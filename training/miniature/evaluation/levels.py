@@ -5,12 +5,10 @@ share of pixels in which any channel then differs by more than a tenth of the ra
 """
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
-import torch
 from torch import Tensor
 
+from ....kernels.algebra import with_strength
 from ....kernels.embedding import SemanticEmbedding
 from .locality import CHANGED
 from .system import Miniature
@@ -30,8 +28,7 @@ def run(system: Miniature, own: SemanticEmbedding, noise: Tensor, painted: np.nd
     for level in own.levels.unique().tolist():
         figures[str(level)] = {}
         for name, strength in STRENGTHS.items():
-            changed = replace(own, strengths=torch.where(own.levels == level, strength, own.strengths))
-            pictures = system.paint(changed, "tree128", noise[:len(own.tokens)])
+            pictures = system.paint(with_strength(own, strength, {level}), "tree128", noise[:len(own.tokens)])
             apart = abs(pictures.astype(np.int16) - painted[:len(pictures)]) > CHANGED
             figures[str(level)][name] = float(apart.any(-1).mean())
     return figures

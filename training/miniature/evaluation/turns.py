@@ -15,14 +15,15 @@ import numpy as np
 from torch import Tensor
 
 from ....kernels.embedding import SemanticEmbedding
-from ..captions import OPERATIONS, Edit, edit
-from ..editor import change_of
+from ..captions import OPERATIONS, Edit
+from ..editor import change_of, random_edit, shares
 from ..scenes import Scene, generator, render, scene
 from .editing import judge, same_and_near, summary
 from .reconstruction import parse_all
 from .system import Miniature
 
 KINDS = ("colour", "shape")
+DECODERS = ("autoregressive", "parallel", "oracle")
 TWINS = 100  # edits of each kind
 CHAINS = 64
 LENGTH = 5
@@ -36,13 +37,6 @@ def twins(total: int) -> int:
 
 def chains(total: int) -> int:
     return min(CHAINS, total)
-
-
-def shares(change: Edit, kind: str) -> bool:
-    """Whether another thing of the source shares the subject's colour or shape."""
-    subject = change.subject
-    return subject is not None and any(t != subject and getattr(t, kind) == getattr(subject, kind)
-                                       for t in change.source.things)
 
 
 def twin_edits(kind: str, total: int, seed: int) -> list[Edit]:
@@ -61,7 +55,7 @@ def chain_of(index: int, seed: int) -> list[Edit]:
     """Five edits in a row of a test scene that leave at least one thing."""
     rng, made, now = generator("test", index, _CHAINS, seed), [], scene("test", index, seed)
     while len(made) < LENGTH:
-        change = edit(now, rng, fine=rng.random() < 0.5)
+        change = random_edit(now, rng)
         if change.target.things and change.target != now:
             made.append(change)
             now = change.target
@@ -86,7 +80,7 @@ def run_twins(system: Miniature, total: int, seed: int) -> dict[str, dict]:
     changes = [change for kind in KINDS for change in twin_edits(kind, twins(total), seed)]
     own = system.embed(np.stack([render(change.source) for change in changes]), "tree128")
     words = [change.instruction for change in changes]
-    made = {mode: system.edit(own, words, mode) for mode in ("autoregressive", "parallel")}
+    made = {mode: system.edit(own, words, mode) for mode in DECODERS[:2]}
     made["oracle"] = system.embed(np.stack([render(change.target) for change in changes]), "tree128")
     noise, figures = system.noise("test", range(_TWINS * 10_000, _TWINS * 10_000 + len(changes)), seed), {}
     for name, e in made.items():

@@ -15,6 +15,7 @@ from .decoder import FEATHER, MAPPED, STEPS, Decoder, Way
 BEGIN = 0.9  # the time at which a flow edit begins: from 1 on it moves more of what the edit does not touch
 EDGE = 4  # half of the pixels within which a composite fades: 0.5 patches of feather
 
+
 def anew(decoder: Decoder, edited: SemanticEmbedding, start: float = 1.0, inside: Tensor | None = None) -> np.ndarray:
     """From noise, or from the source's latent under that of the time `start`, the rest held at the source's."""
     def work(rows: slice) -> Tensor:
