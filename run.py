@@ -158,10 +158,10 @@ def main() -> int:
     arguments = parser.parse_args(sys.argv[1:2] if command in ("test", "eval", "bench") else None)
     say(f"Semantic Diffusion Adapter: {command}")
     if command == "test":
-        # In two processes, for much of the time is waiting: for a browser, a server, a process that starts. One thread in
-        # each: threads that wait for one another would spin on the cores that the other process needs.
+        # In three processes, for two cores: much of the time is waiting, for a browser, a server, a process that starts.
+        # One thread in each: threads that wait for one another would spin on the cores that the others need.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        return inside("pytest", ["-c", str(ROOT / "pyproject.toml"), "-n", "2", *rest],
+        return inside("pytest", ["-c", str(ROOT / "pyproject.toml"), "-n", "3", *rest],
                       ("pytest", "xdist", "hypothesis", "diffusers"))
     if command == "eval":
         return inside(f"{PACKAGE}.training.miniature.evaluate", rest, ("diffusers", "scipy", "tensorboard", "tqdm"))

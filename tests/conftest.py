@@ -39,32 +39,37 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGHUP, lambda number, frame: None)
 
 
-# Few tests, each of many seconds.
-LONG = tuple(f"tests/{name}.py" for name in (
-    "training/engine/test_kills", "training/test_recipes", "training/engine/test_ranks", "nodes/test_flux_company",
-    "training/stages/test_held_out", "training/miniature/test_train_editor", "nodes/test_stock_flux",
-    "training/engine/test_fidelity", "training/miniature/test_evaluation", "training/test_walkthrough"))
+# What takes a minute or nearly one by itself: files, and the folder whose tests share a miniature of random weights.
+MINIATURE_TESTS = "tests/training/miniature"
+LONG = (MINIATURE_TESTS, *(f"tests/{name}.py" for name in (
+    "training/engine/test_kills", "training/test_recipes", "training/engine/test_ranks", "nodes/test_stock_flux",
+    "nodes/test_flux_company", "training/data/test_prepare", "training/stages/test_held_out", "training/test_walkthrough")))
 
 
 def shares_comfyui(file: str) -> bool:
     return file.startswith(("tests/browser/", "tests/host/"))
 
 
+def scope(nodeid: str) -> str:
+    """What stays in one process of several: all that shares the ComfyUI, or the toy miniature, and each file, for its
+    fixtures are made once."""
+    file = nodeid.split("::")[0]
+    return "comfyui" if shares_comfyui(file) else MINIATURE_TESTS if file.startswith(MINIATURE_TESTS) else file
+
+
 def place(item: pytest.Item) -> int:
     """What takes long is begun first, so that no process of several waits for another at the end."""
-    file = item.nodeid.split("::")[0]
-    return 0 if shares_comfyui(file) else 1 if file in LONG else 2
+    where = scope(item.nodeid)
+    return 0 if where == "comfyui" else 1 + LONG.index(where) if where in LONG else 1 + len(LONG)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
-    """What stays in one process of several: all that shares the ComfyUI, and each file, for its fixtures are made once."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.split("::")[0]
-            return "comfyui" if shares_comfyui(file) else file
+            return scope(nodeid)
 
     config.option.loadscopereorder = False  # in the order of `place`, not those with the most tests first
     return Scheduling(config, log)

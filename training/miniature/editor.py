@@ -37,6 +37,7 @@ from .text import encode, load_text_encoder, token_ids
 from .towers import read_tower
 
 VALIDATED = 96  # number of edits of a validation
+MEASURED = 256  # scenes over which the statistics of the adapter's tokens are taken
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ class EditorStage:
         if config.start:
             decoder.load_state_dict(load_editor(config.start, torch.device("cpu"))[0].state_dict())
         self.trainables = nn.ModuleDict({"decoder": decoder}).to(device)
-        known = codes([change_of("train", i).source for i in range(256)])
+        known = codes([change_of("train", i).source for i in range(MEASURED)])
         tokens = self.embed(*(known[name].to(device) for name in ("things", "grounds")), "tree128")
         scenes = training_scenes(config.scenes, 0, config.cache, device)
         self.ahead = Ahead(partial(prepare, config, scenes, with_twins(scenes)), device, config.run.workers)

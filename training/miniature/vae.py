@@ -24,6 +24,7 @@ ARCHITECTURE = dict(
     down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
     block_out_channels=[32, 64, 96, 128], use_quant_conv=False, use_post_quant_conv=False,
 )
+MEASURED = 256  # scenes over which the scale of the latents is taken
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class VaeStage:
         encoder's last to the decoder's first convolution. Flux then needs no scale factor."""
         vae = self.trainables
         means = torch.cat([vae.encode(images("train", range(i, i + 32)).to(self.device)).latent_dist.mean.float()
-                           for i in range(0, 256, 32)])
+                           for i in range(0, MEASURED, 32)])
         scale = means.square().mean((0, 2, 3)).sqrt()
         last, first = vae.encoder.conv_out, vae.decoder.conv_in
         last.weight[:8] /= scale[:, None, None, None]

@@ -9,7 +9,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 
-import peft  # noqa: E402, F401  (what a run imports on its way: here, so that forked processes have it)
+import open_clip  # noqa: E402, F401  (what a run imports on its way: here, so that forked processes have it)
+import peft  # noqa: E402, F401
+import PIL.Image  # noqa: E402, F401
+import pyarrow.parquet  # noqa: E402, F401
 import torch  # noqa: E402
 import torch._dynamo  # noqa: E402, F401
 import torch.utils.tensorboard  # noqa: E402, F401

@@ -12,8 +12,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 
+import open_clip  # noqa: E402, F401  (what a run imports on its way: here, so that forked processes have it)
+import PIL.Image  # noqa: E402, F401
+import pyarrow.parquet  # noqa: E402, F401
 import torch  # noqa: E402
-import torch._dynamo  # noqa: E402, F401  (what a run imports on its way: here, so that forked processes have it)
+import torch._dynamo  # noqa: E402, F401
 from processes import run  # noqa: E402
 from semantic_diffusion_adapter.training.config import from_toml  # noqa: E402
 from semantic_diffusion_adapter.training.engine import World  # noqa: E402
