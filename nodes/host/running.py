@@ -67,9 +67,13 @@ def edit_embedding(
             f"{decoder.name} edits embeddings of width {config.dim} and this one has {embedding.width}: "
             "use the edit decoder that belongs to the adapter."
         )
-    if "adapter" not in embedding.source:
+    fitted = bool(decoder.record.get("fitted"))
+    if ("fit" if fitted else "adapter") not in embedding.source:
         raise ValueError(
-            f"{decoder.name} edits what one adapter makes, and this embedding does not come from one adapter alone: "
+            f"{decoder.name} edits embeddings that were fitted, and this one was not: fit the image with Fit Embedding and "
+            "edit that."
+            if fitted
+            else f"{decoder.name} edits what one adapter makes, and this embedding does not come from one adapter alone: "
             "encode an image with Build Hierarchical Embedding and edit that."
         )
     text = clip.encode_from_tokens(clip.tokenize(instruction))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -137,6 +138,13 @@ def test_the_whole_job_through_the_loaders(assets):
     other = running.edit_embedding(editor, small, clip, "a circle", "parallel")
     again = running.edit_embedding(editor, small, clip, "remove the red circle", "parallel")
     assert not torch.allclose(other.tokens, again.tokens), "the instruction must matter"
+    # The same decoder, as if it had learnt from fitted embeddings.
+    from_fits, fitted = replace(editor, record={**editor.record, "fitted": True}), replace(small, source={"fit": {"steps": 100}})
+    with pytest.raises(ValueError, match="edits embeddings that were fitted, and this one was not: fit the image"):
+        running.edit_embedding(from_fits, small, clip, "remove the red circle", "parallel")
+    with pytest.raises(ValueError, match="edits what one adapter makes"):
+        running.edit_embedding(editor, fitted, clip, "remove the red circle", "parallel")
+    assert torch.equal(running.edit_embedding(from_fits, fitted, clip, "remove the red circle", "parallel").tokens, again.tokens)
 
     (latent,) = stock.EmptyLatentImage().generate(64, 64, 2)
     negative = stock.CLIPTextEncode().encode(clip, "")[0]

@@ -81,7 +81,7 @@ def toy_parts():
 
 @pytest.fixture
 def toml(parts, tmp_path):
-    """toml(**tables) -> the file of a run over the toy parts; a table's keys are added to the defaults."""
+    """toml(**tables) -> the file of a run over the toy parts; a table's keys are added to the defaults. extra: keys of none."""
     def make(**changes) -> Path:
         from semantic_diffusion_adapter.training.config import RunConfig, write_toml
         from semantic_diffusion_adapter.training.objectives.reconstruct import AdapterTraining
@@ -99,7 +99,7 @@ def toml(parts, tmp_path):
                   "validation": dict(resolution=64, pictures=3, steps=2, times=(0.5, 0.9))}
         kinds = {"run": RunConfig, "base": s.Base, "vision": s.Vision, "data": s.Data, "adapter": s.Shape,
                  "objective": AdapterTraining, "validation": s.Validation}
-        config = s.Config(**{k: kinds[k](**{**v, **changes.get(k, {})}) for k, v in tables.items()})
+        config = s.Config(**{k: kinds[k](**{**v, **changes.get(k, {})}) for k, v in tables.items()}, **changes.get("extra", {}))
         write_toml(config, tmp_path / "toy.toml")
         return tmp_path / "toy.toml"
     return make

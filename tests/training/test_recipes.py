@@ -61,6 +61,20 @@ def test_a_recipe_of_the_editor_goes_on_from_that_of_its_adapter(name):
     assert all(len(named_hierarchy(preset).index_in(table)) for preset in recipe.presets)
 
 
+def test_the_recipe_of_an_editor_from_fits_reads_what_the_inversion_writes():
+    pytest.importorskip("peft", reason="peft is not installed: pip install -e '.[training]'")
+    from semantic_diffusion_adapter.training.stages import editor_settings, invert_settings
+
+    name = "flux1_dev_editor_from_fits_24gb"
+    recipe = from_toml(editor_settings.Config, CONFIGS / f"{name}.toml")
+    with pytest.raises(ValueError, match="fits: there is no runs/flux1_dev_fits"):
+        editor_settings.check(recipe, World(0, 1, 0, 1, CPU))  # all else that is checked before is in order
+    fitted = from_toml(invert_settings.Config, CONFIGS / "flux1_dev_invert_16gb.toml")
+    assert recipe.presets == (fitted.preset,) == (recipe.validation.preset,) and fitted.start == "mean"
+    text = (CONFIGS / f"{name}.toml").read_text()
+    assert f"--source {recipe.data.index} --out {recipe.fits}" in text and f"configs/{name}.toml" in text
+
+
 @pytest.fixture(scope="module")
 def full_width(tmp_path_factory, toy_parts) -> Path:
     """FLUX.1-dev's widths with one block of each kind, random, in BFL's layout as flux1-dev.safetensors is."""

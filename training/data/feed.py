@@ -36,10 +36,13 @@ class Reader:
     for a tower "<id>/features" or "<id>/hidden". The picture itself is read only where some encoder still needs it.
 
     parts: every encoder of the training as the cache names it, the VAE first. `caches` has those that were found.
+    fitted: (index, row) -> what is added as "fitted", if anything.
     """
 
-    def __init__(self, index: Index, parts: Sequence[Part], cache: str, resolutions: tuple[int, ...]):
+    def __init__(self, index: Index, parts: Sequence[Part], cache: str, resolutions: tuple[int, ...],
+                 fitted: Callable[[Index, int], Tensor] | None = None):
         self.caches: dict[str, Cache] = {}
+        self.fitted = fitted
         self.resolution = {bucket: r for r in resolutions for bucket in buckets(r)}
         if cache:
             fs, root = locate(cache.rstrip("/"))
@@ -50,6 +53,8 @@ class Reader:
 
     def __call__(self, index: Index, row: int, bucket: tuple[int, int]) -> dict[str, Tensor]:
         found = {} if self.whole else {"image": decode(index, row, bucket)}
+        if self.fitted:
+            found["fitted"] = self.fitted(index, row)
         for name, cache in self.caches.items():
             read = cache.read(row, self.resolution[bucket])
             found |= read if name == "vae" else {f"{name}/{kind}": value for kind, value in read.items()}

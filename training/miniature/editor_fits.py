@@ -113,7 +113,7 @@ class EditorFromFits:
     def export(self, step: int) -> None:
         checkpoint.save(self.config.export, self.decoder.state_dict(), kind="edit_decoder", dtype=torch.int8, step=step,
                         config=self.decoder.config.to_json(), hierarchy=list(self.decoder.config.hierarchy),
-                        base_sha256=self.base, licence="Apache-2.0")
+                        base_sha256=self.base, fitted=True, licence="Apache-2.0")
 
 
 def run(config: Config) -> bool:

@@ -46,6 +46,9 @@ class AdapterTraining:
     """Share of batches in which a quadrant or a half of every picture, and the tokens that own a part of it, are those
     of another picture of the batch. The tokens of the whole picture remain, so a region's tokens learn to be believed
     where they are put."""
+    distil: float = 0.0
+    """Weight of the mean squared distance from fitted embeddings, in deviations of the text space, beside the flow loss.
+    It counts on batches of their preset."""
     mu: float | Literal["resolution"] = 0.5
     """Time shift of training. "resolution": the shift that the base itself samples with, which in FLUX.1 grows with the
     number of patches. A larger one spends more steps where the tokens, not the noisy picture, determine what to
@@ -95,11 +98,13 @@ class AdapterTraining:
 @dataclass(frozen=True)
 class Batch:
     """latents [B, C, H, W] as Flux takes them, images [B, 3, h, w] in [0, 1], and the known features of the towers
-    (tower id -> [B, N, C]). images is None where all features are known."""
+    (tower id -> [B, N, C]). images is None where all features are known. fitted: tokens [B, T, D] that were fitted to the
+    pictures, NaN for a picture without, or None."""
 
     latents: Tensor
     images: Tensor | None
     features: dict[str, Tensor] = field(default_factory=dict)
+    fitted: Tensor | None = None
 
 
 def named_hierarchy(name: str) -> Hierarchy:
@@ -148,11 +153,13 @@ def composed(latents: Tensor, tokens: Tensor, hierarchy: Hierarchy, part: tuple[
 
 
 class AdapterObjective:
-    """loss(batch, step) of the adapter under a frozen Flux with a RegionAttention in its blocks."""
+    """loss(batch, step) of the adapter under a frozen Flux with a RegionAttention in its blocks. distilled: the hierarchy
+    of the batches' fitted tokens."""
 
     def __init__(self, flux: nn.Module, attention: RegionAttention, adapter: Adapter, towers: dict[str, VisionTower],
-                 settings: AdapterTraining):
+                 settings: AdapterTraining, distilled: Hierarchy | None = None):
         self.flux, self.attention, self.adapter, self.towers, self.settings = flux, attention, adapter, towers, settings
+        self.distilled = distilled
         self._regions: dict[tuple, Regions] = {}
 
     def regions(self, hierarchy: Hierarchy, grid: tuple[int, int], device: torch.device) -> Regions | None:
@@ -190,6 +197,7 @@ class AdapterObjective:
         settings, x0 = self.settings, batch.latents
         hierarchy = settings.draw(step)
         tokens, pooled = self.embed(batch, hierarchy)
+        more = {"distil": self.distance(tokens, batch.fitted, hierarchy)} if settings.distil else {}
         if settings.composed and float(torch.rand((), generator=step.shared())) < settings.composed:
             part = PARTS[int(torch.randint(len(PARTS), (), generator=step.shared()))]
             x0, tokens = composed(x0, tokens, hierarchy, part)
@@ -197,7 +205,17 @@ class AdapterObjective:
         t = sample_times(step, mu, settings.uniform)
         flow = self.flow(x0, step.randn(*x0.shape[1:]), t, tokens, pooled, hierarchy).mean()
         similarity = token_similarity(tokens)
-        return flow + settings.similarity * similarity, {"flow": flow, "similarity": similarity}
+        total = flow + settings.similarity * similarity + settings.distil * more.get("distil", 0)
+        return total, {"flow": flow, "similarity": similarity, **more}
+
+    def distance(self, tokens: Tensor, fitted: Tensor | None, hierarchy: Hierarchy) -> Tensor:
+        """Mean squared distance of tokens [B, T, D] from fitted ones, in deviations of the text space. Those of NaN, and of
+        another hierarchy, count nothing."""
+        if fitted is None or hierarchy != self.distilled:
+            return tokens.new_zeros(())
+        known = fitted.isfinite().flatten(1).all(1)
+        apart = (tokens.float() - fitted.nan_to_num()) / self.adapter.text_std
+        return (apart.square().mean((1, 2)) * known).mean()
 
     def unlock(self) -> list[nn.Parameter]:
         """Let the last blocks of the DINOv2 towers learn; returns their parameters."""

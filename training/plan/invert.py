@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from ...kernels import checkpoint
-from ..config import Count
+from ..config import Count, Whole
 from ..frozen.flux import build_flux
 from ..objectives.reconstruct import named_hierarchy
 from ..stages import invert_settings
@@ -20,6 +20,8 @@ from .plan import CARDS, EAGER, RESERVE, SHARE
 class Config(invert_settings.Config):
     pictures: Count = 1000
     """How many pictures are to be fitted."""
+    edits: Whole = 0
+    """How many edited pictures go on from these pictures' fits."""
     gpus: Count = 1
     """Number of GPUs. Each has a `sda invert` of its own, with a part of the pictures and another folder."""
     gpu: Literal[tuple(CARDS)] = "4080"
@@ -58,7 +60,10 @@ class Estimate:
     @property
     def flops(self) -> float:
         """FLOPs of a picture's fit: its steps, and the losses before and after."""
-        return self.config.steps * (self.forward + self.backward + self.again) + 2 * len(TIMES) * self.forward
+        return self.flops_of(self.config.steps)
+
+    def flops_of(self, steps: int) -> float:
+        return steps * (self.forward + self.backward + self.again) + 2 * len(TIMES) * self.forward
 
     @property
     def reached(self) -> float:
@@ -69,14 +74,24 @@ class Estimate:
     @property
     def seconds(self) -> float:
         """Of one picture on one card."""
-        speed, limit = self.card.peak * 1e12 * self.reached, 60 * self.config.minutes
-        seconds = self.flops / speed
         painted = min(self.config.paint, self.config.pictures) / self.config.pictures
-        return (min(seconds, limit) if limit else seconds) + painted * PAINTED * self.forward / speed
+        return self.seconds_of(self.config.steps) + painted * PAINTED * self.forward / self.speed
+
+    @property
+    def speed(self) -> float:
+        """FLOPs a second of one card."""
+        return self.card.peak * 1e12 * self.reached
+
+    def seconds_of(self, steps: int) -> float:
+        """Of one fit on one card."""
+        seconds, limit = self.flops_of(steps) / self.speed, 60 * self.config.minutes
+        return min(seconds, limit) if limit else seconds
 
     @property
     def hours(self) -> float:
-        return self.config.pictures * self.seconds / 3600 / self.config.gpus
+        config = self.config
+        seconds = config.pictures * self.seconds + config.edits * self.seconds_of(config.edited_steps)
+        return seconds / 3600 / config.gpus
 
     @property
     def most(self) -> float:
@@ -118,7 +133,8 @@ class Estimate:
         if config.start == "caption":
             lines.append(f"memory of the machine: text encoder, {2 * costs.T5_PARAMETERS / 1e9:.1f} GB in bf16")
         price, spent = config.price or card.price, self.hours * config.gpus
-        lines += [f"{config.pictures:,} pictures on {config.gpus} x {config.gpu}: about {self.hours:,.1f} hours, "
+        edits = f" and {config.edits:,} edits of them" if config.edits else ""
+        lines += [f"{config.pictures:,} pictures{edits} on {config.gpus} x {config.gpu}: about {self.hours:,.1f} hours, "
                   f"{spent:,.1f} GPU hours, {spent * price:,.2f} dollars at {price:g} an hour",
                   f"The model: the base in {config.base.precision} reaches {self.reached:.0%} of {card.peak:g} "
                   "TFLOP/s; encoders, the VAE and files take no time beside it."]

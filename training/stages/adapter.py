@@ -23,6 +23,7 @@ from ..frozen.text_statistics import text_statistics
 from ..objectives.reconstruct import AdapterObjective, Batch, named_hierarchy
 from .adapter_export import build_adapter, write_adapter
 from .checks import check, pictures_of
+from .fits import Fits
 from .held_out import Held, captions_of, feed_of
 from .settings import Config
 
@@ -50,6 +51,9 @@ class AdapterStage:
         self.identity |= {"data": self.plan.hash, "held_out": self.held.hash,
                           "guidance_embeds": bool(flux.guidance_embeds),
                           "pooled_width": flux.pooled_projection_dim, "adapter": adapter.config.to_json()}
+        self.fits = Fits(config.fits) if config.fits else None
+        if self.fits:
+            self.check_fits(self.fits)
         self.through_flux(adapter, towers, world)
         self.feed = self.make_feed(train, world)
         self.validation = Held(self.held, config.validation.resolution, config.data.on_corrupt, world, decode)
@@ -63,11 +67,22 @@ class AdapterStage:
         made = text_statistics(config.base.text, captions_of(self.plan.index)) if world.main else None
         adapter.set_text_statistics(*(each.to(self.device) for each in world.broadcast(made)))
 
+    def check_fits(self, fits: Fits) -> None:
+        """Refuse fits that this training cannot learn from. ValueError."""
+        growth = self.config.objective.growth
+        if fits.base_sha256 != self.identity["base"]:
+            raise ValueError(f"The embeddings in {fits.folder} were fitted through another base than "
+                             f"{self.config.base.flux}; give that base.")
+        if not any(fits.preset in phase[1:] for phase in growth):
+            raise ValueError(f"The embeddings in {fits.folder} are of the preset {fits.preset}, which objective.growth never "
+                             "takes; add it there.")
+        self.identity["fits"] = fits.hash
+
     def make_feed(self, train: Index, world: World) -> Feed:
         config, data = self.config, self.config.data
         parts = [Part("vae", self.identity["vae"])]
         parts += [Part(name, self.identity["towers"][name], self.kept_out(name)) for name in self.objective.towers]
-        self.reader = Reader(train, parts, data.cache, data.pixels())
+        self.reader = Reader(train, parts, data.cache, data.pixels(), self.fits and self.fits.tokens)
         return feed_of(self.plan, config.run, data, world, self.reader)
 
     def kept_out(self, name: str) -> int:
@@ -81,7 +96,8 @@ class AdapterStage:
         attention = attend_by_region(flux)
         if base.checkpointing:
             flux.enable_gradient_checkpointing()
-        self.objective = AdapterObjective(flux, attention, adapter, towers, config.objective)
+        self.objective = AdapterObjective(flux, attention, adapter, towers, config.objective,
+                                          self.fits and self.fits.hierarchy)
         # DINOv2's last blocks are trainables from the start, so that checkpoints never change shape; they learn late,
         # and in float32, for their steps are small.
         tuned = nn.ParameterList(self.objective.unlock())
@@ -124,7 +140,7 @@ class AdapterStage:
             elif f"{name}/features" in sample:
                 known[name] = sample[f"{name}/features"]
         latents = mean + deviation * step.randn(*mean.shape[1:])
-        return self.objective.loss(Batch(latents, images, features=known), step)
+        return self.objective.loss(Batch(latents, images, known, sample.get("fitted")), step)
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
         with autocast(self.device, self.config.run.precision):

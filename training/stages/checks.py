@@ -42,7 +42,7 @@ def check(config: Config, world: World, absent: bool = False) -> Outlines:
     check_folder(config.run.out)
     if not absent:
         check_files((base.flux, "base.flux"), (base.vae, "base.vae"), (base.text, "base.text"),
-                    *((path, "vision.files") for path, _ in vision))
+                    (config.fits, "fits"), *((path, "vision.files") for path, _ in vision))
     towers = {place: check_tower(path, name) for place, (path, name) in enumerate(vision) if path.exists()}
     known = [each.id for each in towers.values()]
     if len(set(known)) < len(known):

@@ -1,29 +1,28 @@
-"""`sda train editor`: the edit decoder on prepared edits, towards a frozen adapter's embedding of the edited
-picture."""
+"""`sda train editor`: the edit decoder on prepared edits, towards the embedding of the edited picture: a frozen
+adapter's, or one that was fitted."""
 from __future__ import annotations
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...kernels.hierarchy import Hierarchy
 from ...kernels.precision import autocast, frozen_dtype
 from ..data.feed import split
 from ..data.index import Index
 from ..engine import Step, World, compile_blocks, launch, shard_base
-from ..files import file_hash
 from ..frozen.base import base_sha256, load_flux
-from ..frozen.encoders import check_towers, load_towers, load_vae, tower_config
+from ..frozen.encoders import load_vae
 from ..frozen.paint import paint
 from ..frozen.text import load_instruction_encoder
 from ..objectives.augmentation import augmented
 from ..objectives.edit import editor_loss
 from ..objectives.edit_flow import EditFlow
 from ..objectives.lora import Learned
-from ..objectives.reconstruct import load_adapter, named_hierarchy, regions_for
+from ..objectives.reconstruct import named_hierarchy, regions_for
 from .edit_reader import EditReader, Side, sent
 from .editor_export import write_editor
 from .editor_settings import Config, check, new_decoder
+from .editor_space import space_of
 from .held_out import Held, feed_of, plan_of
 
 __all__ = ["Config", "EditorStage", "run"]
@@ -38,9 +37,7 @@ class EditorStage:
         self.config, self.device = config, device
         world = World.start(config.run.device)
         check(config, world)
-        # The towers are checked even where a cache replaces them: it may hold the features of another DINOv2.
-        self.adapter, self.record = load_adapter(config.adapter, device)
-        check_towers(config.vision.named(), config.adapter, self.record)
+        self.space = space_of(config, device)
         self.data(world)
         self.networks(world)
         self.identity = world.broadcast(self.fingerprint() if world.main else None)
@@ -50,6 +47,8 @@ class EditorStage:
         index = Index.read(data.index)
         if index.kind != "edits":
             raise ValueError(f"{data.index} holds pictures, not edits; prepare the edits with `sda prepare-edits`.")
+        self.unknown, index = len(index), self.space.of(index)
+        self.unknown -= len(index)
         resolution = self.config.validation.resolution
         train, self.held = split(index, data.held_out, resolution)
         self.plan = plan_of(train, run, data)
@@ -57,33 +56,33 @@ class EditorStage:
         self.feed = feed_of(self.plan, run, data, world, self.reader(train, data.pixels()))
 
     def reader(self, index: Index, resolutions: tuple[int, ...]) -> EditReader:
-        config = self.config
-        return EditReader(index, config.data.cache, config.vision, resolutions, bool(config.flow.weight))
+        return self.space.reader(index, resolutions, bool(self.config.flow.weight))
 
     def networks(self, world: World) -> None:
         config, device = self.config, self.device
         half = frozen_dtype(device, config.run.precision)
-        self.towers = {} if config.data.cache else load_towers(config.vision.files, config.vision.ids, device, half)
+        self.space.load()
         self.text = load_instruction_encoder(config.text.path, device, config.text.tokenizer, config.text.length,
                                              config.text.precision)
-        space = self.adapter.config.out_dim, self.text.width, self.adapter.config.hierarchy
+        space = self.space.width, self.text.width, self.space.hierarchy
         self.decoder = new_decoder(config.decoder, space, half).to(device).train()
         if config.decoder.start is None:
             self.decoder.set_token_statistics(*self.statistics())
         self.trainables = nn.ModuleDict({"decoder": Learned(self.decoder)})
-        self.frozen = {"adapter": self.adapter, **self.towers, "text": self.text.model}
+        self.frozen = {**self.space.frozen, "text": self.text.model}
         if config.decoder.architecture == "causal_lm" and config.decoder.lora_rank:
             self.frozen["llm"] = self.decoder.llm
         if config.run.compile:
-            compile_blocks(self.adapter.layers, self.decoder.blocks)
+            compile_blocks(self.space.blocks, self.decoder.blocks)
         self.flow = self.through_flux(world) if config.flow.weight else None
 
     def through_flux(self, world: World) -> EditFlow:
         config, base = self.config, self.config.base
-        if base_sha256(base.flux) != self.record["base_sha256"]:
-            raise ValueError(f"{config.adapter} was trained through another base than {base.flux}; give that base.")
+        if base_sha256(base.flux) != self.space.base_sha256:
+            raise ValueError(f"{config.adapter or config.fits} was trained through another base than {base.flux}; give "
+                             "that base.")
         flux = load_flux(base.flux, base.precision, "cpu" if base.sharded else self.device)
-        flow = EditFlow(flux, load_vae(base.vae, self.device), config.flow, self.record["masked"])
+        flow = EditFlow(flux, load_vae(base.vae, self.device), config.flow, self.space.masked)
         if base.checkpointing:
             flux.enable_gradient_checkpointing()
         if config.run.compile and base.precision not in ("int8", "nf4"):  # the compiler refuses quantised weights
@@ -96,46 +95,34 @@ class EditorStage:
     def fingerprint(self) -> dict:
         config = self.config
         begun = config.decoder.llm or config.decoder.start
-        return {"data": self.plan.hash, "held_out": self.held.hash, "adapter": file_hash(config.adapter),
-                "text": self.text.hash,
-                "towers": {tower_config(path, name).id: base_sha256(path) for path, name in config.vision.named()},
-                "base": self.record["base_sha256"], "begun_from": base_sha256(begun) if begun else None,
-                "decoder": self.decoder.config.to_json()}
+        return {"data": self.plan.hash, "held_out": self.held.hash, "text": self.text.hash, **self.space.identity,
+                "begun_from": base_sha256(begun) if begun else None, "decoder": self.decoder.config.to_json()}
 
     def report(self) -> str:
-        return f"{self.validation.report('edits')}\n{self.plan.report()}"
+        unknown = f", {self.unknown} left out because they are not fitted" if self.unknown else ""
+        return f"{self.validation.report('edits')}{unknown}\n{self.plan.report()}"
 
     def describe(self, step: Step) -> list[str]:
         return self.feed.describe(step)
 
     @torch.no_grad()
     def statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of the adapter's tokens over the source pictures of the first batches."""
+        """Mean and deviation of the space's tokens over the source pictures of the first batches."""
         hierarchy, tokens, number = named_hierarchy(self.config.presets[0]), [], 0
         while sum(map(len, tokens)) < MEASURED * hierarchy.token_count:
             count = min(32, self.config.run.batch)
             step = Step(number, self.config.run.max_steps, 0, self.name, self.device, range(count), count)
             sources = sent([source for source, _, _ in self.feed.samples(step)], self.device)
-            tokens.append(self.embed([sources], hierarchy)[0].flatten(0, 1))
+            tokens.append(self.space.embed([sources], hierarchy)[0].flatten(0, 1))
             number += 1
         self.feed.close()
         tokens = torch.cat(tokens)
         return tokens.mean(0), tokens.std(0)
 
-    def embed(self, sides: list[Side], hierarchy: Hierarchy) -> tuple[Tensor, Tensor | None]:
-        """(tokens [B, T, D] float32, pooled [B, P] or None) of all pictures of the sides, one side after the other."""
-        with torch.no_grad(), autocast(self.device, self.config.run.precision):
-            if self.towers:
-                images = torch.cat([images for images, _ in sides])
-                features = {name: tower(images) for name, tower in self.towers.items()}
-            else:
-                features = {name: torch.cat([known[name] for _, known in sides]) for name in sides[0][1]}
-            return self.adapter(features, hierarchy)
-
     def losses(self, source: Side, target: Side, texts: list[str], preset: str,
                step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         hierarchy, count = named_hierarchy(preset), len(texts)
-        tokens, pooled = self.embed([source, target], hierarchy)
+        tokens, pooled = self.space.embed([source, target], hierarchy)
         flow = None
         if self.flow is not None:
             own = None if pooled is None else pooled[:count]  # an edit keeps the pooled vector of its source
@@ -197,7 +184,7 @@ class EditorStage:
         """[B, 3, H, 4 W] in [0, 1]: one row of `pictures` per edit."""
         settings, hierarchy = self.config.validation, named_hierarchy(self.config.validation.preset)
         height, width = source[0].shape[-2:]
-        tokens, pooled = self.embed([source, target], hierarchy)
+        tokens, pooled = self.space.embed([source, target], hierarchy)
         tokens, truth = tokens.chunk(2)
         pooled = None if pooled is None else pooled[:len(texts)]
         side = 2 * self.flow.vae.downsample

@@ -25,10 +25,16 @@ def write_editor(config: Config, identity: dict, decoder: EditDecoder, step: int
     checkpoint.save(path, merged_state(decoder), kind="edit_decoder", config=decoder.config.to_json(),
                     dtype=DTYPES[dtype or "bf16"],
                     hierarchy=list(decoder.config.hierarchy), step=step, steps_planned=config.run.max_steps,
-                    base_sha256=identity["base"], adapter_sha256=identity["adapter"],
-                    text_encoder_sha256=identity["text"],
-                    towers=identity["towers"], licence=config.licence, code=code_version(), run=name)
+                    base_sha256=identity["base"], text_encoder_sha256=identity["text"], licence=config.licence,
+                    code=code_version(), run=name, **learnt(identity))
     return path
+
+
+def learnt(identity: dict) -> dict:
+    """Whose embeddings a decoder edits: an adapter's, or fitted ones."""
+    if "fits" in identity:
+        return {"fitted": True}
+    return {"adapter_sha256": identity["adapter"], "towers": identity["towers"]}
 
 
 def export_editor(folder: Path, record: dict, to: Path, dtype: str | None) -> Path:

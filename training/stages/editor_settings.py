@@ -90,12 +90,16 @@ class Validation:
 @dataclass(frozen=True)
 class Config:
     run: RunConfig
-    adapter: Path
-    """The adapter's file. The decoder learns to write its embedding of the edited picture."""
-    vision: Vision
     text: Text
     data: Data
     """Edits that `sda prepare-edits` made. A cache must hold the features of all towers for both pictures."""
+    adapter: Path | None = None
+    """The adapter's file. The decoder learns to write its embedding of the edited picture."""
+    vision: Vision = field(default_factory=lambda: Vision(()))
+    """The adapter's towers."""
+    fits: Path | None = None
+    """Instead of an adapter: the folder of embeddings that `sda invert` fitted to these edits, sources and targets. The
+    decoder then edits fitted embeddings."""
     presets: tuple[str, ...] = ("tree128", "tree128", "tree64", "global32")
     """Hierarchy presets. Each batch takes one of them at random."""
     decoder: Decoder = field(default_factory=Decoder)
@@ -119,15 +123,23 @@ def check(config: Config, world: World) -> None:
         raise ValueError("decoder.llm is missing: give the folder of a causal LLM such as Qwen3.")
     if not config.presets:
         raise ValueError("presets is empty; name at least one, such as tree128.")
-    for preset in (*config.presets, config.validation.preset):
+    if (config.adapter is None) == (config.fits is None):
+        raise ValueError("Give either an adapter or a folder of fits: the decoder learns the space of one of them.")
+    presets = {*config.presets, config.validation.preset}
+    for preset in presets:
         named_hierarchy(preset)
+    if config.fits and len(presets) > 1:
+        raise ValueError(f"Fitted embeddings have one preset; give it as presets and as validation.preset, not "
+                         f"{', '.join(sorted(presets))}.")
+    if config.fits and (config.vision.files or config.data.cache):
+        raise ValueError("Fits need no vision towers and no cache; leave vision and data.cache out.")
     check_data(config.data)
     if config.flow.weight and (base.flux is None or base.vae is None):
         raise ValueError("flow.weight asks for training through Flux; give base.flux and base.vae, or set it to 0.")
     world.share(config.run.batch, config.run.micro)
     check_folder(config.run.out)
     through = ((base.flux, "base.flux"), (base.vae, "base.vae")) if config.flow.weight else ()
-    check_files((config.adapter, "adapter"), (config.text.path, "text.path"), (decoder.llm, "decoder.llm"),
+    check_files((config.adapter, "adapter"), (config.fits, "fits"), (config.text.path, "text.path"), (decoder.llm, "decoder.llm"),
                 (decoder.start, "decoder.start"), *through, *((path, "vision.files") for path in config.vision.files))
     if through:
         check_base(base, world)

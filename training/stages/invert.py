@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -25,20 +26,23 @@ from ...kernels.visibility import region_bias
 from ..config import resolve_precisions, write_toml
 from ..data.decode import send
 from ..data.files import absolute, locate, write_json
+from ..data.index import Index
 from ..data.pipeline import stoppable
 from ..data.sources import listing
 from ..engine import World
 from ..engine.lock import alone
 from ..engine.run_folder import duration
-from ..frozen.base import load_flux
+from ..frozen.base import base_sha256, load_flux
 from ..frozen.encoders import load_vae
 from ..frozen.flux import mu_of, network_time, velocity
 from ..frozen.paint import paint
 from ..frozen.region_attention import attend_by_region
 from ..frozen.text_statistics import text_statistics
+from .checks import prepared
 from .invert_pictures import Done, LeftOut, Picture, batches, pictures
+from .invert_prepared import passes
 from .invert_settings import Config, check, identity
-from .invert_start import start_of
+from .invert_start import from_fits, start_of
 
 __all__ = ["Config", "Inverter", "run"]
 
@@ -64,10 +68,11 @@ class Inverter:
         """(the embedding of the batch, the losses [B] before and after) of pictures of one bucket."""
         config, images = self.config, send([picture.pixels for picture in batch], self.device)
         latents = self.vae.moments(images)[0]
-        start = self.start(batch).to(self.device)
+        edited = bool(batch[0].begin)
+        start = (from_fits(config.out, batch) if edited else self.start(batch)).to(self.device)
         rows, cols = latents.shape[-2] // 2, latents.shape[-1] // 2
         self.attention.regions = regions_of(start, (rows, cols))
-        fit = Fit(start, self.space, config.fit(mu_of(self.flux, rows * cols)))
+        fit = Fit(start, self.space, config.fit(mu_of(self.flux, rows * cols), edited))
         before = self.losses(latents, *fit.tokens())
         end = time.perf_counter() + 60 * config.minutes * len(batch)
 
@@ -116,8 +121,10 @@ def regions_of(embedding: SemanticEmbedding, grid: tuple[int, int]) -> Regions:
 class Folder:
     """The output folder: which embeddings are there, the lines of metrics.jsonl, and the report."""
 
-    def __init__(self, config: Config, settings: str):
-        self.config, self.settings, self.out = config, settings, config.out
+    def __init__(self, config: Config):
+        self.config, self.out = config, config.out
+        self.base = base_sha256(config.base.flux)
+        self.settings = identity(config, self.base)
         self.there = self.known()
         self.fitted, self.done, self.left_out = 0, 0, []
         write_toml(config, self.out / "config.toml")
@@ -133,9 +140,9 @@ class Folder:
             found[path.relative_to(self.out).as_posix()] = made["picture_sha256"]
         return found
 
-    def rest(self, chunks: Sequence[dict]) -> Iterator[Picture]:
+    def rest(self, found: Iterable[Picture | LeftOut | Done]) -> Iterator[Picture]:
         """The pictures that are still to be fitted."""
-        for it in pictures(chunks, self.config.resolution, self.there, self.config.start == "caption"):
+        for it in found:
             if isinstance(it, LeftOut):
                 self.left_out.append(it)
                 print(f"{it.picture}: left out ({it.reason}: {it.detail})", flush=True)
@@ -147,7 +154,8 @@ class Folder:
     def save(self, picture: Picture, embedding: SemanticEmbedding, pooled_width: int, **figures: float) -> None:
         """Write one picture's embedding and its line."""
         source = embedding.source | {"pooled_width": pooled_width, "invert": {
-            "picture": picture.name, "picture_sha256": picture.sha256, "settings": self.settings}}
+            "picture": picture.name, "picture_sha256": picture.sha256, "settings": self.settings,
+            "base_sha256": self.base}}
         embedding_file.save(self.out / picture.file, replace(embedding, source=source), picture.thumbnail())
         self.fitted += 1
         line = {"picture": picture.name, "file": picture.file, **figures}
@@ -172,11 +180,16 @@ def run(config: Config) -> bool:
     config = resolve_precisions(config, world.device, {})
     check(config)
     check_paint(config)
-    chunks, _ = listing(absolute(config.source), config.path_column, config.caption_column)
+    source, captioned = absolute(config.source), config.start == "caption"
+    index = Index.read(source) if prepared(source) else None
+    chunks = [] if index else listing(source, config.path_column, config.caption_column)[0]
     with stoppable(), alone(config.out, world):
-        folder = Folder(config, identity(config))
+        folder = Folder(config)
         try:
-            invert(config, folder, chunks, world.device)
+            there = folder.there
+            found = (passes(index, config.out, config.resolution, there, captioned) if index
+                     else [pictures(chunks, config.resolution, there, captioned)])
+            invert(config, folder, found, world.device)
         except KeyboardInterrupt:
             print("Stopped. The same line goes on from here.")
             return False
@@ -189,9 +202,11 @@ def run(config: Config) -> bool:
     return True
 
 
-def invert(config: Config, folder: Folder, chunks: Sequence[dict], device: torch.device) -> None:
+def invert(config: Config, folder: Folder, found: Iterable[Iterable[Picture | LeftOut | Done]],
+           device: torch.device) -> None:
+    """Fit pass after pass of a source's pictures."""
     made = None  # the base is loaded for the first picture that needs it
-    for batch in batches(folder.rest(chunks), config.batch):
+    for batch in chain.from_iterable(batches(folder.rest(each), config.batch) for each in found):
         made = made or Inverter(config, device)
         began = time.perf_counter()
         embedding, before, after = made.fit(batch)

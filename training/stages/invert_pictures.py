@@ -26,13 +26,14 @@ _LONGEST = 200  # bytes of a name; file systems take 255
 @dataclass(frozen=True, eq=False)
 class Picture:
     """A picture to fit. name: in its source. file: of its embedding, from the output folder. pixels: [3, H, W] uint8,
-    cropped to its bucket."""
+    cropped to its bucket. begin: the file of the embedding that its fit goes on from, "" for the run's start."""
 
     name: str
     file: str
     sha256: str
     caption: str
     pixels: Tensor
+    begin: str = ""
 
     def thumbnail(self) -> bytes:
         """A small JPEG of the pixels."""

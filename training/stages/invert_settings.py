@@ -47,7 +47,8 @@ class Base:
 class Config:
     source: str
     """A folder (pictures at any depth, captions beside them), .tar files, or .parquet files with a column of paths or
-    of pictures. A glob works too. So does an object store (s3://, ...)."""
+    of pictures. A glob works too. So does an object store (s3://, ...). Or the folder of `sda prepare` or
+    `sda prepare-edits`: then every edited picture goes on from its source's fit."""
     out: Path
     """Folder of the embeddings, named as the pictures are; report.json names the pictures that were left out."""
     base: Base
@@ -64,6 +65,9 @@ class Config:
     """Steps of the fit, each one forward and one backward of the base."""
     rate: Positive = FitSettings.rate
     """Step of Adam, in deviations of the text space."""
+    edited_steps: Count = 60
+    """Steps by which the edited picture of a prepared edit goes on from its source's fit."""
+    edited_rate: Positive = 0.15
     order: Literal[ORDERS] = FitSettings.order
     """Whether the coarse levels learn first, or all from the start."""
     pooled: bool = False
@@ -87,8 +91,10 @@ class Config:
     def start_file(self) -> Path | None:
         return None if self.start in WORDS else Path(self.start)
 
-    def fit(self, shift: float) -> FitSettings:
-        return FitSettings(self.steps, self.rate, self.order, self.pooled, shift=shift, seed=self.seed)
+    def fit(self, shift: float, edited: bool = False) -> FitSettings:
+        steps, rate = (self.edited_steps, self.edited_rate) if edited else (self.steps, self.rate)
+        order = "all levels" if edited else self.order  # all have learnt already
+        return FitSettings(steps, rate, order, self.pooled, shift=shift, seed=self.seed)
 
 
 def check(config: Config, absent: bool = False) -> FluxTransformer2DModel | None:
@@ -99,6 +105,7 @@ def check(config: Config, absent: bool = False) -> FluxTransformer2DModel | None
     """
     base, start = config.base, config.start_file
     config.fit(0.5)
+    config.fit(0.5, edited=True)
     buckets(config.resolution)
     named_hierarchy(config.preset)
     check_precision(base.precision)
@@ -144,11 +151,10 @@ def check_start(config: Config, start: Path, flux: FluxTransformer2DModel | None
                          "start from one that was made with this base.")
 
 
-def identity(config: Config) -> str:
+def identity(config: Config, flux: str) -> str:
     """A hash of all that decides the numbers of a picture's embedding, beside the picture. Files count by their
-    contents. The precision must be decided ("auto" is none)."""
+    contents. The precision must be decided ("auto" is none). flux: the hash of the base."""
     base, start = config.base, config.start_file
-    flux = base_sha256(base.flux)
     if start is not None:
         trained = checkpoint.read_header(start).get("base_sha256", flux)
         if trained != flux:
@@ -157,5 +163,5 @@ def identity(config: Config) -> str:
     files = {"flux": flux, "vae": base_sha256(base.vae, "vae"), "text": base_sha256(encoder_place(base.text)),
              "start": config.start if start is None else base_sha256(start),
              "vision": [base_sha256(path) for path in config.vision.files]}
-    keys = ("preset", "resolution", "steps", "rate", "order", "pooled", "guidance", "seed", "minutes")
+    keys = ("preset", "resolution", "steps", "rate", "edited_steps", "edited_rate", "order", "pooled", "guidance", "seed", "minutes")
     return digest(files, base.precision, {key: getattr(config, key) for key in keys})

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -33,6 +34,13 @@ def start_of(config: Config, space: TextSpace) -> Start:
     if checkpoint.read_header(config.start)["kind"] == "embedding":
         return from_embedding(embedding_file.load(config.start)[0])
     return from_adapter(config)
+
+
+def from_fits(folder: Path, batch: Sequence[Picture]) -> SemanticEmbedding:
+    """What the fits of edited pictures begin with: those of their sources, in the output folder."""
+    known = [embedding_file.load(folder / picture.begin)[0] for picture in batch]
+    pooled = None if known[0].pooled is None else torch.cat([each.pooled for each in known])
+    return replace(known[0], tokens=torch.cat([each.tokens for each in known]), pooled=pooled)
 
 
 def from_embedding(known: SemanticEmbedding) -> Start:

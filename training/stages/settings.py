@@ -107,6 +107,9 @@ class Config:
     adapter: Shape = field(default_factory=Shape)
     objective: AdapterTraining = field(default_factory=lambda: AdapterTraining(mu="resolution"))
     validation: Validation = field(default_factory=Validation)
+    fits: Path | None = None
+    """The folder of embeddings that `sda invert` fitted to pictures of this set, through this base. objective.distil
+    weighs how near the adapter's come to them."""
     licence: str = free("not stated")
     """Licence of the exported file. FLUX.1-dev's own licence applies as well."""
 
@@ -121,6 +124,8 @@ def check_settings(config: Config) -> None:
                          f"quantised weights); give --run.no-compile, or --base.precision bf16.")
     check_phases(objective.growth, "objective.growth", str)
     check_data(config.data)
+    if bool(config.fits) != (objective.distil > 0):
+        raise ValueError("Fits and objective.distil belong together; give both, or neither.")
     table = named_hierarchy(config.adapter.table)
     for name in {config.validation.preset, *(name for phase in objective.growth for name in phase[1:])}:
         named_hierarchy(name).index_in(table)

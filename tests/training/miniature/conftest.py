@@ -1,6 +1,9 @@
 """A whole miniature of random weights, made by the stages' own code at toy width."""
 from __future__ import annotations
 
+import hashlib
+import io
+import tarfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -72,3 +75,49 @@ def toy_assets(tmp_path_factory) -> Path:
         torch.nn.init.normal_(stage.decoder.out.weight, std=0.5)  # an untrained one copies
         stage.export(0)
     return assets
+
+
+EDITS = 30
+
+
+@pytest.fixture(scope="session")
+def edits(tmp_path_factory) -> Path:
+    """A prepared set of edits: every scene twice, under two instructions."""
+    pytest.importorskip("diffusers", reason="diffusers is not installed: pip install -e '.[training]'")
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from PIL import Image
+    from semantic_diffusion_adapter.training.data import index as index_module
+    from semantic_diffusion_adapter.training.miniature.editor import change_of
+    from semantic_diffusion_adapter.training.miniature.scenes import render
+
+    def png(scene) -> bytes:
+        stream = io.BytesIO()
+        Image.fromarray(render(scene)).save(stream, "PNG")
+        return stream.getvalue()
+
+    folder = tmp_path_factory.mktemp("edits")
+    (folder / "shards").mkdir()
+    rows = {name: [] for name in index_module.schema(index_module.EDITS, (128,)).names}
+    with tarfile.open(folder / "shards" / "000000.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        def put(name: str, data: bytes) -> tuple[int, int]:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            start = tar.offset + 512
+            tar.addfile(info, io.BytesIO(data))
+            return start, len(data)
+
+        for i in range(EDITS):
+            change = change_of("train", i // 2, operation=("remove", "recolour")[i % 2])
+            pictures = {"": png(change.source), "target_": png(change.target)}
+            for prefix, data in pictures.items():
+                offset, length = put(f"{i:09}.{prefix or 'source_'}png", data)
+                for column, value in (("offset", offset), ("length", length), ("sha256", hashlib.sha256(data).digest())):
+                    rows[f"{prefix}{column}"].append(value)
+            for column, value in dict(key=f"{i:09}", origin=f"{i}.png", shard="shards/000000.tar", width=128, height=128,
+                                      caption=change.instruction, mask_offset=0, mask_length=0, source_caption="", target_caption="",
+                                      bucket_128=[128, 128]).items():
+                rows[column].append(value)
+    schema = index_module.schema(index_module.EDITS, (128,))
+    pq.write_table(pa.table([pa.array(rows[f.name], f.type) for f in schema], schema=schema), folder / index_module.NAME)
+    return folder

@@ -1,12 +1,9 @@
 """`sda train editor` on a prepared set of the miniature's edits, with the miniature's networks at random weights."""
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import subprocess
 import sys
-import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 
 pytest.importorskip("diffusers", reason="diffusers is not installed: pip install -e '.[training]'")
@@ -29,8 +25,6 @@ from semantic_diffusion_adapter.training.data import index as index_module  # no
 from semantic_diffusion_adapter.training.data.decode import CorruptSample  # noqa: E402
 from semantic_diffusion_adapter.training.engine import Step  # noqa: E402
 from semantic_diffusion_adapter.training.frozen.base import base_sha256  # noqa: E402
-from semantic_diffusion_adapter.training.miniature.editor import change_of  # noqa: E402
-from semantic_diffusion_adapter.training.miniature.scenes import render  # noqa: E402
 from semantic_diffusion_adapter.training.objectives.augmentation import Augmentation  # noqa: E402
 from semantic_diffusion_adapter.training.objectives.edit_flow import FlowTraining  # noqa: E402
 from semantic_diffusion_adapter.training.stages import editor  # noqa: E402
@@ -38,43 +32,6 @@ from semantic_diffusion_adapter.training.stages.editor_settings import Config, D
 from semantic_diffusion_adapter.training.stages.settings import Data, Vision  # noqa: E402
 
 CPU = torch.device("cpu")
-COUNT = 30
-
-
-def png(scene) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(render(scene)).save(stream, "PNG")
-    return stream.getvalue()
-
-
-@pytest.fixture(scope="session")
-def edits(tmp_path_factory) -> Path:
-    """A prepared set of edits: every scene twice, under two instructions."""
-    folder = tmp_path_factory.mktemp("edits")
-    (folder / "shards").mkdir()
-    rows = {name: [] for name in index_module.schema(index_module.EDITS, (128,)).names}
-    with tarfile.open(folder / "shards" / "000000.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
-        def put(name: str, data: bytes) -> tuple[int, int]:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            start = tar.offset + 512
-            tar.addfile(info, io.BytesIO(data))
-            return start, len(data)
-
-        for i in range(COUNT):
-            change = change_of("train", i // 2, operation=("remove", "recolour")[i % 2])
-            pictures = {"": png(change.source), "target_": png(change.target)}
-            for prefix, data in pictures.items():
-                offset, length = put(f"{i:09}.{prefix or 'source_'}png", data)
-                for column, value in (("offset", offset), ("length", length), ("sha256", hashlib.sha256(data).digest())):
-                    rows[f"{prefix}{column}"].append(value)
-            for column, value in dict(key=f"{i:09}", origin=f"{i}.png", shard="shards/000000.tar", width=128, height=128,
-                                      caption=change.instruction, mask_offset=0, mask_length=0, source_caption="", target_caption="",
-                                      bucket_128=[128, 128]).items():
-                rows[column].append(value)
-    schema = index_module.schema(index_module.EDITS, (128,))
-    pq.write_table(pa.table([pa.array(rows[f.name], f.type) for f in schema], schema=schema), folder / index_module.NAME)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -99,9 +56,9 @@ def config(toy_assets, edits, tmp_path) -> Config:
         return toy_assets / f"{name}.safetensors"
 
     run = RunConfig(tmp_path / "toy", max_steps=2, batch=4, lr=1e-2, warmup=1, precision="fp32", validate_every=2, save_every=2)
-    return Config(run, file("semantic_adapters/miniature_tree128"),
+    return Config(run, Text(file("text_encoders/miniature_t5")), Data(str(edits), resolutions=((1.0, 128),), held_out=5),
+                  file("semantic_adapters/miniature_tree128"),
                   Vision((file("clip_vision/miniature_clip"), file("clip_vision/miniature_dinov2"))),
-                  Text(file("text_encoders/miniature_t5")), Data(str(edits), resolutions=((1.0, 128),), held_out=5),
                   decoder=Decoder(width=32, heads=2, layers=1), validation=Validation(resolution=128, pictures=3, steps=2))
 
 
@@ -277,7 +234,7 @@ def test_two_processes_train_as_one(with_llm, tmp_path):
 def test_whole_pictures_are_held_out_with_all_their_edits(config):
     stage = editor.EditorStage(config, CPU)
     rest, kept = stage.plan.index, stage.held
-    assert len(kept) == 6 and len(rest) == COUNT - 6, "the fifth picture's other edit as well"
+    assert len(kept) == 6 and len(rest) == 24, "the fifth picture's other edit as well"
     assert not set(rest.table["sha256"].to_pylist()) & set(kept.table["sha256"].to_pylist())
     assert sum(len(share.rows) for share in stage.validation.batches(6, 16)) == 6
     assert stage.validate() == stage.validate()
@@ -356,7 +313,7 @@ def test_cached_features_take_the_towers_place(config, edits, tmp_path):
 
     online = editor.EditorStage(config, CPU)
     index = index_module.Index.read(str(edits))
-    for path, (name, tower) in zip(config.vision.files, online.towers.items()):
+    for path, (name, tower) in zip(config.vision.files, online.space.towers.items()):
         folder = tmp_path / "cache" / Part(name, base_sha256(path)).folder
         (folder / "shards").mkdir(parents=True)
         keys, images = {}, []
@@ -372,7 +329,7 @@ def test_cached_features_take_the_towers_place(config, edits, tmp_path):
         pq.write_table(pa.table([pa.array(rows[f.name], f.type) for f in ENTRIES], schema=ENTRIES), folder / "index.parquet")
 
     cached = editor.EditorStage(replace(config, data=replace(config.data, cache=str(tmp_path / "cache"))), CPU)
-    assert not cached.towers and cached.identity["towers"] == online.identity["towers"]
+    assert not cached.space.towers and cached.identity["towers"] == online.identity["towers"]
     cached.decoder.load_state_dict(online.decoder.state_dict())
     for stage in (online, cached):
         torch.nn.init.constant_(stage.decoder.out.weight, 0.01)

@@ -26,7 +26,7 @@ from semantic_diffusion_adapter.kernels.vision.towers import TowerConfig  # noqa
 from semantic_diffusion_adapter.training import cli  # noqa: E402
 from semantic_diffusion_adapter.training.config import from_toml, write_toml  # noqa: E402
 from semantic_diffusion_adapter.training.data.index import bucket_of  # noqa: E402
-from semantic_diffusion_adapter.training.frozen.base import load_flux  # noqa: E402
+from semantic_diffusion_adapter.training.frozen.base import base_sha256, load_flux  # noqa: E402
 from semantic_diffusion_adapter.training.frozen.encoders import load_towers  # noqa: E402
 from semantic_diffusion_adapter.training.frozen.flux import network_time  # noqa: E402
 from semantic_diffusion_adapter.training.plan import costs  # noqa: E402
@@ -116,7 +116,8 @@ def test_a_folder_of_other_settings_is_refused(toy, tmp_path, capsys, change):
     (tmp_path / "out").mkdir()
     config = from_toml(invert_settings.Config, toy())
     known = embedding_of(tmp_path / "start.safetensors", "tree64")
-    source = {"invert": {"settings": invert_settings.identity(config), "picture": "x", "picture_sha256": "0"}}
+    settings = invert_settings.identity(config, base_sha256(config.base.flux))
+    source = {"invert": {"settings": settings, "picture": "x", "picture_sha256": "0"}}
     embedding_file.save(tmp_path / "out" / "x.safetensors", dataclasses.replace(known, source=source))
     if change == {"start": "embedding"}:
         change = {"start": str(tmp_path / "start.safetensors")}
