@@ -9,6 +9,7 @@ it as uint8 [B, M, 256, 256], which core does cast; bfloat16 and float16 hold 0 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .embedding import SemanticEmbedding
@@ -57,3 +58,35 @@ def decode(layout: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor,
     strengths = torch.where(fixed == OFF, -torch.inf, fixed.float() / UNIT)
     boxes = layout[..., :4].float() / UNIT
     return (boxes, strengths, None, None) if masks is None else (boxes, strengths, masks.float() / 255, layout[..., 6].long())
+
+
+def together(sides: list[tuple[Tensor, Tensor | None, Tensor | None]]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Several conditionings as the rows of one batch: (context [R, L, D], layout, masks), each side given as such.
+
+    A shorter text gets zeros before it, off for every query: exactly the shorter text. Where one side has more region
+    tokens than another, tokens of the other's text that follow its own own the whole image, which is how text is seen.
+    The layout is None where no side has one and all are equally long.
+    """
+    length = max(context.shape[1] for context, *_ in sides)
+    pads = [length - context.shape[1] for context, *_ in sides]
+    counts = [pad + (0 if layout is None else layout.shape[1]) for pad, (_, layout, _) in zip(pads, sides)]
+    tables = [0 if masks is None else masks.shape[1] for *_, masks in sides]
+    contexts = torch.cat([F.pad(context, (0, 0, pad, 0)) for pad, (context, *_) in zip(pads, sides)])
+    if not max(counts):
+        return contexts, None, None
+    layouts, all_masks = [], []
+    for pad, count, table, (context, layout, masks) in zip(pads, counts, tables, sides):
+        rows, device = len(context), context.device
+        own = torch.empty(1, 0, 7, dtype=torch.int32) if layout is None else layout
+        parts = (_everywhere(pad, OFF), own.to("cpu", torch.int32), _everywhere(max(counts) - count, 0))
+        layouts.append(torch.cat([part.expand(rows, -1, -1) for part in parts], dim=1).to(device))
+        if max(tables):
+            shape = (1, 0, *next(masks.shape[2:] for *_, masks in sides if masks is not None))
+            own = torch.empty(shape, device=device) if masks is None else masks.float()
+            all_masks.append(F.pad(own, (0, 0, 0, 0, 0, max(tables) - table)).expand(rows, -1, -1, -1))
+    return contexts, torch.cat(layouts), torch.cat(all_masks) if all_masks else None
+
+
+def _everywhere(count: int, strength: int) -> Tensor:
+    """int32 [1, count, 7]: tokens that own the whole image."""
+    return torch.tensor([0, 0, UNIT, UNIT, 0, strength, -1], dtype=torch.int32).expand(1, count, 7)

@@ -71,8 +71,8 @@ def masked_attention(
     every group, with fewer queries than keys. `keep_plain` says that the host runs another kernel than PyTorch's
     (SageAttention, flash) that is to be kept.
 
-    `source`: keys and values that every query reads as well, by its gate; differentiable in both. Without regions
-    (None) nothing else is masked. The route flex has no source.
+    `source`: keys and values that every query reads as well, or instead of some of its own, by its gate; differentiable
+    in both. Without regions (None) nothing else is masked. The route flex has no source.
     """
     device = q.device.type
     if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
@@ -82,7 +82,7 @@ def masked_attention(
         regions.check(q, k, v)
         regions = None if regions.trivial else regions
     if source is not None:
-        source.check(q)
+        source.check(q, k, regions.tokens if regions else 0)
         source = None if source.trivial else source
     plain = plain or F.scaled_dot_product_attention
     if route == "auto":

@@ -19,6 +19,9 @@ def dense_attention(
         shift = source.shift(q.dtype).clamp(min=FLOOR).to(q.dtype)
         read = shift.unsqueeze(-1).expand(-1, -1, -1, source.keys.shape[2])
         batch = max(bias.shape[0], read.shape[0])
+        if source.instead is not None:
+            bias, (first, last) = bias.expand(batch, 1, q.shape[2], -1).clone(), source.instead
+            bias[..., first:last] += source.own(q.dtype).clamp(min=FLOOR).to(q.dtype).unsqueeze(-1)
         bias = torch.cat([bias.expand(batch, -1, -1, -1), read.expand(batch, -1, -1, -1)], dim=-1)
         k, v = torch.cat([k, source.keys], dim=2), torch.cat([v, source.values], dim=2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)

@@ -71,10 +71,11 @@ def merge_attention(
     if regions:
         part = part.expand(q.shape[0], q.shape[1], -1, -1)
     read = (source.keys, source.values, source.shift(q.dtype)) if source else (None, None, None)
+    instead, own = (source.instead, source.own(q.dtype)) if source and source.instead else (None, None)
     inputs = (q, k, v, *read[:2])
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
-        return _Merge.apply(*inputs, part, shift, read[2], chosen)
-    return _forward(_parts(*inputs, part, shift, read[2], chosen), q)[0]
+        return _Merge.apply(*inputs, part, shift, read[2], own, instead, chosen)
+    return _forward(_parts(*inputs, part, shift, read[2], own, instead, chosen), q)[0]
 
 
 class _Part(NamedTuple):
@@ -87,12 +88,15 @@ class _Part(NamedTuple):
     shift: Tensor | None
 
 
-def _parts(q, k, v, source_k, source_v, part, shift, gate, chosen: Kernels) -> list[_Part]:
-    """The rest first, then the region tokens and the source where there are any."""
+def _parts(q, k, v, source_k, source_v, part, shift, gate, own, instead, chosen: Kernels) -> list[_Part]:
+    """In the order of the keys: the region tokens, the rest, what the source stands in for, the rest behind it, the source;
+    each where there is any."""
     tokens = 0 if part is None else part.shape[-1]
-    parts = [_Part(chosen.rest, k[:, :, tokens:], v[:, :, tokens:], None, None)]
-    if part is not None:
-        parts.append(_Part(chosen.region, k[:, :, :tokens], v[:, :, :tokens], part, shift))
+    first, last = instead or (k.shape[2], k.shape[2])
+    parts = [] if part is None else [_Part(chosen.region, k[:, :, :tokens], v[:, :, :tokens], part, shift)]
+    for start, end, towards in ((tokens, first, None), (first, last, own), (last, k.shape[2], None)):
+        if start < end:
+            parts.append(_Part(chosen.rest, k[:, :, start:end], v[:, :, start:end], None, towards))
     if source_k is not None:
         parts.append(_Part(chosen.rest, source_k, source_v, None, gate))
     return parts
@@ -100,39 +104,40 @@ def _parts(q, k, v, source_k, source_v, part, shift, gate, chosen: Kernels) -> l
 
 class _Merge(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, source_k, source_v, part, shift, gate, chosen: Kernels) -> Tensor:
-        out, lse, results = _forward(_parts(q, k, v, source_k, source_v, part, shift, gate, chosen), q)
+    def forward(ctx, q, k, v, source_k, source_v, part, shift, gate, own, instead, chosen: Kernels) -> Tensor:
+        out, lse, results = _forward(_parts(q, k, v, source_k, source_v, part, shift, gate, own, instead, chosen), q)
         # The raw log-sum-exps are kept for their shape and padding only. They are saved like the rest: what is kept on
         # ctx itself would outlive gradient checkpointing.
-        ctx.save_for_backward(q, k, v, source_k, source_v, part, shift, gate, out, lse, *(raw[1] for raw in results))
-        ctx.chosen, ctx.extra = chosen, [raw[2:] for raw in results]
+        ctx.save_for_backward(
+            q, k, v, source_k, source_v, part, shift, gate, own, out, lse, *(raw[1] for raw in results)
+        )
+        ctx.instead, ctx.chosen, ctx.extra = instead, chosen, [raw[2:] for raw in results]
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         saved = ctx.saved_tensors  # under gradient checkpointing they can be read but once
-        *inputs, out, lse = saved[:10]
-        raws, q, source_k, part = saved[10:], inputs[0], inputs[3], inputs[5]
+        *inputs, out, lse = saved[:11]
+        raws, q, source_k = saved[11:], inputs[0], inputs[3]
         grads = []
-        for one, raw, extra in zip(_parts(*inputs, ctx.chosen), raws, ctx.extra):
+        for one, raw, extra in zip(_parts(*inputs, ctx.instead, ctx.chosen), raws, ctx.extra):
             # A part's scores lack its shift, so its log-sum-exp must lack it too.
-            own = lse if one.shift is None else lse - one.shift
-            grads.append(_backward(one.kernel, grad, q, one.keys, one.values, one.bias, out, own, (raw, *extra)))
+            alone = lse if one.shift is None else lse - one.shift
+            grads.append(_backward(one.kernel, grad, q, one.keys, one.values, one.bias, out, alone, (raw, *extra)))
         queries = sum((each[0] for each in grads[1:]), grads[0][0])
         from_source = grads.pop()[1:] if source_k is not None else (None, None)
-        keys, values = grads[0][1:]
-        if part is not None:
-            keys, values = torch.cat([grads[1][1], keys], dim=2), torch.cat([grads[1][2], values], dim=2)
-        return queries, keys, values, *from_source, None, None, None, None
+        keys, values = (torch.cat(each, dim=2) if len(each) > 1 else each[0] for each in list(zip(*grads))[1:])
+        return queries, keys, values, *from_source, *[None] * 6
 
 
 def _forward(parts: list[_Part], q: Tensor):
-    """Joined output, joined log-sum-exp and the raw results; the first one's output is overwritten by the join."""
+    """Joined output, joined log-sum-exp and the raw results; one of the outputs is overwritten by the join."""
     results = [_attend(one.kernel, q, one.keys, one.values, one.bias) for one in parts]
-    out, lse = results[0][0], _lse(results[0], q)
-    for one, result in zip(parts[1:], results[1:]):
-        other = _lse(result, q) + one.shift
+    begin = next((place for place, one in enumerate(parts) if one.shift is None), 0)
+    shifted = [_lse(result, q) + (0 if one.shift is None else one.shift) for one, result in zip(parts, results)]
+    out, lse = results[begin][0], shifted[begin]
+    for result, other in zip(results[:begin] + results[begin + 1 :], shifted[:begin] + shifted[begin + 1 :]):
         out = out.lerp_(result[0], torch.sigmoid(other - lse).unsqueeze(-1).to(q.dtype))
         lse = torch.logaddexp(lse, other)
     return out, lse, results

@@ -61,10 +61,17 @@ def _attend(
             order.append(closed)
         if len(closed) < len(rows):
             opened = rows[gate[rows] != 0]
+            if source.instead is not None:
+                first, last = (k.shape[2] - place for place in source.instead)  # from the end, which no group cuts
+                keys, values = (_without(each, each.shape[2] - first, each.shape[2] - last) for each in (keys, values))
             keys, values = torch.cat([keys, source.keys], dim=2), torch.cat([values, source.values], dim=2)
             outs.append(plain(q.index_select(2, opened), keys, values))
             order.append(opened)
     return torch.cat(outs, dim=2).index_select(2, torch.argsort(torch.cat(order)))
+
+
+def _without(keys: Tensor, first: int, last: int) -> Tensor:
+    return torch.cat([keys[:, :, :first], keys[:, :, last:]], dim=2)
 
 
 def _seen(keys: Tensor, columns: Tensor, tokens: int) -> Tensor:

@@ -23,7 +23,7 @@ from ...kernels.attention import Regions
 from ...kernels.blocks import Blocks, parse_blocks
 from ...kernels.visibility import patch_grid, region_bias
 from .conditioning import LAYOUT_KEY, MASKS_KEY
-from .override import OVERRIDE_KEY, regional_attention
+from .override import OVERRIDE_KEY, READER_KEY, regional_attention
 from .sequence import Sequence
 from .watch import WATCH_KEY, compiled, watched
 
@@ -74,7 +74,7 @@ def check_times(start: float, end: float) -> None:
         raise ValueError(f"start_percent ({start}) must not be after end_percent ({end}), both in 0 to 1: swap them.")
 
 
-def check_model(base_model, network) -> None:
+def check_model(base_model, network, what: str = "Masked Attention") -> None:
     """ValueError unless it is FLUX.1, whose text has no order: region tokens come before it and may be any number."""
     kind = type(base_model.model_config).__name__
     if isinstance(network, comfy.ldm.flux.model.Flux) and not isinstance(base_model, _FLUX2):
@@ -84,7 +84,7 @@ def check_model(base_model, network) -> None:
             ovis = getattr(network.params, "txt_norm", False)
             kind = "Ovis-Image" if ovis else "a relative of it whose text has positions, such as LongCat-Image"
     raise ValueError(
-        f"Masked Attention works on FLUX.1 models and this is {kind}: load a FLUX.1 model with Load Diffusion Model."
+        f"{what} works on FLUX.1 models and this is {kind}: load a FLUX.1 model with Load Diffusion Model."
     )
 
 
@@ -96,13 +96,14 @@ def layout_wrapper(base_model, settings: Settings) -> Callable:
         transformer_options={}, **kwargs,  # noqa: B006  (core's own signature; never written to)
     ):  # fmt: skip
         layout, masks = kwargs.pop(LAYOUT_KEY, None), kwargs.pop(MASKS_KEY, None)
-        if layout is not None and _active(base_model, transformer_options, settings):
+        if layout is not None and within(base_model, transformer_options, settings.start, settings.end):
             network = executor.class_obj
             _check(network, layout, context, y)
             sequence = prepare(layout, x, context, ref_latents, network.patch_size, settings, masks)
             if not sequence.regions.trivial:
-                previous, watch = (transformer_options.get(key) for key in (OVERRIDE_KEY, WATCH_KEY))
-                override = regional_attention(sequence, previous, settings.blocks, watch)
+                previous, watch, reader = (transformer_options.get(key) for key in (OVERRIDE_KEY, WATCH_KEY, READER_KEY))
+                previous = reader.previous if reader is not None else previous  # whose own override this one replaces
+                override = regional_attention(sequence, previous, settings.blocks, watch, reader)
                 transformer_options = {**sequence.follow(transformer_options), OVERRIDE_KEY: override}
         return executor(x, timestep, context, y, guidance, ref_latents, control, transformer_options, **kwargs)
 
@@ -121,7 +122,7 @@ def watching_wrapper(settings: Settings) -> Callable:
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
         layout, network = kwargs.get(LAYOUT_KEY), executor.class_obj.diffusion_model
-        active = layout is not None and _active(executor.class_obj, transformer_options, settings)
+        active = layout is not None and within(executor.class_obj, transformer_options, settings.start, settings.end)
         if not active or compiled(network, transformer_options):
             return run(transformer_options)
 
@@ -152,8 +153,9 @@ def prepare(
     return Sequence(make, context.shape[1], patches, sum(others))
 
 
-def _active(base_model, transformer_options: dict, settings: Settings) -> bool:
-    sigmas, start, end = transformer_options.get("sigmas"), settings.start, settings.end
+def within(base_model, transformer_options: dict, start: float, end: float) -> bool:
+    """Whether the forward's sigma lies in this part of the sampling."""
+    sigmas = transformer_options.get("sigmas")
     if sigmas is None or (start == 0 and end == 1):
         return True
     # Asked at sampling time: a node after ours may have changed the model's schedule.

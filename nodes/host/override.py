@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,17 +15,23 @@ from .sequence import Sequence, to_front
 from .watch import Watch, unfit_sentence
 
 OVERRIDE_KEY = "optimized_attention_override"
+READER_KEY = "sda_reader"
 # Core's own exact attention functions; any other (SageAttention, flash, xformers) is the user's choice and is kept.
 _EXACT = {"attention_pytorch", "attention_basic", "attention_split", "attention_sub_quad"}
 
 
 def regional_attention(
-    sequence: Sequence, previous: Callable | None, blocks: Blocks | None = None, watch: Watch | None = None
+    sequence: Sequence,
+    previous: Callable | None,
+    blocks: Blocks | None = None,
+    watch: Watch | None = None,
+    reader: Any = None,
 ) -> Callable:
     """An `optimized_attention_override` that masks the joint attention and calls `previous` for the attention itself.
 
     blocks: only in these; None for all, also where core does not say which block it is.
     watch: records every attention. Without one, an attention in which our tokens cannot be found is a ValueError.
+    reader: of a source (`source_gate.Reader`), which the queries then read as well, in the reader's own blocks.
     """
 
     def override(
@@ -41,12 +48,15 @@ def regional_attention(
         fits = sequence.fits(*sizes)
         if mask is not None:  # which the conditioning brought along, for the sequence as core makes it
             fits = fits and sequence.before == 0 and sizes[0] == sizes[1] == mask.shape[-1]
-        chosen = blocks is None or _among(blocks, kwargs.get("transformer_options"))
+        chosen = _among(blocks, kwargs.get("transformer_options"))
+        reads = reader is not None and _among(reader.blocks, kwargs.get("transformer_options"))
         if chosen and watch is not None:
             watch.record_attention(None if fits else sizes)
         elif chosen and not fits:
             raise ValueError(unfit_sentence(*sizes, ""))
-        if not (chosen and fits):
+        if reads and (mask is not None or not fits):
+            raise ValueError(unread_sentence(mask is not None))
+        if not ((chosen or reads) and fits):
             return host(q, k, v, mask=mask, skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape)
         if not skip_reshape:
             q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
@@ -61,16 +71,31 @@ def regional_attention(
         else:
             keep = previous is not None or getattr(func, "__name__", "") not in _EXACT
             q, k, v = (to_front(t, before, regions.tokens) for t in (q, k, v))
-            out = masked_attention(q, k, v, regions, plain=plain, keep_plain=keep)
+            source = reader.source(q, k, v, sequence.text) if reads else None
+            out = masked_attention(q, k, v, regions if chosen else None, plain=plain, keep_plain=keep, source=source)
             out = to_front(out, regions.tokens, before) if before else out
         return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
 
     return override
 
 
-def _among(blocks: Blocks, transformer_options: dict | None) -> bool:
+def unread_sentence(masked: bool) -> str:
+    if masked:
+        return (
+            "Source Gate cannot read beside the attention mask that a conditioning brings along: take Apply Style Model's "
+            "multiply, or remove one of the two."
+        )
+    return (
+        "Source Gate does not find the picture in this model's attention, because another node changes its sequence: remove "
+        "that node or Source Gate."
+    )
+
+
+def _among(blocks: Blocks | None, transformer_options: dict | None) -> bool:
     """Whether this attention is in one of the blocks. Core writes into the options which block it is in."""
     here = transformer_options or {}
+    if blocks is None or not blocks:
+        return blocks is None
     return "block_index" not in here or (here.get("block_type"), here["block_index"]) in blocks
 
 

@@ -86,7 +86,7 @@ def test_cuda_kernels_take_the_arguments_of_the_merge(kernel):
         shift = torch.empty(1, 1, 1037, device="cuda")
         source = torch.empty(2, 24, 901, 128, dtype=torch.bfloat16, device="cuda")
         chosen = merge.Kernels(kernel, "efficient")
-        parts = merge._parts(q, q, q, source, source, part, shift, shift, chosen)
+        parts = merge._parts(q, q, q, source, source, part, shift, shift, shift, (136, 1037), chosen)
         out, joined, results = merge._forward(parts, q)
         assert out.shape == q.shape and joined.shape == q.shape[:3]
         for (name, keys, _, bias, _), result in zip(parts, results):

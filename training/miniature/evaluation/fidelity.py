@@ -7,6 +7,8 @@ flow_edit         FlowEdit from the source's latent at time 0.9, the source's an
 flow_edit_masked  the same, held outside of the change mask
 flow_edit_composited
                   the free flow edit, and the source's own pixels outside of a change mask that is feathered, not grown
+gate_rows         the edited embedding from noise; patches outside of the change mask read the source's keys and values, of
+                  a row of the same batch and noise (Source Gate)
 rf_inversion, rf_solver, fireflow, uniedit
                   up from the source's latent and down again (`solvers`)
 sdedit            from the source's latent under the noise of a time that was chosen on validation scenes
@@ -35,12 +37,13 @@ from ..scenes import SIZE, render
 from . import sequence
 from .decoder import PATCH, Decoder, Way
 from .editing import STARTS, TRIALS, instructions, judge, summary
+from .gated import GATED
 from .reconstruction import parse_all, psnr
 from .solvers import SOLVERS
 from .system import Miniature
 from .ways import OURS, anew
 
-WAYS: tuple[Way, ...] = (*OURS, *SOLVERS)  # the ways of other files are added here
+WAYS: tuple[Way, ...] = (*OURS, *GATED, *SOLVERS)  # the ways of other files are added here
 DECODES = tuple(way.name for way in WAYS)
 
 

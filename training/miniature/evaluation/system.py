@@ -6,8 +6,10 @@ so two decoders of one scene start from the same noise.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +18,10 @@ import torch
 from torch import Tensor
 
 from ....kernels.adapter import Adapter
-from ....kernels.attention import Regions, masked_attention
+from ....kernels.attention import Regions, Source, masked_attention
 from ....kernels.edit_decoder import EditDecoder
 from ....kernels.embedding import SemanticEmbedding, from_hierarchy
+from ....kernels.gate import sequence_gate
 from ....kernels.hierarchy import Hierarchy
 from ....kernels.precision import autocast, resolve
 from ....kernels.visibility import region_bias
@@ -88,7 +91,31 @@ class Attention(RegionAttention):
     """Flux's attention for painting. Without gradients the fused kernel with a mask is the fastest at these lengths (on
     a CPU 15% of the whole forward)."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._of_thread = threading.local()
+
+    @contextmanager
+    def reading(self, gates: Tensor) -> Iterator[None]:
+        """In this thread, the first half of a batch reads the image keys of the second, its sources, instead of its own, by
+        gates [B, rows, cols] (kernels/gate.py)."""
+        self._of_thread.gates = gates
+        try:
+            yield
+        finally:
+            del self._of_thread.gates
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        gates = getattr(self._of_thread, "gates", None)
+        if gates is None:
+            return self._own(q, k, v)
+        count, text = len(gates), q.shape[2] - gates[0].numel()
+        source = Source(k[count:, :, text:], v[count:, :, text:], sequence_gate(gates, text, 0.0).to(q.device),
+                        (text, q.shape[2]))
+        read = masked_attention(q[:count], k[:count], v[:count], self.regions, "dense", source=source)
+        return torch.cat([read, self._own(q[count:], k[count:], v[count:])])
+
+    def _own(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.regions is None:
             return torch.nn.functional.scaled_dot_product_attention(q, k, v)
         return masked_attention(q, k, v, self.regions, "dense")

@@ -1,0 +1,165 @@
+"""The source gate: patches of the painted picture read the source's keys and values, in the very forward that paints.
+
+A companion's row holds the source, noised to the same sigma with the sampler's own noise (exact on a straight path, so no
+inversion is needed), under the source's conditioning. The attention override lets each query read its image keys instead
+of the picture's own, by its gate (`kernels/attention/source.py`). Gate 0 everywhere is core's picture bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ...kernels.attention import Regions, Source
+from ...kernels.blocks import Blocks, parse_blocks
+from ...kernels.area import resample
+from ...kernels.gate import gate, sequence_gate
+from ...kernels.noise import own_noise
+from ...kernels.visibility import patch_grid
+from .companions import Companion, Forward, accompanied, companion_of
+from .flux import WRAPPER_KEY, check_model, check_times, within
+from .override import OVERRIDE_KEY, READER_KEY, regional_attention
+from .sequence import Sequence
+from .source import check_flow, source_of
+
+GATE_KEY = "sda_source_gate"
+NOISE_KEY = "sda_noise"
+WHAT = "Source Gate"
+
+
+class Settings(NamedTuple):
+    """What the patch was asked for. change: MASK [B or 1, H, W], 1 = may change, or None. latent: the source's LATENT in
+    the VAE's scale."""
+
+    companion: Companion
+    latent: Tensor
+    change: Tensor | None
+    strength: float
+    lo: float
+    hi: float
+    text_gate: float
+    start: float
+    end: float
+    blocks: Blocks | None
+
+
+class Reader:
+    """What every attention of one forward needs to read the source.
+
+    rows: of what is painted; the companions' come after them, one for each picture. gates [B, rows, cols].
+    """
+
+    def __init__(self, rows: int, gates: Tensor, text_gate: float, blocks: Blocks | None, previous: Callable | None) -> None:
+        self.blocks, self.previous = blocks, previous
+        self._rows, self._gates, self._text_gate = rows, gates, text_gate
+        self._made: Source | None = None
+
+    def source(self, q: Tensor, k: Tensor, v: Tensor, text: int) -> Source:
+        """Of queries [R + B, H, S, d] and keys of the joint sequence: text, patches, references."""
+        count, patches = len(self._gates), self._gates[0].numel()
+        of_picture = torch.arange(len(k), device=k.device) % count + self._rows
+        keys, values = (each[:, :, text : text + patches][of_picture] for each in (k, v))
+        if self._made is not None and self._made.gate.shape[1] == q.shape[2]:
+            return self._made.over(keys, values)
+        gates = sequence_gate(self._gates, text, self._text_gate, q.shape[2] - text - patches)
+        gates = gates.repeat(self._rows // count, 1)
+        gates = torch.cat([gates, torch.zeros_like(gates[:count])])  # the companions read none
+        self._made = Source(keys, values, gates.to(q.device), (text, text + patches))
+        return self._made
+
+
+def patch(
+    model, source: list, latent: dict, mask: Tensor | None = None, strength: float = 1.0, lo: float = 0.0, hi: float = 1.0,
+    text_gate: float = 0.0, start: float = 0.0, end: float = 1.0, blocks: str = "all",
+):  # fmt: skip
+    """A clone of a Flux MODEL whose patches read a source. Several gates stand beside one another only by masks: a second
+    one replaces the first.
+
+    source: what the source shows, a CONDITIONING of one entry; latent: its LATENT. mask: MASK, where the picture may
+        change. The other settings are those of `kernels.gate` and of Masked Attention.
+    """
+    network = model.get_model_object("diffusion_model")
+    check_model(model.model, network, WHAT)
+    check_flow(model, WHAT)
+    check_times(start, end)
+    samples, _ = source_of(latent)
+    sequence_gate(gate(torch.zeros(1, 1, 1), strength, lo, hi), 0, text_gate)  # refuses what is out of range
+    chosen = parse_blocks(blocks, len(network.double_blocks), len(network.single_blocks))
+    settings = Settings(companion_of(source, WHAT), samples, mask, strength, lo, hi, text_gate, start, end, chosen)
+    patched = model.clone()
+    for kind, wrapper in (
+        (WrappersMP.OUTER_SAMPLE, noise_wrapper), (WrappersMP.DIFFUSION_MODEL, reading_wrapper(model.model, settings)),
+    ):  # fmt: skip
+        patched.remove_wrappers_with_key(kind, GATE_KEY)
+        patched.add_wrapper_with_key(kind, GATE_KEY, wrapper)
+    # Around Masked Attention, which then finds the companions' rows with their boxes.
+    inner = list(patched.get_wrappers(WrappersMP.DIFFUSION_MODEL, WRAPPER_KEY))
+    patched.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, WRAPPER_KEY)
+    for wrapper in inner:
+        patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, WRAPPER_KEY, wrapper)
+    return patched
+
+
+def noise_wrapper(executor, noise, latent_image, sampler, sigmas, *rest, **more):
+    """Lets the forwards of one sampling know its noise: the source's path then begins where the picture's does."""
+    guider = executor.class_obj
+    guider.model_options["transformer_options"] = {**guider.model_options.get("transformer_options", {}), NOISE_KEY: noise}
+    return executor(noise, latent_image, sampler, sigmas, *rest, **more)
+
+
+def reading_wrapper(base_model, settings: Settings) -> Callable:
+    """The DIFFUSION_MODEL wrapper. A function, not an object: core deep-copies model options on every clone."""
+
+    def wrapper(
+        executor, x, timestep, context, y=None, guidance=None, ref_latents=None, control=None,
+        transformer_options={}, **kwargs,  # noqa: B006  (core's own signature; never written to)
+    ):  # fmt: skip
+        forward = Forward(x, timestep, context, y, guidance, ref_latents, control, transformer_options, kwargs)
+        gates = gates_of(settings, forward, executor.class_obj.patch_size)
+        if not within(base_model, transformer_options, settings.start, settings.end) or not gates.any():
+            return forward.run(executor)
+        masked = WRAPPER_KEY in transformer_options.get("wrappers", {}).get(WrappersMP.DIFFUSION_MODEL, {})
+        made = accompanied(forward, settings.companion, noised(base_model, settings, forward), masked, WHAT)
+        options = made.transformer_options
+        reader = Reader(len(x), gates.to(x.device), settings.text_gate, settings.blocks, options.get(OVERRIDE_KEY))
+        grids = [patch_grid(*each.shape[-2:], executor.class_obj.patch_size) for each in (x, *(ref_latents or ()))]
+        patches, *others = (rows * cols for rows, cols in grids)
+
+        def unmasked(text: int, references: int) -> Regions:
+            return Regions(torch.zeros(text + patches + references, 1, device=x.device))
+
+        sequence = Sequence(unmasked, made.context.shape[1], patches, sum(others))
+        override = regional_attention(sequence, reader.previous, blocks=frozenset(), reader=reader)
+        options = {**sequence.follow(options), OVERRIDE_KEY: override, READER_KEY: reader}
+        return made._replace(transformer_options=options).run(executor)[: len(x)]
+
+    return wrapper
+
+
+def gates_of(settings: Settings, forward: Forward, patch_size: int) -> Tensor:
+    """[B, rows, cols] float32 on the CPU: the gate of every latent patch of every picture."""
+    count, grid = forward.pictures, patch_grid(*forward.x.shape[-2:], patch_size)
+    change = torch.zeros(1, *grid) if settings.change is None else resample(settings.change.float().cpu(), *grid)
+    if len(change) not in (1, count):
+        raise ValueError(f"{WHAT} has {len(change)} masks for {count} pictures: give one, or one for each.")
+    return gate(change.clamp(0, 1), settings.strength, settings.lo, settings.hi).expand(count, -1, -1)
+
+
+def noised(base_model, settings: Settings, forward: Forward) -> Tensor:
+    """The source [B, C, H, W] at the sigma of the forward, in the model's own scale."""
+    x, count = forward.x, forward.pictures
+    source = base_model.process_latent_in(settings.latent).to(x)
+    if source.shape[-2:] != x.shape[-2:] or len(source) not in (1, count):
+        raise ValueError(
+            f"The source's latent is {list(source.shape)} and what is painted {[count, *x.shape[1:]]}: use one size, and one "
+            "source or one for each picture."
+        )
+    noise = forward.transformer_options.get(NOISE_KEY)
+    if noise is None or noise.shape[-2:] != x.shape[-2:] or len(noise) != count:
+        noise = own_noise(source.shape[1:], range(count), 0)
+    sigma = forward.timestep[:count].to(x).reshape(-1, 1, 1, 1)
+    return (1 - sigma) * source + sigma * noise.to(x)
