@@ -11,6 +11,7 @@ from .edit import EditEmbedding, KeepOutsideMask
 from .encode import BuildEmbedding, EncodeImage
 from .files import LoadEmbedding, SaveEmbedding
 from .fit import FitEmbedding
+from .gate import ReferenceGate, SourceGate
 from .guide import EditGuider, FlowEditGuider, InversionEdit
 from .host import folders
 from .load import LoadAdapter, LoadEditDecoder, LoadVisionEncoders
@@ -50,6 +51,8 @@ class SemanticDiffusionExtension(ComfyExtension):
             MaskedAttention,
             EditGuider,
             ChangeMask,
+            SourceGate,
+            ReferenceGate,
             FlowEditGuider,
             InversionEdit,
             LoadMiniature,

@@ -31,7 +31,7 @@ def regional_attention(
 
     blocks: only in these; None for all, also where core does not say which block it is.
     watch: records every attention. Without one, an attention in which our tokens cannot be found is a ValueError.
-    reader: of a source (`source_gate.Reader`), which the queries then read as well, in the reader's own blocks.
+    reader: of a source (`source_gate`) or of references (`reference_gate`), by gates, in the reader's own blocks.
     """
 
     def override(
@@ -71,7 +71,7 @@ def regional_attention(
         else:
             keep = previous is not None or getattr(func, "__name__", "") not in _EXACT
             q, k, v = (to_front(t, before, regions.tokens) for t in (q, k, v))
-            source = reader.source(q, k, v, sequence.text) if reads else None
+            k, v, source = reader.read(q, k, v, sequence.text) if reads else (k, v, None)
             out = masked_attention(q, k, v, regions if chosen else None, plain=plain, keep_plain=keep, source=source)
             out = to_front(out, regions.tokens, before) if before else out
         return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
@@ -82,12 +82,12 @@ def regional_attention(
 def unread_sentence(masked: bool) -> str:
     if masked:
         return (
-            "Source Gate cannot read beside the attention mask that a conditioning brings along: take Apply Style Model's "
-            "multiply, or remove one of the two."
+            "A gate cannot read beside the attention mask that a conditioning brings along: take Apply Style Model's multiply, "
+            "or remove the gate."
         )
     return (
-        "Source Gate does not find the picture in this model's attention, because another node changes its sequence: remove "
-        "that node or Source Gate."
+        "The gate does not find the picture in this model's attention, because another node changes its sequence: remove that "
+        "node or the gate."
     )
 
 

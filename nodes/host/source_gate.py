@@ -14,16 +14,14 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...kernels.attention import Regions, Source
-from ...kernels.blocks import Blocks, parse_blocks
-from ...kernels.area import resample
-from ...kernels.gate import gate, sequence_gate
+from ...kernels.attention import Source
+from ...kernels.blocks import Blocks
+from ...kernels.gate import sequence_gate
 from ...kernels.noise import own_noise
-from ...kernels.visibility import patch_grid
 from .companions import Companion, Forward, accompanied, companion_of
-from .flux import WRAPPER_KEY, check_model, check_times, within
-from .override import OVERRIDE_KEY, READER_KEY, regional_attention
-from .sequence import Sequence
+from .flux import WRAPPER_KEY, check_model, within
+from .gates import Opening, gates_of, opening_of, put_around, reading
+from .override import OVERRIDE_KEY
 from .source import check_flow, source_of
 
 GATE_KEY = "sda_source_gate"
@@ -32,19 +30,11 @@ WHAT = "Source Gate"
 
 
 class Settings(NamedTuple):
-    """What the patch was asked for. change: MASK [B or 1, H, W], 1 = may change, or None. latent: the source's LATENT in
-    the VAE's scale."""
+    """What the patch was asked for. latent: the source's LATENT in the VAE's scale."""
 
     companion: Companion
     latent: Tensor
-    change: Tensor | None
-    strength: float
-    lo: float
-    hi: float
-    text_gate: float
-    start: float
-    end: float
-    blocks: Blocks | None
+    opening: Opening
 
 
 class Reader:
@@ -58,18 +48,18 @@ class Reader:
         self._rows, self._gates, self._text_gate = rows, gates, text_gate
         self._made: Source | None = None
 
-    def source(self, q: Tensor, k: Tensor, v: Tensor, text: int) -> Source:
-        """Of queries [R + B, H, S, d] and keys of the joint sequence: text, patches, references."""
+    def read(self, q: Tensor, k: Tensor, v: Tensor, text: int) -> tuple[Tensor, Tensor, Source]:
+        """(keys, values, the source) for queries [R + B, H, S, d] of the joint sequence: text, patches, references."""
         count, patches = len(self._gates), self._gates[0].numel()
         of_picture = torch.arange(len(k), device=k.device) % count + self._rows
         keys, values = (each[:, :, text : text + patches][of_picture] for each in (k, v))
         if self._made is not None and self._made.gate.shape[1] == q.shape[2]:
-            return self._made.over(keys, values)
+            return k, v, self._made.over(keys, values)
         gates = sequence_gate(self._gates, text, self._text_gate, q.shape[2] - text - patches)
         gates = gates.repeat(self._rows // count, 1)
         gates = torch.cat([gates, torch.zeros_like(gates[:count])])  # the companions read none
         self._made = Source(keys, values, gates.to(q.device), (text, text + patches))
-        return self._made
+        return k, v, self._made
 
 
 def patch(
@@ -85,22 +75,13 @@ def patch(
     network = model.get_model_object("diffusion_model")
     check_model(model.model, network, WHAT)
     check_flow(model, WHAT)
-    check_times(start, end)
     samples, _ = source_of(latent)
-    sequence_gate(gate(torch.zeros(1, 1, 1), strength, lo, hi), 0, text_gate)  # refuses what is out of range
-    chosen = parse_blocks(blocks, len(network.double_blocks), len(network.single_blocks))
-    settings = Settings(companion_of(source, WHAT), samples, mask, strength, lo, hi, text_gate, start, end, chosen)
+    opening = opening_of(network, mask, strength, lo, hi, text_gate, start, end, blocks)
+    settings = Settings(companion_of(source, WHAT), samples, opening)
     patched = model.clone()
-    for kind, wrapper in (
-        (WrappersMP.OUTER_SAMPLE, noise_wrapper), (WrappersMP.DIFFUSION_MODEL, reading_wrapper(model.model, settings)),
-    ):  # fmt: skip
-        patched.remove_wrappers_with_key(kind, GATE_KEY)
-        patched.add_wrapper_with_key(kind, GATE_KEY, wrapper)
-    # Around Masked Attention, which then finds the companions' rows with their boxes.
-    inner = list(patched.get_wrappers(WrappersMP.DIFFUSION_MODEL, WRAPPER_KEY))
-    patched.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, WRAPPER_KEY)
-    for wrapper in inner:
-        patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, WRAPPER_KEY, wrapper)
+    patched.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, GATE_KEY)
+    patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, GATE_KEY, noise_wrapper)
+    put_around(patched, GATE_KEY, reading_wrapper(model.model, settings))
     return patched
 
 
@@ -119,34 +100,17 @@ def reading_wrapper(base_model, settings: Settings) -> Callable:
         transformer_options={}, **kwargs,  # noqa: B006  (core's own signature; never written to)
     ):  # fmt: skip
         forward = Forward(x, timestep, context, y, guidance, ref_latents, control, transformer_options, kwargs)
-        gates = gates_of(settings, forward, executor.class_obj.patch_size)
-        if not within(base_model, transformer_options, settings.start, settings.end) or not gates.any():
+        gates = gates_of(settings.opening, forward, executor.class_obj.patch_size)
+        opening = settings.opening
+        if not within(base_model, transformer_options, opening.start, opening.end) or not gates.any():
             return forward.run(executor)
         masked = WRAPPER_KEY in transformer_options.get("wrappers", {}).get(WrappersMP.DIFFUSION_MODEL, {})
         made = accompanied(forward, settings.companion, noised(base_model, settings, forward), masked, WHAT)
         options = made.transformer_options
-        reader = Reader(len(x), gates.to(x.device), settings.text_gate, settings.blocks, options.get(OVERRIDE_KEY))
-        grids = [patch_grid(*each.shape[-2:], executor.class_obj.patch_size) for each in (x, *(ref_latents or ()))]
-        patches, *others = (rows * cols for rows, cols in grids)
-
-        def unmasked(text: int, references: int) -> Regions:
-            return Regions(torch.zeros(text + patches + references, 1, device=x.device))
-
-        sequence = Sequence(unmasked, made.context.shape[1], patches, sum(others))
-        override = regional_attention(sequence, reader.previous, blocks=frozenset(), reader=reader)
-        options = {**sequence.follow(options), OVERRIDE_KEY: override, READER_KEY: reader}
-        return made._replace(transformer_options=options).run(executor)[: len(x)]
+        reader = Reader(len(x), gates.to(x.device), opening.text_gate, opening.blocks, options.get(OVERRIDE_KEY))
+        return reading(made, reader, executor.class_obj.patch_size).run(executor)[: len(x)]
 
     return wrapper
-
-
-def gates_of(settings: Settings, forward: Forward, patch_size: int) -> Tensor:
-    """[B, rows, cols] float32 on the CPU: the gate of every latent patch of every picture."""
-    count, grid = forward.pictures, patch_grid(*forward.x.shape[-2:], patch_size)
-    change = torch.zeros(1, *grid) if settings.change is None else resample(settings.change.float().cpu(), *grid)
-    if len(change) not in (1, count):
-        raise ValueError(f"{WHAT} has {len(change)} masks for {count} pictures: give one, or one for each.")
-    return gate(change.clamp(0, 1), settings.strength, settings.lo, settings.hi).expand(count, -1, -1)
 
 
 def noised(base_model, settings: Settings, forward: Forward) -> Tensor:

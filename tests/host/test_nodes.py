@@ -27,6 +27,8 @@ IDS = {
     "SDAChangeMask",
     "SDAFlowEditGuider",
     "SDAInversionEdit",
+    "SDASourceGate",
+    "SDAReferenceGate",
     "SDARegionalPrompt",
     "SDAPlace",
     "SDACompose",

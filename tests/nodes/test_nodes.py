@@ -58,6 +58,13 @@ FROZEN = {
     "SDAInversionEdit": (
         ["model", "source", "edited", "method", "omega", "eta", "eta_stop", "gamma", "cfg", "negative"], ["GUIDER", "SAMPLER"],
     ),
+    "SDASourceGate": (
+        ["model", "source", "latent", "strength", "lo", "hi", "text_gate", "start_percent", "end_percent", "blocks", "mask"],
+        ["MODEL"],
+    ),
+    "SDAReferenceGate": (
+        ["model", "strength", "lo", "hi", "text_gate", "start_percent", "end_percent", "blocks", "mask"], ["MODEL"],
+    ),
     "SDARegionalPrompt": (["clip", "text", *BOX, "embedding", *INSTEAD], ["SDA_EMBEDDING"]),
     "SDAPlace": (["embedding", "other", *BOX, *INSTEAD], ["SDA_EMBEDDING"]),
     "SDACompose": (["embedding", "other", *BOX, *INSTEAD], ["SDA_EMBEDDING"]),

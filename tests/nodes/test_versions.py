@@ -17,7 +17,9 @@ RARELY_USED = {
     ("SDAMaskedAttention", "blocks"), ("SDABlendEmbeddings", "mode"), ("SDAEditEmbedding", "mode"), ("SDAEditGuider", "cfg"),
     ("SDAChangeMask", "noises"), ("SDAChangeMask", "seed"), ("SDAFlowEditGuider", "n_avg"), ("SDAFlowEditGuider", "cfg"),
     ("SDAFlowEditGuider", "source_cfg"), ("SDAInversionEdit", "eta_stop"), ("SDAInversionEdit", "gamma"),
-    ("SDAInversionEdit", "cfg"),
+    ("SDAInversionEdit", "cfg"), ("SDASourceGate", "lo"), ("SDASourceGate", "hi"), ("SDASourceGate", "text_gate"),
+    ("SDASourceGate", "start_percent"), ("SDASourceGate", "end_percent"), ("SDASourceGate", "blocks"),
+    *(("SDAReferenceGate", name) for name in ("lo", "hi", "start_percent", "end_percent", "blocks")),
 }  # fmt: skip
 WITH_A_CANVAS = {"SDACompose", "SDAPlace", "SDARegionalPrompt", "SDAStrength"}
 KNOWN = {field.name for field in dataclasses.fields(io.Schema)}
