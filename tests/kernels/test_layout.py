@@ -7,9 +7,10 @@ import dataclasses
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from semantic_diffusion_adapter.kernels import algebra, layout
+from semantic_diffusion_adapter.kernels import algebra, layout, regions
 from semantic_diffusion_adapter.kernels.embedding import SemanticEmbedding, from_hierarchy
-from semantic_diffusion_adapter.kernels.hierarchy import PRESETS
+from semantic_diffusion_adapter.kernels.hierarchy import PRESETS, hierarchy
+from semantic_diffusion_adapter.kernels.visibility import region_bias
 
 UNIT = st.floats(0, 1, width=32)
 
@@ -71,3 +72,40 @@ def test_masks_of_a_batch_are_shared_where_they_are_one():
     boxes, strengths, own, rows = layout.decode(encoded.repeat(2, 1, 1), torch.cat([masks, 255 - masks]))
     assert boxes.shape == (2, 64, 4) and strengths.shape == rows.shape == (2, 64) and own.shape == (2, 1, 256, 256)
     assert torch.equal(own[0], shared)
+
+
+@given(st.integers(0, 6), st.integers(0, 6), st.booleans(), st.booleans(), st.integers(1, 3))
+@settings(deadline=None, max_examples=40)
+def test_rows_of_several_conditionings_are_each_what_they_were(one, other, boxed, masked, rows):
+    """As the attention sees them: every query of a side has the bias of that side alone; what was added before it is off."""
+    sides, alone = [], []
+    for length, own in ((one, boxed), (other, True)):
+        tokens = 4 if own else 0
+        context = torch.randn(rows, tokens + length + 1, 3)
+        e = from_hierarchy(torch.zeros(1, 4, 3), hierarchy([[2, 2, 1]])) if own else None
+        if own and masked:
+            e = regions.confine(e, torch.linspace(0, 1, 256).expand(256, 256).contiguous())
+        table, masks = layout.encode(e) if own else (None, None)
+        sides.append((context, table, masks))
+        alone.append(e)
+    context, table, masks = layout.together(sides)
+    length = max(side[0].shape[1] for side in sides)
+    assert context.shape == (2 * rows, length, 3)
+    parts = layout.decode(table, masks)
+    bias = region_bias(parts[0], parts[1], (4, 4), length, masks=parts[2], masked_by=parts[3])
+    bias = bias if bias.dim() == 3 else bias.expand(2 * rows, -1, -1)
+    for place, ((own, *_), e) in enumerate(zip(sides, alone)):
+        pad = length - own.shape[1]
+        for row in range(place * rows, (place + 1) * rows):
+            assert torch.equal(context[row, pad:], own[row % rows]) and not context[row, :pad].any()
+            assert (bias[row, :, :pad] == -torch.inf).all()
+            count = 0 if e is None else e.token_count
+            expected = torch.zeros(length - pad + 16, bias.shape[-1] - pad)
+            if count:
+                expected[:, :count] = region_bias(e.boxes, e.strengths, (4, 4), length - pad, masks=e.masks, masked_by=e.masked_by)
+            torch.testing.assert_close(bias[row, pad:, pad:], expected, atol=1e-2, rtol=0)
+
+
+def test_texts_of_one_length_without_boxes_need_no_layout():
+    context, table, masks = layout.together([(torch.zeros(2, 5, 3), None, None), (torch.ones(1, 5, 3), None, None)])
+    assert context.shape == (3, 5, 3) and table is None and masks is None

@@ -101,11 +101,16 @@ def test_guidance_and_batches(toy):
 
 def test_keys_that_were_kept_are_gated_too(toy):
     """FluxKVCache of newer cores takes the references away after the first step and keeps their keys."""
-    pytest.importorskip("comfy_extras.nodes_flux")
-    import comfy_extras.nodes_flux as stock
-
+    stock = pytest.importorskip("comfy_extras.nodes_flux")
     if not hasattr(stock, "FluxKVCache"):
         pytest.skip("this core has no FluxKVCache")
-    positive = referring(toy.plain(5), (5, 6))
-    (model,) = stock.FluxKVCache.execute(reference_gate.patch(toy.model, corner())).result
-    assert torch.isfinite(toy.sample(model, positive)).all()
+    positive = node_helpers.conditioning_set_values(referring(toy.plain(5), (5, 6)), {"reference_latents_method": "index"})
+    cached = stock.FluxKVCache.execute(toy.model).args[0]
+    closed = dict(strength=0.0, text_gate=0.0)
+    found = toy.sample(reference_gate.patch(cached, **closed), positive, steps=3)
+    torch.testing.assert_close(found, toy.sample(toy.model, toy.plain(5), steps=3), **CLOSE)
+    made = [
+        toy.sample(model, positive, steps=3)
+        for model in (reference_gate.patch(cached, corner()), stock.FluxKVCache.execute(reference_gate.patch(toy.model, corner())).args[0])
+    ]
+    torch.testing.assert_close(*made, **CLOSE)

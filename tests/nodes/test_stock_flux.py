@@ -12,12 +12,14 @@ pytest.importorskip("comfy.sd", reason="no ComfyUI here: set COMFYUI_PATH, or `p
 
 import comfy.model_management  # noqa: E402
 import folder_paths  # noqa: E402
+import node_helpers  # noqa: E402
 from semantic_diffusion_adapter.kernels import visibility  # noqa: E402
 from semantic_diffusion_adapter.kernels.embedding import from_hierarchy  # noqa: E402
 from semantic_diffusion_adapter.kernels.fit import FitSettings  # noqa: E402
 from semantic_diffusion_adapter.kernels.hierarchy import PRESETS  # noqa: E402
 from semantic_diffusion_adapter.kernels.text_space import TextSpace  # noqa: E402
 from semantic_diffusion_adapter.nodes import decode  # noqa: E402
+from semantic_diffusion_adapter.nodes.host import reference_gate, source_gate  # noqa: E402
 from semantic_diffusion_adapter.nodes.host.conditioning import to_conditioning  # noqa: E402
 from semantic_diffusion_adapter.nodes.host.fitting import fit_embedding  # noqa: E402
 
@@ -97,6 +99,26 @@ def test_full_width_flux_from_the_stock_loader(stock_model):
     expected = sample(oracle, [[positive[0][0], {"pooled_output": positive[0][1]["pooled_output"]}]])
     scale = expected.std()
     assert (result - expected).abs().max() < 0.01 * scale
+
+
+def test_full_width_flux_samples_under_each_gate(stock_model):
+    text = torch.randn(1, 8, TEXT, generator=torch.Generator().manual_seed(1))
+    positive = [[text, {"pooled_output": torch.zeros(1, 768)}]]
+    referring = node_helpers.conditioning_set_values(positive, {"reference_latents": [torch.randn(1, 16, 8, 9)]})
+    there = {"samples": torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(2))}
+    (latent,), mask = stock.EmptyLatentImage().generate(128, 128, 1), torch.zeros(1, 128, 128)
+    mask[:, :64] = 1
+
+    def sample(model, positive):
+        with torch.inference_mode():
+            return stock.KSampler().sample(model, 0, 1, 1.0, "euler", "simple", positive, positive, latent, 1.0)[0]["samples"]
+
+    for model, asked in (
+        (source_gate.patch(stock_model, [[text + 1, positive[0][1]]], there, mask), positive),
+        (reference_gate.patch(stock_model, mask, text_gate=0.5), referring),
+    ):
+        made, plain = sample(model, asked), sample(stock_model, asked)
+        assert made.shape == (1, 16, 16, 16) and torch.isfinite(made).all() and not torch.equal(made, plain)
 
 
 def test_a_fit_through_full_width_flux(stock_model):
