@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import inspect
 import uuid
 
 import execution
@@ -13,7 +14,7 @@ from semantic_diffusion_adapter.runner.workflow import SEEDS, WIDGETS
 
 import nodes as stock
 
-EXTRAS = ("nodes_mask", "nodes_custom_sampler", "nodes_sd3", "nodes_flux")  # of core, which a server loads by itself
+EXTRAS = ("nodes_mask", "nodes_custom_sampler", "nodes_sd3", "nodes_flux", "nodes_edit_model")  # of core, which a server loads by itself
 INSIDE, OUTSIDE = -10, -20  # the ends of a subgraph's own links
 
 
@@ -24,7 +25,8 @@ def object_info(monkeypatch: pytest.MonkeyPatch) -> dict:
         if hasattr(module, "NODE_CLASS_MAPPINGS"):
             classes |= module.NODE_CLASS_MAPPINGS
         else:
-            listed = asyncio.run(asyncio.run(module.comfy_entrypoint()).get_node_list())
+            made = module.comfy_entrypoint()
+            listed = asyncio.run((asyncio.run(made) if inspect.isawaitable(made) else made).get_node_list())
             classes |= {node.GET_SCHEMA().node_id: node for node in listed}
     monkeypatch.setattr(stock, "NODE_CLASS_MAPPINGS", classes)
     return {

@@ -130,7 +130,7 @@ class Part:
     file: Path
 
 
-PARTS = {"system": Part(256, 32, ADAPTERS, lambda count, absent, assets: painted_in_all(count, absent), run, table.page,
+PARTS = {"system": Part(256, 24, ADAPTERS, lambda count, absent, assets: painted_in_all(count, absent), run, table.page,
                        table.PAGE),
          "kit": Part(64, 64, ("tree128",), lambda count, absent, assets: kit.PAINTED * count, run_kit, table.kit_page,
                      table.KIT_PAGE),
@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("part", nargs="?", choices=list(PARTS), default="system",
                         help="what is measured (default: system)")
     parser.add_argument("--scenes", type=int,
-                        help="test scenes, at least 2 (default: 256, or 32 on a CPU without bf16; for kit and "
+                        help="test scenes, at least 2 (default: 256, or 24 on a CPU without bf16; for kit and "
                              "fidelity 64; for inversion 32)")
     parser.add_argument("--seed", type=int, default=0, help="another seed makes fresh scenes and noise (default: 0)")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
