@@ -77,9 +77,9 @@ def together(sides: list[tuple[Tensor, Tensor | None, Tensor | None]]) -> tuple[
     layouts, all_masks = [], []
     for pad, count, table, (context, layout, masks) in zip(pads, counts, tables, sides):
         rows, device = len(context), context.device
-        own = torch.empty(1, 0, 7, dtype=torch.int32) if layout is None else layout
-        parts = (_everywhere(pad, OFF), own.to("cpu", torch.int32), _everywhere(max(counts) - count, 0))
-        layouts.append(torch.cat([part.expand(rows, -1, -1) for part in parts], dim=1).to(device))
+        own = _everywhere(0, 0, device) if layout is None else layout.to(torch.int32)
+        parts = (_everywhere(pad, OFF, device), own, _everywhere(max(counts) - count, 0, device))
+        layouts.append(torch.cat([part.expand(rows, -1, -1) for part in parts], dim=1))
         if max(tables):
             shape = (1, 0, *next(masks.shape[2:] for *_, masks in sides if masks is not None))
             own = torch.empty(shape, device=device) if masks is None else masks.float()
@@ -87,6 +87,6 @@ def together(sides: list[tuple[Tensor, Tensor | None, Tensor | None]]) -> tuple[
     return contexts, torch.cat(layouts), torch.cat(all_masks) if all_masks else None
 
 
-def _everywhere(count: int, strength: int) -> Tensor:
+def _everywhere(count: int, strength: int, device: torch.device) -> Tensor:
     """int32 [1, count, 7]: tokens that own the whole image."""
-    return torch.tensor([0, 0, UNIT, UNIT, 0, strength, -1], dtype=torch.int32).expand(1, count, 7)
+    return torch.tensor([0, 0, UNIT, UNIT, 0, strength, -1], dtype=torch.int32, device=device).expand(1, count, 7)
