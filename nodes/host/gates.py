@@ -57,7 +57,10 @@ def check_ends(lo: float, hi: float) -> None:
 
 
 def reading(forward: Forward, reader: Any, patch_size: int) -> Forward:
-    """The forward with an attention override that reads; Masked Attention, if it is there, takes the reader over."""
+    """The forward with an attention override that reads; Masked Attention, if it is there, takes the reader over. ValueError
+    where another gate reads already: one of the two would be lost without a word."""
+    if READER_KEY in forward.transformer_options:
+        raise ValueError("Source Gate and Reference Gate do not work on one model together: remove one of the two.")
     grids = [patch_grid(*each.shape[-2:], patch_size) for each in (forward.x, *(forward.ref_latents or ()))]
     patches, *others = (rows * cols for rows, cols in grids)
 

@@ -13,7 +13,7 @@ pytest.importorskip("comfy.sd", reason="no ComfyUI here: set COMFYUI_PATH, or `p
 from semantic_diffusion_adapter.kernels import visibility  # noqa: E402
 from semantic_diffusion_adapter.kernels.area import resample  # noqa: E402
 from semantic_diffusion_adapter.kernels.gate import gate  # noqa: E402
-from semantic_diffusion_adapter.nodes.host import flux, reference_gate  # noqa: E402
+from semantic_diffusion_adapter.nodes.host import flux, reference_gate, source_gate  # noqa: E402
 from semantic_diffusion_adapter.nodes.host.conditioning import to_conditioning  # noqa: E402
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -114,3 +114,10 @@ def test_keys_that_were_kept_are_gated_too(toy):
         for model in (reference_gate.patch(cached, corner()), stock.FluxKVCache.execute(reference_gate.patch(toy.model, corner())).args[0])
     ]
     torch.testing.assert_close(*made, **CLOSE)
+
+
+def test_two_gates_on_one_model_are_refused(toy):
+    there = {"samples": torch.randn(1, 8, 8, 8, generator=torch.Generator().manual_seed(3))}
+    model = reference_gate.patch(source_gate.patch(toy.model, toy.plain(5, seed=2), there), corner())
+    with pytest.raises(ValueError, match="do not work on one model together: remove one of the two"):
+        toy.sample(model, referring(toy.plain(5), (5, 6)))
