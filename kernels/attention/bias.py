@@ -49,6 +49,10 @@ class Regions:
         self._relative: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
         self._groups: list[list[Group]] | None = None
 
+    def first(self, rows: int) -> Regions:
+        """The regions of a batch that has only so many of its first entries left."""
+        return self if self.batch <= rows or self.batch == 1 else Regions(self.bias[:rows])
+
     def check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """ValueError unless q [B, H, S, d] fits the bias and k, v [B, H, L, d] begin with the region tokens."""
         fits = q.dim() == k.dim() == 4 and k.shape == v.shape and q[:, :, 0].shape == k[:, :, 0].shape

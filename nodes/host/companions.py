@@ -11,10 +11,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...kernels.layout import together
 from .conditioning import LAYOUT_KEY, MASKS_KEY
+from .flux import WRAPPER_KEY, Settings, layout_wrapper
 
 
 class Companion(NamedTuple):
@@ -59,52 +61,73 @@ def companion_of(conditioning: list, what: str) -> Companion:
     return Companion(context, settings.get("pooled_output"), layout, masks)
 
 
-def accompanied(forward: Forward, companion: Companion, x: Tensor, masked: bool, what: str) -> Forward:
-    """The forward with the companion's rows at latents x [B, C, H, W] after its own.
+class Row(NamedTuple):
+    """One companion for every picture of a batch: at latents x [B, C, H, W], beside the conditioning of that place in the
+    batch, whose guidance, references and control it shares."""
 
-    masked: whether Masked Attention obeys layouts here. ValueError where the companion's text is of another length and
-    nothing can hide the difference.
+    companion: Companion
+    x: Tensor
+    beside: int = 0
+
+
+def accompanied(forward: Forward, rows: list[Row], masked: bool) -> Forward:
+    """The forward with the companions' rows after its own, in their order.
+
+    masked: whether Masked Attention obeys layouts here. If not, a layout in the result does nothing but hide the padding of
+    texts of different lengths: `evaluate` sees to it.
     """
     count = forward.pictures
     kwargs = dict(forward.kwargs)
     own = (forward.context, kwargs.pop(LAYOUT_KEY, None), kwargs.pop(MASKS_KEY, None))
-    lengths = own[0].shape[1], companion.context.shape[1]
-    if lengths[0] != lengths[1] and not masked:
-        raise ValueError(
-            f"{what} compares texts of {lengths[0]} and {lengths[1]} tokens, which needs Masked Attention (Flux): put that "
-            "before this node, or make both conditionings alike."
-        )
 
-    def like(rows: Tensor | None, more: Tensor | None = None) -> Tensor | None:
-        """Rows of the forward with those of the companion, which are the first conditioning's unless given."""
-        if rows is None:
+    def like(own: Tensor | None, given: list[Tensor | None] | None = None) -> Tensor | None:
+        """Rows of the forward with those of the companions, which are of the conditioning beside them unless given."""
+        if own is None:
             return None
-        more = rows[:count] if more is None else more.to(rows)
-        return torch.cat([rows, more.expand(count, *more.shape[1:]) if len(more) == 1 else more])
+        added = [own[row.beside * count :][:count] if more is None else more.to(own)
+                 for row, more in zip(rows, given or [None] * len(rows))]  # fmt: skip
+        return torch.cat([own, *(more.expand(count, *more.shape[1:]) if len(more) == 1 else more for more in added)])
 
-    there = tuple(None if part is None else part.to(own[0].device) for part in companion[:1] + companion[2:])
-    sides = [own, tuple(part if part is None or len(part) > 1 else part.expand(count, *part.shape[1:]) for part in there)]
-    sides[1] = (sides[1][0].to(own[0]), *sides[1][1:])
-    context, layout, masks = together(sides)
+    def side(companion: Companion) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        there = tuple(None if part is None else part.to(own[0].device) for part in companion[:1] + companion[2:])
+        context, *rest = (part if part is None or len(part) > 1 else part.expand(count, *part.shape[1:]) for part in there)
+        return (context.to(own[0]), *rest)
+
+    sides = [own, *(side(row.companion) for row in rows)]
+    context, layout, masks = together(sides if masked else [(text, None, None) for text, *_ in sides])
     for key, part in ((LAYOUT_KEY, layout), (MASKS_KEY, masks)):
         if part is not None:
             kwargs[key] = part
     for key, value in kwargs.items():
         if key not in (LAYOUT_KEY, MASKS_KEY) and torch.is_tensor(value) and value.ndim and len(value) == len(forward.x):
             kwargs[key] = like(value)
-    x = torch.cat([x, forward.x[:count, x.shape[1] :]], 1)  # an inpainting model's own channels
-    y, pooled = forward.y, companion.pooled
-    if y is not None and pooled is not None:  # core reads as much of either as the model is wide
-        width = min(y.shape[-1], pooled.shape[-1])
-        y, pooled = y[:, :width], pooled[:, :width]
+    # An inpainting model's own channels are those of what is painted.
+    x = like(forward.x, [torch.cat([row.x, forward.x[row.beside * count :][:count, row.x.shape[1] :]], 1) for row in rows])
+    y, pooled = forward.y, [row.companion.pooled for row in rows]
+    if y is not None and any(each is not None for each in pooled):  # core reads as much of either as the model is wide
+        width = min(each.shape[-1] for each in (y, *pooled) if each is not None)
+        y, pooled = y[:, :width], [each if each is None else each[:, :width] for each in pooled]
     options = dict(forward.transformer_options)
     if options.get("cond_or_uncond"):
-        options["cond_or_uncond"] = [*options["cond_or_uncond"], 0]
+        options["cond_or_uncond"] = [*options["cond_or_uncond"], *(0 for _ in rows)]
     control = forward.control and {
         key: [None if each is None else like(each) if len(each) == len(forward.x) else each for each in value]
         for key, value in forward.control.items()
     }
     return Forward(
-        torch.cat([forward.x, x]), like(forward.timestep), context, like(y, pooled), like(forward.guidance),
+        x, like(forward.timestep), context, like(y, pooled), like(forward.guidance),
         forward.ref_latents and [like(each) for each in forward.ref_latents], control, options, kwargs,
     )  # fmt: skip
+
+
+def evaluate(forward: Forward, executor: Callable, base_model: Any) -> Tensor:
+    """The output [R, C, H, W] of an accompanied forward, all rows. Where no Masked Attention obeys its layout, one of ours does."""
+    if LAYOUT_KEY in forward.kwargs and not obeyed(forward):
+        inner = layout_wrapper(base_model, Settings(0.0, 0.0, 1.0, "all", None))
+        return inner(executor, *forward[:8], **forward.kwargs)
+    return forward.run(executor)
+
+
+def obeyed(forward: Forward) -> bool:
+    """Whether Masked Attention is in this model."""
+    return WRAPPER_KEY in forward.transformer_options.get("wrappers", {}).get(WrappersMP.DIFFUSION_MODEL, {})

@@ -18,8 +18,8 @@ from ...kernels.attention import Source
 from ...kernels.blocks import Blocks
 from ...kernels.gate import sequence_gate
 from ...kernels.noise import own_noise
-from .companions import Companion, Forward, accompanied, companion_of
-from .flux import WRAPPER_KEY, check_model, within
+from .companions import Companion, Forward, Row, accompanied, companion_of, evaluate, obeyed
+from .flux import check_model, within
 from .gates import Opening, gates_of, opening_of, put_around, reading
 from .override import OVERRIDE_KEY
 from .source import check_flow, source_of
@@ -104,11 +104,10 @@ def reading_wrapper(base_model, settings: Settings) -> Callable:
         opening = settings.opening
         if not within(base_model, transformer_options, opening.start, opening.end) or not gates.any():
             return forward.run(executor)
-        masked = WRAPPER_KEY in transformer_options.get("wrappers", {}).get(WrappersMP.DIFFUSION_MODEL, {})
-        made = accompanied(forward, settings.companion, noised(base_model, settings, forward), masked, WHAT)
+        made = accompanied(forward, [Row(settings.companion, noised(base_model, settings, forward))], obeyed(forward))
         options = made.transformer_options
         reader = Reader(len(x), gates.to(x.device), opening.text_gate, opening.blocks, options.get(OVERRIDE_KEY))
-        return reading(made, reader, executor.class_obj.patch_size).run(executor)[: len(x)]
+        return evaluate(reading(made, reader, executor.class_obj.patch_size), executor, base_model)[: len(x)]
 
     return wrapper
 

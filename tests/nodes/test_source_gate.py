@@ -122,8 +122,13 @@ def test_texts_of_other_lengths_and_layouts_are_what_they_are_alone(toy, embeddi
     expected = toy.sample(oracle(toy, source, there, corner(), 1.0, 0.3, e, own), edited)
     model = source_gate.patch(flux.patch(toy.model), source, there, corner(), text_gate=0.3)
     torch.testing.assert_close(toy.sample(model, edited), expected, **CLOSE)
-    with pytest.raises(ValueError, match="tokens, which needs Masked Attention"):
-        toy.sample(source_gate.patch(toy.model, source, there), edited)
+
+
+def test_texts_of_other_lengths_need_no_masked_attention(toy):
+    edited, source, there = toy.plain(9, seed=1), toy.plain(4, seed=2), latent()
+    expected = toy.sample(oracle(toy, source, there, corner(), 1.0, 0.3), edited)
+    found = toy.sample(source_gate.patch(toy.model, source, there, corner(), text_gate=0.3), edited)
+    torch.testing.assert_close(found, expected, **CLOSE)
 
 
 def test_closed_gates_are_core_bit_for_bit(toy):
