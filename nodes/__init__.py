@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .attribute import AttributeEdit, AttributeMask
 from .blend import BlendEmbeddings
 from .change import ChangeMask
 from .decode import EmbeddingToConditioning, MaskedAttention
@@ -53,6 +54,8 @@ class SemanticDiffusionExtension(ComfyExtension):
             ChangeMask,
             SourceGate,
             ReferenceGate,
+            AttributeEdit,
+            AttributeMask,
             FlowEditGuider,
             InversionEdit,
             LoadMiniature,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -29,12 +29,12 @@ class Steering:
     painted: rows before the companions'; pictures: of the batch; positives: places of the steered conditionings in it. Each
     of them has its companions in their order: one for each push, then the empty prompt. pads: tokens of no text before each
     companion's own. patches: of the picture, at the head of the image stream. kinds: the batch's `cond_or_uncond` without
-    companions. record: takes (block, [B, patches]) for every mask of the first push, or None.
+    companions. record: is given [B, patches] on the CPU for every mask of the last push, or None.
     """
 
     def __init__(
         self, painted: int, pictures: int, positives: list[int], pushes: list[Push], pads: list[int], patches: int,
-        kinds: list[int], record: list | None,
+        kinds: list[int], record: Callable[[Tensor], None] | None,
     ) -> None:  # fmt: skip
         self._painted, self._pictures, self._positives, self._kinds = painted, pictures, positives, kinds
         self._pushes, self._pads, self._patches, self._record = pushes, pads, patches, record
@@ -86,7 +86,7 @@ class Steering:
         for number, (push, rows) in enumerate(zip(self._pushes, companions)):
             if push.blocks is not None and ("double", index) not in push.blocks:
                 continue
-            mask = self._mask(index, number, push, base, rows, out)
+            mask = self._mask(number, push, base, rows, out)
             direction = orthogonal(out[rows], empty)
             strength = push.strength
             if push.bounded:
@@ -95,15 +95,15 @@ class Steering:
             total = added if total is None else total + added
         return out[base] if total is None else steered(out[base], total, 1.0)
 
-    def _mask(self, index: int, number: int, push: Push, base: slice, rows: slice, out: Tensor) -> Tensor:
+    def _mask(self, number: int, push: Push, base: slice, rows: slice, out: Tensor) -> Tensor:
         """[B, N]: where a push acts in the image stream, whose references it leaves alone."""
         where = push.where.expand(self._pictures, -1)
         if push.threshold > 0:
             queries, keys = self._queries[base][:, :, : self._patches], self._keys[rows][:, :, self._pads[number] :]
             heard = relevance(queries, keys, push.threshold)
-            if self._record is not None and number == 0:
-                self._record.append((index, heard))
             where = where.to(heard) * heard
+        if self._record is not None and number == len(self._pushes) - 1:
+            self._record(where.float().cpu())
         return nn.functional.pad(where, (0, out.shape[1] - self._patches))
 
     def _leave(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 from semantic_diffusion_adapter.runner.client import Client
-from semantic_diffusion_adapter.runner.workflow import pictures, to_prompt
+from semantic_diffusion_adapter.runner.workflow import to_prompt
+
+from .painting import find, painted, upstream
 
 pytestmark = pytest.mark.host
 
 KEEP = Path(__file__).resolve().parents[2] / "example_workflows" / "14 Edit and keep the rest (miniature).json"
-
-
-def find(prompt: dict, kind: str) -> str:
-    (found,) = (key for key, node in prompt.items() if node["class_type"] == kind)
-    return found
-
-
-def upstream(prompt: dict, node: str) -> set[str]:
-    links = [value[0] for value in prompt[node]["inputs"].values() if isinstance(value, list)]
-    return {node}.union(*(upstream(prompt, link) for link in links))
-
-
-def painted(client: Client, prompt: dict) -> np.ndarray:
-    """The one saved picture, uint8 [H, W, 3]."""
-    (output,) = pictures(prompt, client.run(prompt)).values()
-    return np.asarray(Image.open(io.BytesIO(client.image(output))).convert("RGB"))
 
 
 @pytest.fixture

@@ -29,6 +29,8 @@ IDS = {
     "SDAInversionEdit",
     "SDASourceGate",
     "SDAReferenceGate",
+    "SDAAttributeEdit",
+    "SDAAttributeMask",
     "SDARegionalPrompt",
     "SDAPlace",
     "SDACompose",

@@ -11,7 +11,7 @@ pytest.importorskip("comfy.sd", reason="no ComfyUI here: set COMFYUI_PATH, or `p
 
 from comfy.ldm.flux.math import apply_rope  # noqa: E402
 from comfy.patcher_extension import WrappersMP  # noqa: E402
-from semantic_diffusion_adapter.nodes.host import directions, flux, reference_gate, source_gate  # noqa: E402
+from semantic_diffusion_adapter.nodes.host import attribute_mask, directions, flux, reference_gate, source_gate  # noqa: E402
 from semantic_diffusion_adapter.nodes.host.conditioning import to_conditioning  # noqa: E402
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
@@ -28,8 +28,8 @@ def conditioning(known: tuple[Tensor, Tensor]) -> list:
     return [[known[0], {"pooled_output": known[1]}]]
 
 
-def attention(block, streams: list[Tensor], norms: list, pe: Tensor) -> list[Tensor]:
-    """The joint attention of [text, image], each already modulated, before the projections."""
+def attention(block, streams: list[Tensor], pe: Tensor) -> list:
+    """[of the text, of the image, (q, k, v) of either]: the joint attention of both, modulated, before the projections."""
     parts = []
     for side, stream in zip((block.txt_attn, block.img_attn), streams):
         q, k, v = side.qkv(stream).unflatten(-1, (3, block.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -61,10 +61,10 @@ def three_streams(network, x, t, base, edits, empty, strengths, threshold, amoun
         (s1, s2), (t1, t2) = block.img_mod(vec), block.txt_mod(vec_text)
         image = (1 + s1.scale) * block.img_norm1(img) + s1.shift
         outs, heards, masks = [], [], []
-        for number, words in enumerate(texts):
+        for words in texts:
             pe = network.pe_embedder(torch.cat([torch.zeros(rows, words.shape[1], 3), ids], 1))
             said = (1 + t1.scale) * block.txt_norm1(words) + t1.shift
-            of_text, of_image, parts = attention(block, [said, image], [], pe)
+            of_text, of_image, parts = attention(block, [said, image], pe)
             outs.append(block.img_attn.proj(of_image))
             heards.append(of_text)
             scores = parts[1][0] @ parts[0][1].mT / parts[0][1].shape[-1] ** 0.5
@@ -226,9 +226,11 @@ def test_the_bounded_strength_adds_its_share(toy):
         handle.remove()
     a, e, n = raw[0]
     d = e - (e * n).sum(-1, keepdim=True) / (n.square().sum(-1, keepdim=True) + 1e-10) * n
-    strength = 0.25 * a.norm() / d.norm()
-    found = forward(directions.patch(toy.model, conditioning(edit), conditioning(empty), 0.25, threshold=0.0, blocks="double 0"), x, t, base)
-    same = forward(directions.patch(toy.model, conditioning(edit), conditioning(empty), float(strength), False, threshold=0.0, blocks="double 0"), x, t, base)
+    strength = float(0.25 * a.norm() / d.norm())
+    found, same = (
+        forward(directions.patch(toy.model, conditioning(edit), conditioning(empty), *scale, threshold=0.0, blocks="double 0"), x, t, base)
+        for scale in ((0.25,), (strength, False))
+    )
     torch.testing.assert_close(found, same, **CLOSE)
 
 
@@ -280,3 +282,32 @@ def test_what_does_not_go_together_is_one_sentence(toy):
     toy.network.double_blocks[0].compile()
     with pytest.raises(ValueError, match="does not reach into a compiled model"):
         toy.sample(steered, base)
+
+
+def test_the_mask_that_is_shown_is_the_one_that_acts(toy):
+    """By hand from the queries and keys of every block and noise, of the last direction, within its region."""
+    base, edit, empty = (toy.plain(5, seed=seed) for seed in (1, 2, 3))
+    region = torch.zeros(1, 64, 64)
+    region[:, :, :32] = 1
+    model = directions.patch(toy.model, toy.plain(5, seed=4), empty, 0.5)
+    model = directions.patch(model, edit, empty, 0.5, threshold=0.3, region=region)
+    queries, keys = [], []
+    handles = []
+    for block in toy.network.double_blocks:
+        handles.append(block.img_attn.norm.register_forward_hook(lambda _, args, out: queries.append(out[0][0])))
+        handles.append(block.txt_attn.norm.register_forward_hook(lambda _, args, out: keys.append(out[1][2])))
+    latent = {"samples": torch.randn(1, 8, 6, 8)}
+    try:
+        found = attribute_mask.attribute_mask(model, base, latent, 2, 0)
+    finally:
+        [handle.remove() for handle in handles]
+    expected = []
+    for q, k in zip(queries, keys):  # rows: painted, one edit, the other, empty
+        m = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)[..., 0].mean(0)
+        m = torch.sigmoid(10 * ((m - m.min()) / (m.max() - m.min()) - 0.5))
+        expected.append(torch.where(m >= 0.3, m, 0).reshape(3, 4) * torch.tensor([1.0, 1, 0, 0]))
+    assert len(expected) == 4
+    torch.testing.assert_close(found[0], torch.stack(expected).mean(0), **SHARES)
+    for wrong, words in ((toy.model, "has no Attribute Edit"), (directions.patch(toy.model, edit, empty, 0.0), "does nothing here")):
+        with pytest.raises(ValueError, match=words):
+            attribute_mask.attribute_mask(wrong, base, latent, 2, 0)

@@ -65,6 +65,12 @@ FROZEN = {
     "SDAReferenceGate": (
         ["model", "strength", "lo", "hi", "text_gate", "start_percent", "end_percent", "blocks", "mask"], ["MODEL"],
     ),
+    "SDAAttributeEdit": (
+        ["model", "clip", "attribute", "strength", "scale", "coarse", "mask_threshold", "start_percent", "end_percent", "blocks",
+         "mask"],
+        ["MODEL"],
+    ),
+    "SDAAttributeMask": (["model", "positive", "latent", "noises", "seed"], ["MASK"]),
     "SDARegionalPrompt": (["clip", "text", *BOX, "embedding", *INSTEAD], ["SDA_EMBEDDING"]),
     "SDAPlace": (["embedding", "other", *BOX, *INSTEAD], ["SDA_EMBEDDING"]),
     "SDACompose": (["embedding", "other", *BOX, *INSTEAD], ["SDA_EMBEDDING"]),

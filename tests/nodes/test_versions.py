@@ -19,6 +19,8 @@ RARELY_USED = {
     ("SDAFlowEditGuider", "source_cfg"), ("SDAInversionEdit", "eta_stop"), ("SDAInversionEdit", "gamma"),
     ("SDAInversionEdit", "cfg"), ("SDASourceGate", "lo"), ("SDASourceGate", "hi"), ("SDASourceGate", "text_gate"),
     ("SDASourceGate", "start_percent"), ("SDASourceGate", "end_percent"), ("SDASourceGate", "blocks"),
+    *(("SDAAttributeEdit", name) for name in ("coarse", "mask_threshold", "start_percent", "end_percent", "blocks")),
+    ("SDAAttributeMask", "noises"), ("SDAAttributeMask", "seed"),
     *(("SDAReferenceGate", name) for name in ("lo", "hi", "start_percent", "end_percent", "blocks")),
 }  # fmt: skip
 WITH_A_CANVAS = {"SDACompose", "SDAPlace", "SDARegionalPrompt", "SDAStrength"}
