@@ -18,13 +18,14 @@ from torch import Tensor
 from ...kernels.area import resample
 from ...kernels.blocks import Blocks, parse_blocks
 from ...kernels.directions import coarse
+from ...kernels.steering import Push, Steering
 from ...kernels.visibility import patch_grid
 from . import reference_gate, source_gate
 from .companions import Companion, Forward, Row, accompanied, companion_of, evaluate, obeyed
 from .flux import check_model, check_times, within
 from .gates import put_around
 from .source import check_flow
-from .steering import Push, Steering
+from .steering import hooked
 from .watch import compiled
 
 DIRECTIONS_KEY = "sda_directions"
@@ -106,11 +107,12 @@ def steering_wrapper(base_model, directions: tuple[Direction, ...]) -> Callable:
         made = accompanied(forward, rows, obeyed(forward)) if rows else forward
         if rows and control:  # of the single blocks, which the companions do not reach
             made = made._replace(control={**made.control, "output": control.get("output", [])})
-        length = max(made.context.shape[1], 1)
-        pads = [length - prompt.context.shape[1] for prompt in prompts]
-        record = transformer_options.get(RECORD_KEY)
-        steering = Steering(len(x), forward.pictures, positives, pushes, pads, grid[0] * grid[1], kinds, record)
-        with steering.hooked(network, _shift_of_text(network, made, acting, positives, forward)):
+        pads = [made.context.shape[1] - prompt.context.shape[1] for prompt in prompts]
+        steering = Steering(
+            len(x), forward.pictures, positives, pushes, pads, grid[0] * grid[1], transformer_options.get(RECORD_KEY)
+        )
+        shift = _shift_of_text(network, made, acting, positives, forward)
+        with hooked(network, steering if rows else None, shift, kinds):
             return evaluate(made, executor, base_model)
 
     return wrapper
@@ -137,16 +139,12 @@ def _shift_of_text(network, made: Forward, acting: list, positives: list[int], f
     own = made.y[:, :width]
     moved = own.clone()
     for pooled, amount in edits:
-        moved = coarse(moved, pooled.to(moved)[:, :width].expand(len(moved), -1) if len(pooled) == 1 else _all(pooled, moved), amount)
+        moved = coarse(moved, pooled.to(moved)[:, :width].repeat(len(moved) // len(pooled), 1), amount)
     steered = torch.zeros(len(own), 1, dtype=torch.bool, device=own.device)
     for place in positives:
         steered[place * count : (place + 1) * count] = True
     steered[len(forward.x) :] = True
     return torch.where(steered, network.vector_in(moved) - network.vector_in(own), 0)
-
-
-def _all(pooled: Tensor, like: Tensor) -> Tensor:
-    return pooled.to(like)[:, : like.shape[1]].repeat(len(like) // len(pooled), 1)
 
 
 def _check_company(network, transformer_options: dict) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -28,13 +30,17 @@ def diffusers_velocity(state: dict, config: dict, e, noise: torch.Tensor, masked
         return training_flux.velocity(network, noise, torch.ones(len(noise)), e.tokens, e.pooled)
 
 
+def checkpoint_of(path) -> tuple[dict, dict]:
+    from semantic_diffusion_adapter.kernels import checkpoint
+
+    return checkpoint.load(path, "flux")
+
+
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("size", [(16, 16), (12, 20)])
 def test_comfy_and_diffusers_give_one_velocity(assets, toy, embedding, size, masked):
-    from semantic_diffusion_adapter.kernels import checkpoint
-
     path = assets / miniature.FLUX
-    state, record = checkpoint.load(path, "flux")
+    state, record = checkpoint_of(path)
     model = miniature.load_flux(str(path))
     e = embedding("tree64")
     # One Euler step from time 1 to 0 is noise - velocity.
@@ -45,3 +51,40 @@ def test_comfy_and_diffusers_give_one_velocity(assets, toy, embedding, size, mas
     assert torch.allclose(result, expected, rtol=1e-3, atol=1e-3)
     other = noise - diffusers_velocity(state, record["config"], e, noise, not masked)
     assert not torch.allclose(result, other, rtol=1e-3, atol=1e-3), "the visibility must matter"
+
+
+@pytest.mark.parametrize("bounded, threshold", [(True, 0.0), (False, 0.5)])
+def test_an_attribute_edit_is_one_in_both(assets, toy, embedding, bounded, threshold):
+    """The evaluation's steering on diffusers' modules against the node's on core's, boxes and region included."""
+    from types import SimpleNamespace
+
+    from semantic_diffusion_adapter.kernels.steering import Push
+    from semantic_diffusion_adapter.nodes.host import directions
+    from semantic_diffusion_adapter.training.miniature.evaluation.steered import Steered
+    from semantic_diffusion_adapter.training.miniature.evaluation.system import Attention, Miniature
+
+    path = assets / miniature.FLUX
+    state, record = checkpoint_of(path)
+    config = record["config"]
+    e = dataclasses.replace(embedding("tree64"), pooled=torch.zeros(1, config["vec_in_dim"]))
+    words = [torch.randn(1, 7, config["context_in_dim"], generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    region = torch.zeros(1, 128, 128)
+    region[:, :64, 32:] = 1
+    model = flux.patch(miniature.load_flux(str(path)))
+    edit, empty = ([[each, {"pooled_output": torch.randn(1, config["vec_in_dim"])}]] for each in words)
+    steered = directions.patch(model, edit, empty, 0.8, bounded, threshold=threshold, region=region)
+    result = model.get_model_object("latent_format").process_in(toy.sample(steered, to_conditioning(e), size=(16, 16), steps=1))
+    noise = comfy.sample.prepare_noise(torch.zeros(1, 8, 16, 16), 0)
+
+    network = training_flux.build_flux(config).eval()
+    network.load_state_dict({k: v.float() for k, v in training_flux.from_bfl(state, config["hidden_size"]).items()})
+    system = SimpleNamespace(flux=network, attention=Attention(), latent_shape=(8, 16, 16), device=torch.device("cpu"), precision="fp32")
+    network.set_attn_processor(system.attention)
+    system.velocity = lambda *arguments: Miniature.velocity(system, *arguments)
+    with Steered(SimpleNamespace(system=system, own=e)) as by_hand:
+        where = torch.nn.functional.avg_pool2d(region, 16).flatten(1)
+        expected = noise - by_hand.velocity(noise, 1.0, e.tokens, tuple(words), Push(0.8, bounded, threshold, None, where))
+    assert torch.allclose(result, expected, rtol=1e-3, atol=1e-3)
+    plain = noise - diffusers_velocity(state, config, e, noise, True)
+    assert (result - plain).abs().max() > 0.01, "it must steer"
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())

@@ -4,11 +4,13 @@
     python3 run.py eval kit [--scenes N] [--seed S] [--json]
     python3 run.py eval inversion [--scenes N] [--seed S] [--json]
     python3 run.py eval fidelity [--scenes N] [--seed S] [--json]
+    python3 run.py eval directions [--scenes N] [--seed S] [--json]
 
 The parts are reconstruction, locality, editing, twins, chains, blend and levels, or the artist's kit, or embeddings
-fitted without an encoder, or edits that keep the rest, as the modules of `evaluation/` define them. A run over 256
-scenes replaces benchmarks/miniature.md, one of the kit over 64 benchmarks/kit.md, one of the inversion over 32
-benchmarks/inversion.md, one of the fidelity over 64 benchmarks/fidelity.md.
+fitted without an encoder, or edits that keep the rest, or attribute edits, as the modules of `evaluation/` define them.
+A run over 256 scenes replaces benchmarks/miniature.md, one of the kit over 64 benchmarks/kit.md, one of the inversion
+over 32 benchmarks/inversion.md, one of the fidelity over 64 benchmarks/fidelity.md, one of the directions over 48
+benchmarks/directions.md.
 """
 from __future__ import annotations
 
@@ -28,6 +30,7 @@ from ..engine import pick_device
 from .captions import OPERATIONS
 from .evaluation import (
     blend,
+    directions,
     editing,
     fidelity,
     inversion,
@@ -115,6 +118,11 @@ def run_fidelity(system: Miniature, count: int, seed: int) -> tuple[dict, dict, 
     return *fidelity.run(system, changes, sources, system.noise("test", range(count), seed), seed), {}
 
 
+def run_directions(system: Miniature, count: int, seed: int) -> tuple[dict, dict, dict]:
+    """The figures of attribute edits of the first `count` test scenes, and those beside them; no pictures are kept."""
+    return *directions.run(system, count, seed), {}
+
+
 @dataclass(frozen=True)
 class Part:
     """One part of the evaluation: its number of scenes by default (`fewer` on a CPU that computes float32 fastest, so
@@ -138,7 +146,9 @@ PARTS = {"system": Part(256, 24, ADAPTERS, lambda count, absent, assets: painted
                            lambda count, absent, assets: inversion.painted(count, has_editor_from_fits(assets)),
                            run_inversion, table.inversion_page, table.INVERSION_PAGE),
          "fidelity": Part(64, 64, ("tree128",), lambda count, absent, assets: fidelity.painted(count), run_fidelity,
-                          table.fidelity_page, table.FIDELITY_PAGE)}
+                          table.fidelity_page, table.FIDELITY_PAGE),
+         "directions": Part(48, 24, ("tree128",), lambda count, absent, assets: directions.painted(count), run_directions,
+                            table.directions_page, table.DIRECTIONS_PAGE)}
 
 
 def rounded(value):
@@ -173,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
                         help="what is measured (default: system)")
     parser.add_argument("--scenes", type=int,
                         help="test scenes, at least 2 (default: 256, or 24 on a CPU without bf16; for kit and "
-                             "fidelity 64; for inversion 32)")
+                             "fidelity 64; for directions 48; for inversion 32)")
     parser.add_argument("--seed", type=int, default=0, help="another seed makes fresh scenes and noise (default: 0)")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--dump", type=Path, help="folder for every source, reconstruction and edit")

@@ -105,6 +105,15 @@ class Attention(RegionAttention):
         finally:
             del self._of_thread.gates
 
+    @contextmanager
+    def under(self, regions: Regions) -> Iterator[None]:
+        """In this thread, these regions in place of `regions`: one for each row, of which a block may see the first alone."""
+        self._of_thread.regions = regions
+        try:
+            yield
+        finally:
+            del self._of_thread.regions
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         gates = getattr(self._of_thread, "gates", None)
         if gates is None:
@@ -116,9 +125,10 @@ class Attention(RegionAttention):
         return torch.cat([read, self._own(q[count:], k[count:], v[count:])])
 
     def _own(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.regions is None:
+        regions = getattr(self._of_thread, "regions", self.regions)
+        if regions is None:
             return torch.nn.functional.scaled_dot_product_attention(q, k, v)
-        return masked_attention(q, k, v, self.regions, "dense")
+        return masked_attention(q, k, v, regions.first(len(q)), "dense")
 
 
 def left_out(assets: Path) -> dict[str, str]:

@@ -16,6 +16,7 @@ PAGE = Path(__file__).resolve().parents[3] / "benchmarks" / "miniature.md"
 KIT_PAGE = PAGE.with_name("kit.md")
 INVERSION_PAGE = PAGE.with_name("inversion.md")
 FIDELITY_PAGE = PAGE.with_name("fidelity.md")
+DIRECTIONS_PAGE = PAGE.with_name("directions.md")
 COLUMNS = {"f1": "F1", "f1_colour_position": "F1 (colour, position)", "position_px": "position error, px",
            "background": "ground", "iou": "shape, IoU", "psnr": "PSNR, dB"}
 
@@ -233,5 +234,36 @@ def fidelity_page(results: dict, asides: dict, scenes: int, seed: int, command: 
         *rows(["", *(f"turn {turn}" for turn in range(1, 6)), "fifth succeeds", "things kept"],
               [[name, *map(number, v["turns"]), number(v["success"]), number(v["preservation"])]
                for name, v in asides["chains"].items()]),
+        "",
+    ])
+
+
+def directions_page(results: dict, asides: dict, scenes: int, seed: int, command: str, precision: str, minutes: float) -> str:
+    """results: what `eval directions --json` prints. asides: those of directions.run."""
+    kinds = list(next(iter(asides["kinds"].values())))
+    lines = [[name, *(number(v[key]) for key in ("success", "kept", "psnr_outside", "monotonic")),
+              number(asides["alone"][name]), *(number(asides["kinds"][name].get(kind)) for kind in kinds)]
+             for name, v in results["directions"].items()]
+    nothing = asides["plain"]
+    return "\n".join([
+        "# Attribute edits by directions, on the miniature",
+        "",
+        f"{machine()}, {precision}; {date.today()}; `{command}`, {minutes:.1f} minutes",
+        "",
+        f"One attribute for one thing of each of {scenes} scenes of the test split (seed {seed}), through the adapter's "
+        "embedding. What each method and each figure means stands in the docstring of "
+        "`training/miniature/evaluation/directions.py`. Chosen on validation scenes: the raw strength "
+        f"{asides['strength']:g} with the threshold {asides['threshold']:g}, and the weight {asides['weight']:g} of the "
+        "appended word.",
+        "",
+        *rows(["", "success", "kept", "PSNR outside, dB", "monotonic", "nothing else", *kinds],
+              [["(no edit)", *(number(nothing[key]) for key in ("success", "kept", "psnr_outside")), *("-" for _ in ("", "", *kinds))],
+               *lines]),
+        "",
+        "*Nothing else*: the thing has the attribute, and its colour, shape and size are otherwise as before. The last columns "
+        "are the success by kind of attribute.",
+        "",
+        f"AUC of the attribute's own mask: {number(results['mask']['auc'])}. A forward with one direction takes "
+        f"{results['cost']['ratio']:.2f} times as long as a plain one.",
         "",
     ])
