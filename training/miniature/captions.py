@@ -28,7 +28,7 @@ WORDS = ("a", "the", "at", "on", "ground", "remove", "add", "make", "move", "to"
          *SHAPES, *COLOURS, *GROUNDS, *RADII, "top", "bottom", "left", "right", "center",
          *(str(n) for n in range(0, 128, STEP)))
 VOCABULARY = ("<pad>", "</s>", "<unk>", *WORDS)
-LENGTH = 40  # tokens after padding; the caption of a crowd is longer and would be cut
+LENGTH = 56  # tokens after padding: the caption of a crowd of six fits
 _IDS = {word: index for index, word in enumerate(VOCABULARY)}
 
 
