@@ -29,8 +29,8 @@ class AttributeEdit(io.ComfyNode):
                 io.String.Input("attribute", default="", tooltip="The attribute alone, not a sentence: smiling, eyeglasses, comics style."),
                 io.Float.Input(
                     "strength", default=0.5, min=-15.0, max=15.0, step=0.05,
-                    tooltip="How far. 0 is the picture without it, bit for bit; below 0 goes away from it. With scale auto from 0 to "
-                    "about 1; with raw the paper's numbers: 5 for eyeglasses, 8 for a smile.",
+                    tooltip="How far. 0, with coarse 0, is the picture without it, bit for bit; below 0 goes away from it. With scale "
+                    "auto from 0 to about 1; with raw the paper's numbers: 5 for eyeglasses, 8 for a smile.",
                 ),
                 io.Combo.Input(
                     "scale", options=list(_BOUNDED), default="auto",
