@@ -39,9 +39,10 @@ class SourceGate(io.ComfyNode):
             node_id="SDASourceGate",
             display_name="Source Gate (Flux)",
             description="Let the parts of the picture that shall not change attend to the source picture instead of to "
-            "themselves, in every block and step. Works on a copy of the model, with any sampler and guider.",
-            search_aliases=["attention sharing", "kv edit", "masactrl", "keep background", "mutual self attention"],
-            advanced=["lo", "hi", "text_gate", "start_percent", "end_percent", "blocks"],
+            "themselves, in every block and step, or take its layout alone. Works on a copy of the model, with any sampler and "
+            "guider.",
+            search_aliases=["attention sharing", "kv edit", "masactrl", "prompt-to-prompt", "keep background", "keep layout"],
+            advanced=["lo", "hi", "text_gate", "start_percent", "end_percent", "blocks", "share"],
             inputs=[
                 io.Model.Input("model", tooltip="A Flux model; for embeddings the one from Masked Attention (Flux)."),
                 io.Conditioning.Input("source", tooltip="What the source picture shows: the unedited embedding, or a prompt."),
@@ -61,6 +62,11 @@ class SourceGate(io.ComfyNode):
                 _START,
                 _END,
                 _BLOCKS,
+                io.Combo.Input(
+                    "share", options=list(source_gate.SHARES), default=source_gate.SHARES[0],
+                    tooltip="keys and values: what the source shows comes along (MasaCtrl, KV-Edit). queries and keys: only how its "
+                    "parts belong together, so that colours and surfaces may change everywhere (Prompt-to-Prompt, ConsistEdit).",
+                ),
                 io.Mask.Input(
                     "mask", optional=True,
                     tooltip="Where the picture may change: white reads nothing. From Change Mask (either output), or painted.",
@@ -75,10 +81,10 @@ class SourceGate(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, source, latent, strength, lo, hi, text_gate, start_percent, end_percent, blocks, mask=None
+        cls, model, source, latent, strength, lo, hi, text_gate, start_percent, end_percent, blocks, share, mask=None
     ) -> io.NodeOutput:  # fmt: skip
         return io.NodeOutput(
-            source_gate.patch(model, source, latent, mask, strength, lo, hi, text_gate, start_percent, end_percent, blocks)
+            source_gate.patch(model, source, latent, mask, strength, lo, hi, text_gate, start_percent, end_percent, blocks, share)
         )
 
 

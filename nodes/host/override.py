@@ -71,7 +71,7 @@ def regional_attention(
         else:
             keep = previous is not None or getattr(func, "__name__", "") not in _EXACT
             q, k, v = (to_front(t, before, regions.tokens) for t in (q, k, v))
-            k, v, source = reader.read(q, k, v, sequence.text) if reads else (k, v, None)
+            q, k, v, source = reader.read(q, k, v, sequence.text) if reads else (q, k, v, None)
             out = masked_attention(q, k, v, regions if chosen else None, plain=plain, keep_plain=keep, source=source)
             out = to_front(out, regions.tokens, before) if before else out
         return out if skip_output_reshape else out.transpose(1, 2).flatten(2)

@@ -29,15 +29,15 @@ class References:
         self._gates, self._text_gate = gates.repeat(rows // len(gates), 1, 1), text_gate
         self._made: Source | None = None
 
-    def read(self, q: Tensor, k: Tensor, v: Tensor, text: int) -> tuple[Tensor, Tensor, Source]:
-        """(the other keys, their values, the references) for queries of the joint sequence: text, patches, references."""
+    def read(self, q: Tensor, k: Tensor, v: Tensor, text: int) -> tuple[Tensor, Tensor, Tensor, Source]:
+        """(queries, the other keys, their values, the references) for queries of the joint sequence: text, patches, references."""
         start = text + self._gates[0].numel()
         keys, values = k[:, :, start:], v[:, :, start:]
         if self._made is None or self._made.gate.shape[1] != q.shape[2]:
             gates = sequence_gate(self._gates, text, self._text_gate, q.shape[2] - start)
             gates[:, start:] = 1  # the references' own queries
             self._made = Source(keys, values, gates.to(q.device))
-        return k[:, :, :start], v[:, :, :start], self._made.over(keys, values)
+        return q, k[:, :, :start], v[:, :, :start], self._made.over(keys, values)
 
 
 def patch(

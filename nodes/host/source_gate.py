@@ -1,5 +1,8 @@
 """The source gate: patches of the painted picture read the source's keys and values, in the very forward that paints.
 
+Or they are compared by its queries and keys, which gives them its layout and leaves them their own values (the attention
+maps of Prompt-to-Prompt, arXiv 2208.01626, on joint attention as in ConsistEdit, arXiv 2510.17803).
+
 A companion's row holds the source, noised to the same sigma with the sampler's own noise (exact on a straight path, so no
 inversion is needed), under the source's conditioning. The attention override lets each query read its image keys instead
 of the picture's own, by its gate (`kernels/attention/source.py`). Gate 0 everywhere is core's picture bit for bit.
@@ -25,16 +28,18 @@ from .override import OVERRIDE_KEY
 from .source import check_flow, source_of
 
 GATE_KEY = "sda_source_gate"
+SHARES = ("keys and values", "queries and keys")
 NOISE_KEY = "sda_noise"
 WHAT = "Source Gate"
 
 
 class Settings(NamedTuple):
-    """What the patch was asked for. latent: the source's LATENT in the VAE's scale."""
+    """What the patch was asked for. latent: the source's LATENT in the VAE's scale. share: one of SHARES."""
 
     companion: Companion
     latent: Tensor
     opening: Opening
+    share: str
 
 
 class Reader:
@@ -48,36 +53,54 @@ class Reader:
         self._rows, self._gates, self._text_gate = rows, gates, text_gate
         self._made: Source | None = None
 
-    def read(self, q: Tensor, k: Tensor, v: Tensor, text: int) -> tuple[Tensor, Tensor, Source]:
-        """(keys, values, the source) for queries [R + B, H, S, d] of the joint sequence: text, patches, references."""
+    def read(self, q: Tensor, k: Tensor, v: Tensor, text: int) -> tuple[Tensor, Tensor, Tensor, Source]:
+        """(queries, keys, values, the source) for queries [R + B, H, S, d] of the joint sequence: text, patches, references."""
         count, patches = len(self._gates), self._gates[0].numel()
         of_picture = torch.arange(len(k), device=k.device) % count + self._rows
         keys, values = (each[:, :, text : text + patches][of_picture] for each in (k, v))
         if self._made is not None and self._made.gate.shape[1] == q.shape[2]:
-            return k, v, self._made.over(keys, values)
+            return q, k, v, self._made.over(keys, values)
         gates = sequence_gate(self._gates, text, self._text_gate, q.shape[2] - text - patches)
         gates = gates.repeat(self._rows // count, 1)
         gates = torch.cat([gates, torch.zeros_like(gates[:count])])  # the companions read none
         self._made = Source(keys, values, gates.to(q.device), (text, text + patches))
-        return k, v, self._made
+        return q, k, v, self._made
+
+
+class Layout(Reader):
+    """The same where queries and keys are shared: every patch is compared by the source's, as far as its gate is open."""
+
+    def read(self, q: Tensor, k: Tensor, v: Tensor, text: int) -> tuple[Tensor, Tensor, Tensor, None]:
+        count, rows = len(self._gates), self._rows
+        patches = slice(text, text + self._gates[0].numel())
+        amount = self._gates.flatten(1).clamp(max=1).repeat(rows // count, 1)[:, None, :, None]
+
+        def shared(own: Tensor) -> Tensor:
+            own = own.clone()
+            there = own[rows:, :, patches].repeat(rows // count, 1, 1, 1)
+            own[:rows, :, patches] = torch.lerp(own[:rows, :, patches], there, amount.to(own))
+            return own
+
+        return shared(q), shared(k), v, None
 
 
 def patch(
     model, source: list, latent: dict, mask: Tensor | None = None, strength: float = 1.0, lo: float = 0.0, hi: float = 1.0,
-    text_gate: float = 0.0, start: float = 0.0, end: float = 1.0, blocks: str = "all",
+    text_gate: float = 0.0, start: float = 0.0, end: float = 1.0, blocks: str = "all", share: str = SHARES[0],
 ):  # fmt: skip
     """A clone of a Flux MODEL whose patches read a source. Several gates stand beside one another only by masks: a second
     one replaces the first.
 
     source: what the source shows, a CONDITIONING of one entry; latent: its LATENT. mask: MASK, where the picture may
-        change. The other settings are those of `kernels.gate` and of Masked Attention.
+        change. The other settings are those of `kernels.gate` and of Masked Attention; with queries and keys shared, the
+        gate is 1 at most and the text's is not there.
     """
     network = model.get_model_object("diffusion_model")
     check_model(model.model, network, WHAT)
     check_flow(model, WHAT)
     samples, _ = source_of(latent)
     opening = opening_of(network, mask, strength, lo, hi, text_gate, start, end, blocks)
-    settings = Settings(companion_of(source, WHAT), samples, opening)
+    settings = Settings(companion_of(source, WHAT), samples, opening, share)
     patched = model.clone()
     patched.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, GATE_KEY)
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, GATE_KEY, noise_wrapper)
@@ -106,7 +129,8 @@ def reading_wrapper(base_model, settings: Settings) -> Callable:
             return forward.run(executor)
         made = accompanied(forward, [Row(settings.companion, noised(base_model, settings, forward))], obeyed(forward))
         options = made.transformer_options
-        reader = Reader(len(x), gates.to(x.device), opening.text_gate, opening.blocks, options.get(OVERRIDE_KEY))
+        kind = Reader if settings.share == SHARES[0] else Layout
+        reader = kind(len(x), gates.to(x.device), opening.text_gate, opening.blocks, options.get(OVERRIDE_KEY))
         return evaluate(reading(made, reader, executor.class_obj.patch_size), executor, base_model)[: len(x)]
 
     return wrapper

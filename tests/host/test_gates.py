@@ -32,7 +32,7 @@ def gated(prompt: dict, kind: str, **inputs: object) -> dict:
     own = {"model": prompt[guider]["inputs"]["model"], "mask": [changed, 0], "strength": 1.0, "lo": 0.9, "hi": 1.0,
            "text_gate": 0.0, "start_percent": 0.0, "end_percent": 1.0, "blocks": "all"}  # fmt: skip
     if kind == "SDASourceGate":
-        own |= {name: prompt[changed]["inputs"][name] for name in ("source", "latent")}
+        own |= {"share": "keys and values", **{name: prompt[changed]["inputs"][name] for name in ("source", "latent")}}
     guided = {**prompt[guider], "inputs": {**prompt[guider]["inputs"], "model": ["gate", 0]}}
     return {**prompt, "gate": {"class_type": kind, "inputs": {**own, **inputs}}, guider: guided}
 

@@ -59,7 +59,8 @@ FROZEN = {
         ["model", "source", "edited", "method", "omega", "eta", "eta_stop", "gamma", "cfg", "negative"], ["GUIDER", "SAMPLER"],
     ),
     "SDASourceGate": (
-        ["model", "source", "latent", "strength", "lo", "hi", "text_gate", "start_percent", "end_percent", "blocks", "mask"],
+        ["model", "source", "latent", "strength", "lo", "hi", "text_gate", "start_percent", "end_percent", "blocks", "share",
+         "mask"],
         ["MODEL"],
     ),
     "SDAReferenceGate": (

@@ -131,11 +131,54 @@ def test_texts_of_other_lengths_need_no_masked_attention(toy):
     torch.testing.assert_close(found, expected, **CLOSE)
 
 
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+def test_queries_and_keys_are_those_of_a_forward_of_the_source(toy, strength):
+    """Two forwards by core's own mathematics: the second compares its patches by the first's queries and keys."""
+    edited, source, there = toy.plain(5, seed=1), toy.plain(5, seed=2), latent()
+    base, noises = toy.model.model, []
+    gates = gate(resample(corner(), 4, 4), strength, 0.0, 1.0).reshape(1, 1, -1, 1)
+
+    def wrapper(apply_model, args):
+        x, sigma, c, kept = args["input"], args["timestep"], args["c"], {}
+        noises.append(x.clone())
+        at = sigma.reshape(-1, 1, 1, 1)
+
+        def attend(q, k, v):
+            return ((q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+        def keep(func, q, k, v, heads, transformer_options, **kwargs):
+            kept[transformer_options["block_type"], transformer_options["block_index"]] = q[:, :, 5:], k[:, :, 5:]
+            return attend(q, k, v)
+
+        def share(func, q, k, v, heads, transformer_options, **kwargs):
+            there = kept[transformer_options["block_type"], transformer_options["block_index"]]
+            q, k = (torch.cat([own[:, :, :5], own[:, :, 5:] * (1 - gates) + his * gates], 2) for own, his in zip((q, k), there))
+            return attend(q, k, v)
+
+        def run(x, override, **more):
+            return apply_model(x, sigma, **{**c, **more, "transformer_options": {**c["transformer_options"], OVERRIDE: override}})
+
+        tokens, settings = source[0]
+        noised = (1 - at) * base.process_latent_in(there["samples"]) + at * noises[0]
+        run(noised, keep, c_crossattn=tokens, y=settings["pooled_output"])
+        return run(x, share)
+
+    oracle = toy.model.clone()
+    oracle.set_model_unet_function_wrapper(wrapper)
+    expected = toy.sample(oracle, edited)
+    found = toy.sample(source_gate.patch(toy.model, source, there, corner(), strength, share=source_gate.SHARES[1]), edited)
+    torch.testing.assert_close(found, expected, **CLOSE)
+    other = toy.sample(source_gate.patch(toy.model, source, there, corner(), strength), edited)
+    assert not torch.allclose(found, other, **CLOSE) and not torch.allclose(found, toy.sample(toy.model, edited), **CLOSE)
+
+
 def test_closed_gates_are_core_bit_for_bit(toy):
     edited, source, there = toy.plain(5, seed=1), toy.plain(5, seed=2), latent()
     before = toy.sample(toy.model, edited)
     assert torch.equal(toy.sample(source_gate.patch(toy.model, source, there, strength=0.0), edited), before)
     assert torch.equal(toy.sample(source_gate.patch(toy.model, source, there, torch.ones(1, 64, 64)), edited), before)
+    closed = source_gate.patch(toy.model, source, there, torch.ones(1, 64, 64), share=source_gate.SHARES[1])
+    assert torch.equal(toy.sample(closed, edited), before)
     late = source_gate.patch(toy.model, source, there, start=1.0, end=1.0)
     assert torch.equal(toy.sample(late, edited), before)
     opened = source_gate.patch(toy.model, source, there)

@@ -18,7 +18,7 @@ RARELY_USED = {
     ("SDAChangeMask", "noises"), ("SDAChangeMask", "seed"), ("SDAFlowEditGuider", "n_avg"), ("SDAFlowEditGuider", "cfg"),
     ("SDAFlowEditGuider", "source_cfg"), ("SDAInversionEdit", "eta_stop"), ("SDAInversionEdit", "gamma"),
     ("SDAInversionEdit", "cfg"), ("SDASourceGate", "lo"), ("SDASourceGate", "hi"), ("SDASourceGate", "text_gate"),
-    ("SDASourceGate", "start_percent"), ("SDASourceGate", "end_percent"), ("SDASourceGate", "blocks"),
+    ("SDASourceGate", "start_percent"), ("SDASourceGate", "end_percent"), ("SDASourceGate", "blocks"), ("SDASourceGate", "share"),
     *(("SDAAttributeEdit", name) for name in ("coarse", "mask_threshold", "start_percent", "end_percent", "blocks")),
     ("SDAAttributeMask", "noises"), ("SDAAttributeMask", "seed"),
     *(("SDAReferenceGate", name) for name in ("lo", "hi", "start_percent", "end_percent", "blocks")),
