@@ -39,28 +39,24 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGHUP, lambda number, frame: None)
 
 
-# What takes a minute or nearly one by itself: files, and the folder whose tests share a miniature of random weights.
-MINIATURE_TESTS = "tests/training/miniature"
-LONG = (MINIATURE_TESTS, *(f"tests/{name}.py" for name in (
+# Folders whose tests stay in one process of several, for they share a ComfyUI or a miniature of random weights.
+TOGETHER = ("tests/browser", "tests/training/miniature", "tests/host")
+# Those and the files that take a minute or nearly one by themselves, the longest first.
+LONG = (*TOGETHER, *(f"tests/{name}.py" for name in (
     "training/engine/test_kills", "training/test_recipes", "training/engine/test_ranks", "nodes/test_stock_flux",
     "nodes/test_flux_company", "training/data/test_prepare", "training/stages/test_held_out", "training/test_walkthrough")))
 
 
-def shares_comfyui(file: str) -> bool:
-    return file.startswith(("tests/browser/", "tests/host/"))
-
-
 def scope(nodeid: str) -> str:
-    """What stays in one process of several: all that shares the ComfyUI, or the toy miniature, and each file, for its
-    fixtures are made once."""
+    """What stays in one process of several: such a folder, and each file, for its fixtures are made once."""
     file = nodeid.split("::")[0]
-    return "comfyui" if shares_comfyui(file) else MINIATURE_TESTS if file.startswith(MINIATURE_TESTS) else file
+    return next((folder for folder in TOGETHER if file.startswith(f"{folder}/")), file)
 
 
 def place(item: pytest.Item) -> int:
     """What takes long is begun first, so that no process of several waits for another at the end."""
     where = scope(item.nodeid)
-    return 0 if where == "comfyui" else 1 + LONG.index(where) if where in LONG else 1 + len(LONG)
+    return LONG.index(where) if where in LONG else len(LONG)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -19,7 +19,7 @@ from semantic_diffusion_adapter.kernels.fit import FitSettings  # noqa: E402
 from semantic_diffusion_adapter.kernels.hierarchy import PRESETS  # noqa: E402
 from semantic_diffusion_adapter.kernels.text_space import TextSpace  # noqa: E402
 from semantic_diffusion_adapter.nodes import decode  # noqa: E402
-from semantic_diffusion_adapter.nodes.host import reference_gate, source_gate  # noqa: E402
+from semantic_diffusion_adapter.nodes.host import directions, reference_gate, source_gate  # noqa: E402
 from semantic_diffusion_adapter.nodes.host.conditioning import to_conditioning  # noqa: E402
 from semantic_diffusion_adapter.nodes.host.fitting import fit_embedding  # noqa: E402
 
@@ -119,6 +119,27 @@ def test_full_width_flux_samples_under_each_gate(stock_model):
     ):
         made, plain = sample(model, asked), sample(stock_model, asked)
         assert made.shape == (1, 16, 16, 16) and torch.isfinite(made).all() and not torch.equal(made, plain)
+
+
+def test_an_attribute_edit_at_full_width(stock_model):
+    """Through the published layout, in its own precision, with distilled guidance; a push of nothing is nothing."""
+    generator = torch.Generator().manual_seed(4)
+    base, edit, empty = (
+        [[torch.randn(1, 16, TEXT, generator=generator), {"pooled_output": torch.randn(1, 768, generator=generator), "guidance": 3.5}]]
+        for _ in range(3)
+    )
+    latent = {"samples": torch.zeros(1, 16, 8, 8)}
+
+    def sample(model) -> torch.Tensor:
+        with torch.inference_mode():
+            return stock.KSampler().sample(model, 0, 1, 1.0, "euler", "simple", base, base, latent, 1.0)[0]["samples"]
+
+    plain = sample(stock_model)
+    made = sample(directions.patch(stock_model, edit, empty, 0.5, coarse=0.3))
+    assert made.shape == plain.shape and torch.isfinite(made).all() and (made - plain).abs().max() > 0.05
+    nearly = sample(directions.patch(stock_model, edit, empty, 1e-4, threshold=0.0))
+    assert (nearly - plain).abs().max() < 0.1 * (made - plain).abs().max()
+    assert torch.equal(sample(directions.patch(stock_model, edit, empty, 0.0)), plain)
 
 
 def test_a_fit_through_full_width_flux(stock_model):

@@ -54,10 +54,17 @@ def test_an_appended_word_of_no_weight_is_not_there(trials):
 
 def test_the_truth_succeeds_and_the_source_does_not(trials):
     found = directions.figures(trials, [trials.sources, trials.targets])
-    assert (found["success"], found["kept"], found["alone"], found["monotonic"]) == (1, 1, 1, 1)
+    assert (found["success"], found["kept"], found["alone"], found["nearer"], found["monotonic"]) == (1, 1, 1, 1, 1)
     assert found["psnr_outside"] > 50 and set(found["kinds"].values()) == {1.0}
     back = directions.figures(trials, [trials.targets, trials.sources])
-    assert (back["success"], back["alone"], back["monotonic"]) == (0, 0, 0)
+    assert (back["success"], back["alone"], back["nearer"]) == (0, 0, 0)
+
+
+def test_a_dial_is_steady_where_no_picture_comes_back():
+    start, half, whole = (np.full((2, 128, 128, 3), level, np.uint8) for level in (100, 110, 120))
+    assert directions.steady([start, half, whole]) == 1 and directions.steady([start, start, start]) == 1
+    back = np.concatenate([start[:1], whole[1:]])
+    assert directions.steady([start, half, back]) == 0.5
 
 
 def test_an_attribute_on_another_place_is_none():

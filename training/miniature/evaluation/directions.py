@@ -12,8 +12,9 @@ guider          Edit Guider from the source's embedding towards that of the edit
 rf_inversion    RF-Inversion up from the picture, and fluxspace_auto on the way down
 
 `success`: the attribute is seen on a thing at the subject's place. `kept`: share of the other things that are found as they
-were. `psnr_outside`: of the pixels that the true edit leaves alone, against the source. `monotonic`: share of the trials in
-which the region comes nearer to the true edit (or stays, within 0.02 of the whole way) at every quarter of the dial. `mask`
+were. `psnr_outside`: of the pixels that the true edit leaves alone, against the source. `monotonic`: share of the pictures
+that move away from the unedited one at every quarter of the dial, as the kit measures Edit Guider's strength. `nearer`: of
+those in whose region every quarter comes nearer to the true edit, or stays within 0.02 of the whole way. `mask`
 is the AUC with which the attribute's own mask, without a region, tells the patches that truly change: chance is 0.5, since
 any thing may hear a word. `cost` is the time of a forward with one direction over that of a plain one.
 """
@@ -37,6 +38,7 @@ from ..score import distance, matches
 from .decoder import PATCH, Decoder
 from .editing import REACH, same_and_near
 from .fidelity import auc, patches_of, truly_changed
+from .kit import STILL
 from .reconstruction import parse_all, psnr
 from .solvers import ETA, GAMMA, STOP
 from .steered import Steered
@@ -232,10 +234,17 @@ def figures(trials: Trials, dial: Sequence[np.ndarray]) -> dict[str, float]:
     return {
         "success": float(np.mean(success)), "kept": sum(kept) / wanted if wanted else 1.0,
         "psnr_outside": float(np.mean([psnr(s[o], p[o]) for s, p, o in zip(trials.sources, dial[-1], outside)])),
-        "monotonic": float(np.mean(rising(trials, dial))),
+        "monotonic": steady(dial),
+        "nearer": float(np.mean(rising(trials, dial))),
         "alone": float(np.mean([alone(change, found) for change, found in zip(trials.changes, full)])),
         "kinds": {kind: float(np.mean([s for s, k in zip(success, kinds) if k == kind])) for kind in KINDS if kind in kinds},
     }
+
+
+def steady(dial: Sequence[np.ndarray]) -> float:
+    """Share of the pictures that move ever further from the first."""
+    moved = np.stack([abs(pictures.astype(np.float32) - dial[0]).mean((1, 2, 3)) for pictures in dial])
+    return float((np.diff(moved, axis=0) > -STILL).all(0).mean())
 
 
 def rising(trials: Trials, dial: Sequence[np.ndarray]) -> list[bool]:
@@ -287,8 +296,8 @@ def run(system: Miniature, count: int, seed: int) -> tuple[dict, dict]:
     for name in METHODS:
         found[name] = figures(trials, [plain, *(ways[name](place) for place in DIAL)])
     truth = patches_of(truly_changed(trials.sources, trials.targets))
-    kinds, entire = ({name: values.pop(key) for name, values in found.items()} for key in ("kinds", "alone"))
+    kinds, entire, nearer = ({name: values.pop(key) for name, values in found.items()} for key in ("kinds", "alone", "nearer"))
     results = {"directions": found, "mask": {"auc": auc(trials.heard().numpy(), truth)}, "cost": {"ratio": trials.cost()}}
     nothing = figures(trials, [plain])
-    return results, {"kinds": kinds, "alone": entire, "strength": strength, "threshold": threshold, "weight": weight,
+    return results, {"kinds": kinds, "alone": entire, "nearer": nearer, "strength": strength, "threshold": threshold, "weight": weight,
                      "plain": {key: nothing[key] for key in ("success", "kept", "psnr_outside")}}

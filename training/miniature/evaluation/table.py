@@ -242,7 +242,7 @@ def directions_page(results: dict, asides: dict, scenes: int, seed: int, command
     """results: what `eval directions --json` prints. asides: those of directions.run."""
     kinds = list(next(iter(asides["kinds"].values())))
     lines = [[name, *(number(v[key]) for key in ("success", "kept", "psnr_outside", "monotonic")),
-              number(asides["alone"][name]), *(number(asides["kinds"][name].get(kind)) for kind in kinds)]
+              number(asides["nearer"][name]), number(asides["alone"][name]), *(number(asides["kinds"][name].get(kind)) for kind in kinds)]
              for name, v in results["directions"].items()]
     nothing = asides["plain"]
     return "\n".join([
@@ -256,8 +256,8 @@ def directions_page(results: dict, asides: dict, scenes: int, seed: int, command
         f"{asides['strength']:g} with the threshold {asides['threshold']:g}, and the weight {asides['weight']:g} of the "
         "appended word.",
         "",
-        *rows(["", "success", "kept", "PSNR outside, dB", "monotonic", "nothing else", *kinds],
-              [["(no edit)", *(number(nothing[key]) for key in ("success", "kept", "psnr_outside")), *("-" for _ in ("", "", *kinds))],
+        *rows(["", "success", "kept", "PSNR outside, dB", "monotonic", "nearer", "nothing else", *kinds],
+              [["(no edit)", *(number(nothing[key]) for key in ("success", "kept", "psnr_outside")), *("-" for _ in ("", "", "", *kinds))],
                *lines]),
         "",
         "*Nothing else*: the thing has the attribute, and its colour, shape and size are otherwise as before. The last columns "
