@@ -74,7 +74,7 @@ def accompanied(forward: Forward, rows: list[Row], masked: bool) -> Forward:
     """The forward with the companions' rows after its own, in their order.
 
     masked: whether Masked Attention obeys layouts here. If not, a layout in the result does nothing but hide the padding of
-    texts of different lengths: `evaluate` sees to it.
+    texts of different lengths: `evaluate` sees to it. ValueError where Masked Attention would hide it in a part only.
     """
     count = forward.pictures
     kwargs = dict(forward.kwargs)
@@ -94,6 +94,8 @@ def accompanied(forward: Forward, rows: list[Row], masked: bool) -> Forward:
         return (context.to(own[0]), *rest)
 
     sides = [own, *(side(row.companion) for row in rows)]
+    if masked and len({text.shape[1] for text, *_ in sides}) > 1:
+        _check_everywhere(forward)
     context, layout, masks = together(sides if masked else [(text, None, None) for text, *_ in sides])
     for key, part in ((LAYOUT_KEY, layout), (MASKS_KEY, masks)):
         if part is not None:
@@ -130,4 +132,17 @@ def evaluate(forward: Forward, executor: Callable, base_model: Any) -> Tensor:
 
 def obeyed(forward: Forward) -> bool:
     """Whether Masked Attention is in this model."""
-    return WRAPPER_KEY in forward.transformer_options.get("wrappers", {}).get(WrappersMP.DIFFUSION_MODEL, {})
+    return WRAPPER_KEY in _wrappers(forward)
+
+
+def _wrappers(forward: Forward) -> dict:
+    return forward.transformer_options.get("wrappers", {}).get(WrappersMP.DIFFUSION_MODEL, {})
+
+
+def _check_everywhere(forward: Forward) -> None:
+    settings = [wrapper.settings for wrapper in _wrappers(forward)[WRAPPER_KEY]]
+    if any(each.blocks is not None or (each.start, each.end) != (0, 1) for each in settings):
+        raise ValueError(
+            "Texts of different lengths are compared here, and Masked Attention, which tells them apart, works in some blocks or "
+            "steps only: give it all blocks, start 0 and end 1, or make the texts alike."
+        )

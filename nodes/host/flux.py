@@ -107,6 +107,7 @@ def layout_wrapper(base_model, settings: Settings) -> Callable:
                 transformer_options = {**sequence.follow(transformer_options), OVERRIDE_KEY: override}
         return executor(x, timestep, context, y, guidance, ref_latents, control, transformer_options, **kwargs)
 
+    wrapper.settings = settings  # for the companions of other nodes
     return wrapper
 
 

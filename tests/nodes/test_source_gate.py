@@ -124,6 +124,16 @@ def test_texts_of_other_lengths_and_layouts_are_what_they_are_alone(toy, embeddi
     torch.testing.assert_close(toy.sample(model, edited), expected, **CLOSE)
 
 
+@pytest.mark.parametrize("part", [dict(blocks="double"), dict(end=0.5)])
+def test_texts_of_other_lengths_and_boxes_in_some_blocks_are_one_sentence(toy, part):
+    """The added padding would be seen in the others."""
+    source, there = toy.plain(4, seed=2), latent()
+    model = source_gate.patch(flux.patch(toy.model, **part), source, there, corner())
+    with pytest.raises(ValueError, match="works in some blocks or steps only"):
+        toy.sample(model, toy.plain(9, seed=1))
+    assert torch.isfinite(toy.sample(model, toy.plain(4, seed=1))).all()
+
+
 def test_texts_of_other_lengths_need_no_masked_attention(toy):
     edited, source, there = toy.plain(9, seed=1), toy.plain(4, seed=2), latent()
     expected = toy.sample(oracle(toy, source, there, corner(), 1.0, 0.3), edited)
