@@ -15,6 +15,8 @@ from comfy.patcher_extension import WrappersMP  # noqa: E402
 from semantic_diffusion_adapter.nodes.host import attribute_mask, directions, flux, reference_gate, source_gate  # noqa: E402
 from semantic_diffusion_adapter.nodes.host.conditioning import to_conditioning  # noqa: E402
 
+from .flow_edits import SOURCE, latent, ours, paint  # noqa: E402
+
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 SHARES = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -251,6 +253,22 @@ def test_a_batch_is_its_pictures_one_by_one(toy):
     for row in range(2):
         model = directions.patch(toy.model, edit, empty, 0.5, region=region[row : row + 1])
         torch.testing.assert_close(both[row : row + 1], forward(model, x[row : row + 1], t[:1], known), **SHARES)
+
+
+def test_in_a_flow_edit_the_edited_side_alone_is_pushed(toy):
+    """One conditioning on both sides: at strength 0 the source comes back, and what moves is the push."""
+    edit, empty = (toy.plain(5, seed=seed) for seed in (2, 3))
+    start = latent()
+    kinds = []
+    handle = toy.network.double_blocks[0].register_forward_hook(lambda _, args, out: kinds.append(len(out[0])))
+    try:
+        still = paint(ours(directions.patch(toy.model, edit, empty, 0.0), SOURCE, SOURCE))
+        pushed = paint(ours(directions.patch(toy.model, edit, empty, 0.5), SOURCE, SOURCE))
+    finally:
+        handle.remove()
+    torch.testing.assert_close(still, start["samples"], **SHARES)
+    assert (pushed - start["samples"]).abs().max() > 0.01
+    assert set(kinds) == {2, 4}, "two sides, and with the push two companions of the edited one alone"
 
 
 def test_control_and_references_come_along(toy):
