@@ -30,6 +30,7 @@ KEEP = "14 Edit and keep the rest (miniature)"
 COMPOSE = "08 Compose two images (miniature)"
 # The page's picture: the template, and the ids of its nodes from left to right.
 PICTURES = {
+    "SDAAttributeEdit": ("18 Attribute slider (miniature)", 18, 14, 27),
     "SDABlendEmbeddings": ("07 Blend two images (miniature)", 8, 21, 12),
     "SDABuildEmbedding": (SEE, 9, 17),
     "SDAChangeMask": (KEEP, 22, 27, 26),
