@@ -298,17 +298,19 @@ class Miniature:
         return self._pictures(len(x), latents)
 
     def _pictures(self, count: int, latents: Callable[[slice], Tensor]) -> np.ndarray:
+        threads = torch.get_num_threads()
+        workers = threads if self.device.type == "cpu" else 1
+        size = min(BATCH, -(-count // workers))  # few pictures are shared out as well
+
         def batch(first: int) -> np.ndarray:
-            part = latents(slice(first, first + BATCH))
+            part = latents(slice(first, min(first + size, count)))
             pictures = self.decode(part)
             self.progress(len(part))
             return pictures
 
-        threads = torch.get_num_threads()
-        workers = threads if self.device.type == "cpu" else 1
         try:
             with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
-                return np.concatenate(list(pool.map(batch, range(0, count, BATCH))))
+                return np.concatenate(list(pool.map(batch, range(0, count, size))))
         finally:
             torch.set_num_threads(threads)
 
