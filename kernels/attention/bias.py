@@ -48,10 +48,15 @@ class Regions:
         self.hard = bool((zero | self.bias.isneginf()).all())
         self._relative: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
         self._groups: list[list[Group]] | None = None
+        self._first: dict[int, Regions] = {}
 
     def first(self, rows: int) -> Regions:
         """The regions of a batch that has only so many of its first entries left."""
-        return self if self.batch <= rows or self.batch == 1 else Regions(self.bias[:rows])
+        if self.batch == 1 or self.batch <= rows:
+            return self
+        if rows not in self._first:
+            self._first[rows] = Regions(self.bias[:rows])
+        return self._first[rows]
 
     def check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """ValueError unless q [B, H, S, d] fits the bias and k, v [B, H, L, d] begin with the region tokens."""

@@ -74,9 +74,16 @@ def accompanied(forward: Forward, rows: list[Row], masked: bool) -> Forward:
     """The forward with the companions' rows after its own, in their order.
 
     masked: whether Masked Attention obeys layouts here. If not, a layout in the result does nothing but hide the padding of
-    texts of different lengths: `evaluate` sees to it. ValueError where Masked Attention would hide it in a part only.
+    texts of different lengths: `evaluate` sees to it. ValueError where Masked Attention would hide it in a part only, and for
+    texts of another width.
     """
     count = forward.pictures
+    widths = {each.shape[-1] for each in (forward.context, *(row.companion.context for row in rows))}
+    if len(widths) > 1:
+        raise ValueError(
+            f"The texts that are compared here have widths {' and '.join(map(str, sorted(widths)))}: encode all of them with the "
+            "CLIP of the model that paints."
+        )
     kwargs = dict(forward.kwargs)
     own = (forward.context, kwargs.pop(LAYOUT_KEY, None), kwargs.pop(MASKS_KEY, None))
 

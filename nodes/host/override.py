@@ -65,7 +65,7 @@ def regional_attention(
             # In the shape that Flux itself asks for, which every pack's override knows.
             return host(q, k, v, mask=None, skip_reshape=True).unflatten(-1, (heads, -1)).transpose(1, 2)
 
-        regions, before = sequence.first(len(q)), sequence.before
+        regions, before = sequence.regions.first(len(q)), sequence.before  # companions may have left the batch
         if mask is not None:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=_with_mask(regions, mask, q))
         else:

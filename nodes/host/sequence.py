@@ -31,12 +31,6 @@ class Sequence:
         self.before: int | None = 0  # tokens before ours; None where ours are not to be found
         self.regions = make(text, references)  # of the sequence as it is now, the region tokens brought to its front
 
-    def first(self, rows: int) -> Regions:
-        """The regions for an attention of the first rows of the batch: companions may have left it."""
-        if rows < self.regions.batch:
-            self.regions = self.regions.first(rows)
-        return self.regions
-
     def fits(self, queries: int, keys: int) -> bool:
         """Whether an attention of so many queries and keys is the joint one, with our tokens where we know them to be.
 

@@ -28,7 +28,6 @@ from .override import OVERRIDE_KEY
 from .source import check_flow, source_of
 
 GATE_KEY = "sda_source_gate"
-SHARES = ("keys and values", "queries and keys")
 NOISE_KEY = "sda_noise"
 WHAT = "Source Gate"
 
@@ -84,6 +83,10 @@ class Layout(Reader):
         return shared(q), shared(k), v, None
 
 
+_READERS = {"keys and values": Reader, "queries and keys": Layout}
+SHARES = tuple(_READERS)
+
+
 def patch(
     model, source: list, latent: dict, mask: Tensor | None = None, strength: float = 1.0, lo: float = 0.0, hi: float = 1.0,
     text_gate: float = 0.0, start: float = 0.0, end: float = 1.0, blocks: str = "all", share: str = SHARES[0],
@@ -129,8 +132,7 @@ def reading_wrapper(base_model, settings: Settings) -> Callable:
             return forward.run(executor)
         made = accompanied(forward, [Row(settings.companion, noised(base_model, settings, forward))], obeyed(forward))
         options = made.transformer_options
-        kind = Reader if settings.share == SHARES[0] else Layout
-        reader = kind(len(x), gates.to(x.device), opening.text_gate, opening.blocks, options.get(OVERRIDE_KEY))
+        reader = _READERS[settings.share](len(x), gates.to(x.device), opening.text_gate, opening.blocks, options.get(OVERRIDE_KEY))
         return evaluate(reading(made, reader, executor.class_obj.patch_size), executor, base_model)[: len(x)]
 
     return wrapper

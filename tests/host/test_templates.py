@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from semantic_diffusion_adapter.runner.client import Client
 from semantic_diffusion_adapter.runner.workflow import pictures, to_prompt
+from semantic_diffusion_adapter.training.miniature.parser import parse
 
 pytestmark = pytest.mark.host
 
@@ -95,6 +96,11 @@ def test_five_turns_leave_the_sources_own_pixels_where_none_reaches(client: Clie
     images = run(client, prompt)
     source = np.asarray(Image.open(SCENE).convert("RGB")).astype(int)
     turns = [source, *(images[f"turns_{number}"].astype(int) for number in range(1, 6))]
+    shown = [sorted(thing.name for thing in parse(turn.astype(np.uint8)).things) for turn in turns[1:]]
+    assert shown == [
+        ["green cross", "red circle", "red cross"], ["green cross", "red circle"], ["green cross", "yellow circle"],
+        ["blue cross", "yellow circle"], ["blue cross", "purple circle"],
+    ], "and does what it says"  # fmt: skip
     for before, after in zip(turns, turns[1:]):
         apart = np.abs(after - before).max(-1)
         assert (apart > 40).sum() > 20, "every turn edits"

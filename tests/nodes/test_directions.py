@@ -304,6 +304,9 @@ def test_what_does_not_go_together_is_one_sentence(toy):
             toy.sample(gated, base)
     with pytest.raises(ValueError, match="has 3 masks for 2 pictures"):
         toy.sample(directions.patch(toy.model, edit, empty, 0.5, region=torch.ones(3, 64, 64)), base, batch=2)
+    other = [[torch.randn(1, 5, 16), {"pooled_output": torch.randn(1, 24)}]]
+    with pytest.raises(ValueError, match="widths 16 and 24: encode all of them with the CLIP"):
+        toy.sample(directions.patch(toy.model, other, other, 0.5), base)
     toy.network.double_blocks[0].compile()
     with pytest.raises(ValueError, match="does not reach into a compiled model"):
         toy.sample(steered, base)

@@ -68,10 +68,9 @@ def test_a_dial_is_steady_where_no_picture_comes_back():
 
 
 def test_an_attribute_on_another_place_is_none():
-    change, word = next(each for each in (directions.attribute_of("test", i, 0) for i in range(60)) if each[1] in SHAPES)
-    far = replace(change.result, x=127.0 - change.result.x, y=127.0 - change.result.y)
-    if np.hypot(far.x - change.result.x, far.y - change.result.y) > directions.REACH:
-        assert not directions.seen(change, Scene("grey", (far,)))
+    change, _ = next(each for each in (directions.attribute_of("test", i, 0) for i in range(60)) if each[1] in SHAPES)
+    far = replace(change.result, x=change.result.x + directions.REACH + 1)
+    assert not directions.seen(change, Scene("grey", (far,)))
     assert directions.seen(change, Scene("grey", (replace(change.result, colour="blue"),)))
     assert not directions.alone(change, Scene("grey", (replace(change.result, size="?"),)))
 
@@ -91,4 +90,5 @@ def test_the_whole_of_it_has_the_form_that_the_page_and_its_readers_expect(toy_a
     for values in results["directions"].values():
         assert set(values) == {"success", "kept", "psnr_outside", "monotonic"}
     assert set(results["mask"]) == {"auc"} and results["cost"]["ratio"] > 0
+    assert f"{directions.painted(2)}/{directions.painted(2)}" in said.replace("\r", "\n"), "the bar ends where it said"
     assert "| rf_inversion |" in printed and "Nothing else" in printed

@@ -2,8 +2,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -12,8 +10,8 @@ from torch.nn.functional import pad
 from ....kernels.attention import Regions
 from ....kernels.steering import Push, Steering
 from ....kernels.visibility import region_bias
-from ..text import encode, token_ids
 from .decoder import Decoder
+from .system import within
 
 
 class Steered:
@@ -41,19 +39,13 @@ class Steered:
 
     def velocity(self, x: Tensor, time: float, tokens: Tensor, words: tuple[Tensor, Tensor], push: Push, record=None) -> Tensor:
         """What Flux predicts of latents x [B, C, h, w] under tokens [B, T, D] of the sources' layout, pushed along one direction.
-        words: `spoken`, of these pictures."""
+        words: texts [B, L, D] of the attributes and of empty prompts."""
         count, length = len(x), tokens.shape[1]
         system, pads = self.decoder.system, [length - each.shape[1] for each in words]
         texts = torch.cat([tokens, *(pad(each, (0, 0, before, 0)) for each, before in zip(words, pads))])
         steering = Steering(count, count, [0], [push], pads, push.where.shape[1], record)
-        with self._on(steering), system.attention.under(self._regions(count, length, pads)):
+        with within(self._here, steering=steering), system.attention.under(self._regions(count, length, pads)):
             return system.velocity(x.repeat(len(texts) // count, 1, 1, 1), time, texts)
-
-    def spoken(self, attributes: list[str]) -> tuple[Tensor, Tensor]:
-        """Texts [B, L, D] of bare attributes, and of as many empty prompts."""
-        system = self.decoder.system
-        edit, empty = (encode(system.text, token_ids(texts, system.device))[0] for texts in (attributes, [""] * len(attributes)))
-        return edit, empty
 
     def _regions(self, count: int, length: int, pads: list[int]) -> Regions:
         """The layout for the painted rows; companions see their own text alone, which comes last."""
@@ -66,14 +58,6 @@ class Steered:
             bias[:, :before] = -torch.inf
             rows.append(bias.expand(count, -1, -1))
         return Regions(torch.cat(rows).to(system.device))
-
-    @contextmanager
-    def _on(self, steering: Steering) -> Iterator[None]:
-        self._here.steering = steering
-        try:
-            yield
-        finally:
-            del self._here.steering
 
     def _ask(self, what: str, *arguments):
         steering = getattr(self._here, "steering", None)
