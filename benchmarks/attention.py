@@ -22,8 +22,6 @@ import re
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
@@ -34,6 +32,7 @@ from torch import Tensor
 from ..kernels.attention import ROUTES, Regions, Source, masked_attention
 from ..kernels.hierarchy import hierarchy
 from ..kernels.visibility import region_bias
+from ..training.engine.timing import seconds
 
 SIZES = (1024, 4096, 16384)
 HEADS, WIDTH, PRESET = 24, 128, "tree128"
@@ -93,17 +92,6 @@ def unavailable(name: str, device: str) -> str | None:
     if name == "flex" and device == "cpu":
         return "fast only where it is compiled for CUDA"
     return None
-
-
-def seconds(call: Callable[[], object], device: str, calls: int) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(calls):
-        call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) / calls
 
 
 def peak_mib(name: str, patches: int, device: str, case: Case) -> float | None:

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
@@ -29,6 +27,7 @@ from ..kernels import checkpoint
 from ..kernels.edit_decoder import EditDecoder
 from ..training import cli
 from ..training.engine import pick_device
+from ..training.engine.timing import ratios
 from ..training.miniature.captions import OPERATIONS
 from ..training.miniature.evaluation import editing, table
 from ..training.miniature.evaluation.reconstruction import parse_all
@@ -97,28 +96,6 @@ def quality(system: Miniature, trained: dict[str, Trained], count: int, seed: in
     return figures, {op: sum(change.operation == op for change in changes) for op in OPERATIONS} | {"all": count}
 
 
-def times(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median ratio of each call's time to the first one's, in turns after one round to warm up."""
-    ratios: dict[str, list[float]] = {name: [] for name in calls}
-    order, first = list(calls), next(iter(calls))
-    for call in calls.values():
-        call()
-    for _ in range(TURNS):
-        taken = {name: seconds(calls[name]) for name in order}
-        for name in calls:
-            ratios[name].append(taken[name] / taken[first])
-        order = order[1:] + order[:1]
-    return {name: statistics.median(values) for name, values in ratios.items()}
-
-
-def seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def speed(system: Miniature, trained: dict[str, Trained], batch: int) -> dict[str, float]:
     """Time of `batch` edits at once, by way, as ratios."""
     changes = editing.instructions("test", batch, 0)
@@ -130,7 +107,7 @@ def speed(system: Miniature, trained: dict[str, Trained], batch: int) -> dict[st
             return system.edit(source, words, mode)
         return edit
 
-    return times({way: call(name, mode) for way, (name, mode) in WAYS.items()})
+    return ratios({way: call(name, mode) for way, (name, mode) in WAYS.items()}, system.device.type, TURNS)
 
 
 def page(results: dict, scenes: int, seed: int, command: str) -> str:

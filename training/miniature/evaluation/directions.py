@@ -27,11 +27,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ....benchmarks.attention import seconds
 from ....kernels import inversion
 from ....kernels.attention import Regions
 from ....kernels.steering import Push
 from ....kernels.visibility import region_bias
+from ...engine.timing import ratios
 from ..captions import Edit
 from ..scenes import COLOURS, RADII, SHAPES, SIZE, Scene, choice, generator, is_free, render, scene
 from ..score import distance, matches
@@ -161,25 +161,20 @@ class Trials:
         return torch.cat([part for _, part in sorted(found, key=lambda each: each[0])])
 
     def cost(self) -> float:
-        """Seconds of a forward with a direction over those of a plain one, of one picture: the two take turns, and the median
-        over the turns is the figure, so that other load on the machine affects both alike."""
-        decoder, ratios = self.decoder, []
-        device = decoder.system.device.type
+        """Seconds of a forward with a direction over those of a plain one, of one picture."""
+        decoder, found = self.decoder, {}
 
         def work(rows: slice) -> Tensor:
             noise, tokens = decoder.on_device(slice(0, 1), decoder.noise, decoder.own.tokens)
             push = Push(1.0, True, 0.5, None, torch.ones(1, self.regions[0].size, device=noise.device))
-            ways = (lambda: steered.velocity(noise, 0.5, tokens, self._spoken(slice(0, 1)), push),
-                    lambda: decoder.velocity(noise, 0.5, tokens))
-            for turn in range(TURNS + 1):
-                taken = [seconds(way, device, 1) for way in ways]
-                if turn:  # the first warms up
-                    ratios.append(taken[0] / taken[1])
+            ways = {"plain": lambda: decoder.velocity(noise, 0.5, tokens),
+                    "steered": lambda: steered.velocity(noise, 0.5, tokens, self._spoken(slice(0, 1)), push)}
+            found.update(ratios(ways, decoder.system.device.type, TURNS))
             return noise
 
         with Steered(decoder) as steered:
             decoder.system.paint_by(decoder.own, 1, work)
-        return float(np.median(ratios))
+        return found["steered"]
 
     def _spoken(self, rows: slice) -> tuple[Tensor, Tensor]:
         """Texts [B, L, D] of the bare words, and of as many empty prompts."""
