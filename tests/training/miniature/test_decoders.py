@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -62,13 +61,6 @@ def test_both_are_trained_by_their_stages_for_the_same_steps(monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         decoders.train(300)
     assert stopped.value.code == 130
-
-
-def test_times_are_ratios_to_the_first(monkeypatch):
-    clock = iter(range(10_000))
-    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
-    slow = lambda: [next(clock) for _ in range(3)]  # noqa: E731
-    assert decoders.times({"a": lambda: None, "b": slow}) == {"a": 1.0, "b": 4.0}
 
 
 def test_what_is_missing_is_said(toy_assets, files, tmp_path, capsys):
