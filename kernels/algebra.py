@@ -71,6 +71,20 @@ def with_strength(
     return replace(e, strengths=torch.where(chosen, e.strengths + shift, e.strengths))
 
 
+def with_balance(e: SemanticEmbedding, balance: float) -> SemanticEmbedding:
+    """Coarse levels against fine ones: -1 only the coarsest there is counts, 0 as it was, 1 only the finest. Between them the
+    factors of the levels go from one end to the other in equal steps."""
+    if not -1 <= balance <= 1:
+        raise ValueError(f"The balance of coarse and fine levels goes from -1 to 1, not to {balance}.")
+    levels = sorted(set(e.levels.tolist()))
+    if len(levels) == 1 or balance == 0:
+        return e
+    coarse, fine = min(1.0, 1.0 - balance), min(1.0, 1.0 + balance)
+    for rank, level in enumerate(levels):
+        e = with_strength(e, coarse + (fine - coarse) * rank / (len(levels) - 1), {level})
+    return e
+
+
 def compose(parts: list[SemanticEmbedding]) -> SemanticEmbedding:
     """Join embeddings into one that is decoded together; tokens keep their boxes and masks.
 
@@ -91,6 +105,7 @@ def compose(parts: list[SemanticEmbedding]) -> SemanticEmbedding:
         return torch.cat([getattr(part, name).to(device) for part in parts])
 
     masks, masked_by = _join_masks(parts, device)
+    scheduled = any(part.schedule is not None for part in parts)
     return SemanticEmbedding(
         tokens=torch.cat([part.tokens.to(device, dtype).expand(batch, -1, -1) for part in parts], dim=1),
         boxes=join("boxes"),
@@ -100,7 +115,20 @@ def compose(parts: list[SemanticEmbedding]) -> SemanticEmbedding:
         source={"compose": _sources(*parts), **_origin(*parts)},
         masks=masks,
         masked_by=masked_by,
+        schedule=torch.cat([_schedule(part).to(device) for part in parts]) if scheduled else None,
     )
+
+
+def during(e: SemanticEmbedding, start: float, end: float) -> SemanticEmbedding:
+    """`e` seen only in this part of the sampling, shares 0 <= start <= end <= 1, of what its tokens had: where the two parts
+    share nothing, a token is not seen at all. The attention obeys it where Masked Attention is."""
+    if not 0 <= start <= end <= 1:
+        raise ValueError(f"A schedule goes from a start to an end, both in 0..1, not from {start} to {end}.")
+    if start == 0 and end == 1:
+        return e
+    begins, ends = _schedule(e).unbind(-1)
+    begins = begins.clamp(min=start)
+    return replace(e, schedule=torch.stack([begins, ends.clamp(max=end).maximum(begins)], dim=-1))
 
 
 def restrict(
@@ -136,7 +164,7 @@ def select(e: SemanticEmbedding, keep: Tensor) -> SemanticEmbedding:
     masks, masked_by = (None, None) if e.masks is None else tidy_masks(e.masks, e.masked_by[keep])
     return replace(
         e, tokens=e.tokens[:, keep], boxes=e.boxes[keep], levels=e.levels[keep], strengths=e.strengths[keep],
-        masks=masks, masked_by=masked_by,
+        masks=masks, masked_by=masked_by, schedule=None if e.schedule is None else e.schedule[keep],
     )  # fmt: skip
 
 
@@ -204,6 +232,10 @@ def _join_masks(parts: list[SemanticEmbedding], device: torch.device) -> tuple[T
         tables.append(part.masks.to(device))
         start += len(part.masks)
     return tidy_masks(torch.cat(tables), torch.cat(rows)) if tables else (None, None)
+
+
+def _schedule(e: SemanticEmbedding) -> Tensor:
+    return e.boxes.new_tensor([0.0, 1.0]).expand(e.token_count, 2) if e.schedule is None else e.schedule
 
 
 def _match_batch(pooled: Tensor | None, batch: int) -> Tensor | None:

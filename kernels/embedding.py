@@ -26,6 +26,8 @@ class SemanticEmbedding:
     source:    where it came from, JSON values only (adapter, pooled_width, edits, ...).
     masks:     [M, 256, 256] float32 in 0..1, soft regions over the whole image, or None where no token has one.
     masked_by: [T] int64, the row of `masks` that a token is confined to beside its box, -1 = none; None iff masks is.
+    schedule:  [T, 2] float32, the part of the sampling in which a token is seen, from start to end as shares with
+               0 <= start <= end <= 1, or None where all are always seen.
     Raises ValueError in one sentence if any of this does not hold.
     """
 
@@ -37,6 +39,7 @@ class SemanticEmbedding:
     source: dict[str, Any] = field(default_factory=dict)
     masks: Tensor | None = None
     masked_by: Tensor | None = None
+    schedule: Tensor | None = None
 
     def __post_init__(self) -> None:
         tokens, count = self.tokens, self.tokens.shape[-2] if self.tokens.ndim == 3 else -1
@@ -71,6 +74,8 @@ class SemanticEmbedding:
                 raise ValueError("The embedding has a NaN or infinite pooled vector: encode the image again.")
         if self.masks is not None or self.masked_by is not None:
             self._check_masks()
+        if self.schedule is not None:
+            self._check_schedule()
 
     def _check_masks(self) -> None:
         masks, rows = self.masks, self.masked_by
@@ -85,6 +90,16 @@ class SemanticEmbedding:
             raise ValueError(f"masked_by of this embedding must be torch.int64 [{self.token_count}], not {_describe(rows)}.")
         if not ((rows >= -1) & (rows < len(masks))).all():
             raise ValueError(f"masked_by must name one of {len(masks)} masks, counted from 0, or be -1 for none.")
+
+    def _check_schedule(self) -> None:
+        shape, dtype = tuple(self.schedule.shape), self.schedule.dtype
+        if shape != (self.token_count, 2) or dtype != torch.float32:
+            raise ValueError(
+                f"The schedule of this embedding must be torch.float32 [{self.token_count}, 2], not {_describe(self.schedule)}."
+            )
+        start, end = self.schedule.unbind(-1)
+        if not ((start >= 0) & (start <= end) & (end <= 1)).all():
+            raise ValueError("The schedule of the embedding has a start after its end, or outside 0..1: both are shares of the sampling.")
 
     @property
     def batch(self) -> int:
@@ -109,6 +124,7 @@ class SemanticEmbedding:
             pooled=None if self.pooled is None else self.pooled.to(device=device, dtype=dtype),
             masks=None if self.masks is None else self.masks.to(device=device),
             masked_by=None if self.masked_by is None else self.masked_by.to(device=device),
+            schedule=None if self.schedule is None else self.schedule.to(device=device),
         )
 
     def hierarchy(self) -> Hierarchy:

@@ -1,7 +1,7 @@
 """Embedding files: a semantic embedding in the checkpoint format, kind `embedding`.
 
 Tokens and pooled vector are stored in half precision (128 tokens of width 4096 are 1 MiB), masks in 8 bits, boxes,
-levels and strengths as they are. The record holds what the embedding says of its source, its widths and a small JPEG.
+levels, strengths and a schedule as they are. The record holds what the embedding says of its source, its widths and a small JPEG.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SUFFIX = ".safetensors"
 # Files hold finite numbers only; this one stands for a strength of -inf.
 _OFF = torch.finfo(torch.float32).min
 _ALWAYS = ("tokens", "boxes", "levels", "strengths")
-_SOMETIMES = ("pooled", "masks", "masked_by")
+_SOMETIMES = ("pooled", "masks", "masked_by", "schedule")
 _HALF = ("F16", "F32")
 
 
@@ -105,6 +105,8 @@ def check(path: str | os.PathLike) -> None:
         expected["pooled"] = (_HALF, (batch, said.widths.pooled))
     if "masks" in table or "masked_by" in table:
         expected |= {"masks": (("U8",), (*masks, MASK_SIDE, MASK_SIDE)), "masked_by": (("I64",), (tokens,))}
+    if "schedule" in table:
+        expected["schedule"] = (("F32",), (tokens, 2))
     for name in sorted(expected.keys() | table.keys()):
         if name not in table:
             raise ValueError(f"{path} lacks {name!r}: save the embedding again.")

@@ -1,12 +1,14 @@
 """The layout of region tokens as integer tensors, the form in which it passes through core's conditioning.
 
 Core casts floating conditioning to the model's dtype (bfloat16 would move a box border by a patch) but leaves integers
-alone, so a layout travels as int32 [B, T, 7]: x0, y0, x1, y1, level, strength, mask. Boxes and strengths are fixed
-point in 1/65536; a strength of -inf is the smallest int32; a mask is a row of the masks or -1. The masks travel beside
-it as uint8 [B, M, 256, 256], which core does cast; bfloat16 and float16 hold 0 to 255 exactly.
+alone, so a layout travels as int32 [B, T, 9]: x0, y0, x1, y1, level, strength, mask, start, end. Boxes, strengths and the
+two ends of the schedule are fixed point in 1/65536; a strength of -inf is the smallest int32; a mask is a row of the masks
+or -1. The masks travel beside it as uint8 [B, M, 256, 256], which core does cast; bfloat16 and float16 hold 0 to 255 exactly.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,7 @@ _LIMIT = 2**31 - 1
 
 
 def encode(embedding: SemanticEmbedding) -> tuple[Tensor, Tensor | None]:
-    """(int32 [1, T, 7], uint8 [1, M, 256, 256] or None) on the CPU.
+    """(int32 [1, T, 9], uint8 [1, M, 256, 256] or None) on the CPU.
 
     A finite strength keeps 1/131072 and is held within +-32767; a mask keeps 1/510.
     """
@@ -29,7 +31,10 @@ def encode(embedding: SemanticEmbedding) -> tuple[Tensor, Tensor | None]:
     fixed = torch.where(strengths == -torch.inf, float(OFF), fixed)
     boxes = (embedding.boxes.double().cpu() * UNIT).round()
     rows = torch.full_like(embedding.levels, -1) if embedding.masked_by is None else embedding.masked_by
-    columns = [*boxes.unbind(-1), embedding.levels.double().cpu(), fixed, rows.double().cpu()]
+    always = torch.tensor([0.0, 1.0], dtype=torch.float64).expand(embedding.token_count, 2)
+    # Rounded down, so that of a step at a region's very end and another's beginning the second has it.
+    times = always if embedding.schedule is None else embedding.schedule.double().cpu()
+    columns = [*boxes.unbind(-1), embedding.levels.double().cpu(), fixed, rows.double().cpu(), *(times * UNIT).floor().unbind(-1)]
     masks = None if embedding.masks is None else (embedding.masks.cpu() * 255).round().to(torch.uint8)[None]
     return torch.stack(columns, dim=-1).to(torch.int32)[None], masks
 
@@ -39,18 +44,31 @@ def join(first: tuple[Tensor, Tensor | None], then: tuple[Tensor, Tensor | None]
     (layout, masks), (other, more) = first, then
     batch = max(len(layout), len(other))
     if masks is not None:
-        rows = other[..., 6:]
-        other = torch.cat([other[..., :6], torch.where(rows < 0, rows, rows + masks.shape[1])], dim=-1)
+        rows = other[..., 6]
+        other = other.clone()
+        other[..., 6] = torch.where(rows < 0, rows, rows + masks.shape[1])
     layout = torch.cat([part.expand(batch, -1, -1) for part in (layout, other)], dim=1)
     tables = [table.expand(batch, -1, -1, -1) for table in (masks, more) if table is not None]
     return layout, torch.cat(tables, dim=1) if tables else None
 
 
+def at_time(layout: Tensor, within: Callable[[float, float], bool]) -> Tensor:
+    """The layout int32 [B, T, 9] of one moment: tokens are off whose part of the sampling, within(start, end), it is not in."""
+    parts, of = layout[..., 7:].flatten(0, -2).unique(dim=0, return_inverse=True)
+    due = torch.tensor([within(start / UNIT, end / UNIT) for start, end in parts.tolist()], device=layout.device)
+    if due.all():
+        return layout
+    layout = layout.clone()
+    layout[..., 5] = torch.where(due[of].reshape(layout.shape[:-1]), layout[..., 5], OFF)
+    return layout
+
+
 def decode(layout: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(boxes float32 [T, 4], log-bias strengths float32 [T], masks float32 [M, 256, 256], masked_by int64 [T]).
 
-    The last two are None without masks. All have a leading batch axis where the entries of the layout [B, T, 7] or of
-    the masks differ; where all are the same there is none, which lets the attention share its bias.
+    The last two are None without masks. All have a leading batch axis where the entries of the layout [B, T, 9] or of
+    the masks differ; where all are the same there is none, which lets the attention share its bias. The schedule is not
+    among them: `at_time` has made strengths of it.
     """
     if all(part is None or len(part) == 1 or bool((part == part[:1]).all()) for part in (layout, masks)):
         layout, masks = layout[0], None if masks is None else masks[0]
@@ -88,5 +106,5 @@ def together(sides: list[tuple[Tensor, Tensor | None, Tensor | None]]) -> tuple[
 
 
 def _everywhere(count: int, strength: int, device: torch.device) -> Tensor:
-    """int32 [1, count, 7]: tokens that own the whole image."""
-    return torch.tensor([0, 0, UNIT, UNIT, 0, strength, -1], dtype=torch.int32, device=device).expand(1, count, 7)
+    """int32 [1, count, 9]: tokens that own the whole image."""
+    return torch.tensor([0, 0, UNIT, UNIT, 0, strength, -1, 0, UNIT], dtype=torch.int32, device=device).expand(1, count, 9)

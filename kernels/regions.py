@@ -15,7 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from .algebra import compose, select
+from .algebra import compose, during, select
 from .area import resample, shares, snap_ends, widest_float
 from .embedding import MASK_SIDE, SemanticEmbedding, fit_mask, from_hierarchy
 from .hierarchy import Hierarchy
@@ -84,16 +84,23 @@ def confine(e: SemanticEmbedding, mask: Tensor) -> SemanticEmbedding:
     return confined
 
 
-def insert(base: SemanticEmbedding | None, other: SemanticEmbedding, mask: Tensor, mode: str = "replace") -> SemanticEmbedding:
+def insert(
+    base: SemanticEmbedding | None, other: SemanticEmbedding, mask: Tensor, mode: str = "replace", start: float = 0.0, end: float = 1.0
+) -> SemanticEmbedding:
     """`other` inside the mask [256, 256] of `base`: instead of what base shows there ("replace") or beside it ("join").
 
-    Without a base, or where nothing of it is left, `other` alone, confined to the mask.
+    start, end: the part of the sampling, shares in 0..1, in which it is there; before and after it base is as it was, which
+        takes copies of its tokens. Without a base, or where nothing of it is left, `other` alone, confined to the mask.
     """
     if mode not in MODES:
         raise ValueError(f"There is no insert mode {mode!r}: use 'replace' or 'join'.")
-    inside = confine(other, mask)
-    around = base if base is None or mode == "join" else _confined(base, 1 - mask)
-    return inside if around is None else compose([around, inside])
+    inside = confine(during(other, start, end), mask)
+    if base is None or mode == "join":
+        return inside if base is None else compose([base, inside])
+    around = _confined(base, 1 - mask)
+    times = [(base, 0.0, start), (base, end, 1.0)] if around is None else [(around, start, end), (base, 0.0, start), (base, end, 1.0)]
+    below = [part for part in (_during(*each) for each in times) if part is not None]
+    return compose([*below, inside]) if below else inside
 
 
 def move_into(e: SemanticEmbedding, box: Sequence[float]) -> SemanticEmbedding:
@@ -160,6 +167,17 @@ def pool_grid(tokens: Tensor, hierarchy: Hierarchy, source: dict[str, Any] | Non
             mean, "b d (rows down) (cols across) -> b (rows cols down across) d", rows=level.rows, cols=level.cols
         ))  # fmt: skip
     return from_hierarchy(torch.cat(pooled, dim=1).to(tokens.dtype), hierarchy, None, source)
+
+
+def _during(e: SemanticEmbedding, start: float, end: float) -> SemanticEmbedding | None:
+    """`during` without the tokens that are never seen then, None where no other is left."""
+    if start == end:
+        return None
+    then = during(e, start, end)
+    if then.schedule is None:
+        return then
+    keep = then.schedule[:, 0] < then.schedule[:, 1]
+    return select(then, keep) if keep.any() else None
 
 
 def _confined(e: SemanticEmbedding, mask: Tensor) -> SemanticEmbedding | None:

@@ -73,10 +73,10 @@ def read_json(text: str | bytes) -> dict[str, Any]:
     return value
 
 
-def parse(kind: type[T], value: Any, what: str) -> T:
+def parse(kind: type[T], value: Any, what: str, remedy: str = "download or export the file again") -> T:
     """`value` (from JSON) as `kind`: a dataclass, a pydantic model or any annotation.
 
-    `what` begins the sentence of the ValueError.
+    `what` begins the sentence of the ValueError, `remedy` ends it.
     """
     try:
         return _adapter(kind).validate_python(value)
@@ -90,10 +90,10 @@ def parse(kind: type[T], value: Any, what: str) -> T:
             f"{what} has the field {short(where)}, which this version of the pack does not take: update the pack."
         )
     if first["type"] == "missing":
-        raise ValueError(f"{what} lacks {short(where)}: download or export the file again, or update the pack.")
+        raise ValueError(f"{what} lacks {short(where)}: {remedy}, or update the pack.")
     reason = first["msg"].replace("Input should", "it should").rstrip(".")
     place = f" for {short(where)}" if where else ""
-    raise ValueError(f"{what} says {short(first['input'])}{place} ({reason}): download or export the file again.")
+    raise ValueError(f"{what} says {short(first['input'])}{place} ({reason}): {remedy}.")
 
 
 def short(value: Any) -> str:

@@ -18,6 +18,7 @@ from .host import folders
 from .load import LoadAdapter, LoadEditDecoder, LoadVisionEncoders
 from .miniature import LoadMiniature
 from .region import ComposeEmbeddings, PlaceEmbedding, RegionalPrompt
+from .regions import Regions
 from .see import PreviewEmbedding, VisiblePatches
 from .strength import EmbeddingStrength
 from .style import EncodeRedux, FromStyleModel
@@ -40,6 +41,7 @@ class SemanticDiffusionExtension(ComfyExtension):
             ComposeEmbeddings,
             PlaceEmbedding,
             RegionalPrompt,
+            Regions,
             EncodeRedux,
             FromStyleModel,
             FitEmbedding,

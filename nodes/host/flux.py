@@ -99,6 +99,7 @@ def layout_wrapper(base_model, settings: Settings) -> Callable:
         if layout is not None and within(base_model, transformer_options, settings.start, settings.end):
             network = executor.class_obj
             _check(network, layout, context, y)
+            layout = _now(layout, base_model, transformer_options)
             sequence = prepare(layout, x, context, ref_latents, network.patch_size, settings, masks)
             if not sequence.regions.trivial:
                 previous, watch, reader = (transformer_options.get(key) for key in (OVERRIDE_KEY, WATCH_KEY, READER_KEY))
@@ -129,7 +130,8 @@ def watching_wrapper(settings: Settings) -> Callable:
 
         @functools.cache
         def masks() -> bool:
-            sequence = prepare(layout, x, c_crossattn, None, network.patch_size, settings, kwargs.get(MASKS_KEY))
+            now = _now(layout, executor.class_obj, transformer_options)
+            sequence = prepare(now, x, c_crossattn, None, network.patch_size, settings, kwargs.get(MASKS_KEY))
             return not sequence.regions.trivial
 
         with watched(network, settings.blocks, transformer_options, masks) as watch:
@@ -152,6 +154,11 @@ def prepare(
         return Regions(bias.to(x.device))
 
     return Sequence(make, context.shape[1], patches, sum(others))
+
+
+def _now(layout: Tensor, base_model, transformer_options: dict) -> Tensor:
+    """The layout on the CPU, without the tokens whose schedule has them off at the forward's sigma."""
+    return layout_codec.at_time(layout.cpu(), lambda start, end: within(base_model, transformer_options, start, end))
 
 
 def within(base_model, transformer_options: dict, start: float, end: float) -> bool:

@@ -44,6 +44,7 @@ PICTURES = {
     "SDAPlace": (COMPOSE + WITH_PLACE, 17),
     "SDAPreviewEmbedding": (OFF, 11),
     "SDARegionalPrompt": (TELL, 10, 16),
+    "SDARegions": ("20 Regions (miniature)", 10, 16),
     "SDAStrength": (OFF, 10, 16),
     "SDAVisiblePatches": (SEE, 11, 13),
 }

@@ -33,6 +33,7 @@ IDS = {
     "SDAAttributeMask",
     "SDARegionalPrompt",
     "SDAPlace",
+    "SDARegions",
     "SDACompose",
     "SDAEncodeRedux",
     "SDAFitEmbedding",

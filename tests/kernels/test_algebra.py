@@ -217,3 +217,36 @@ def test_unlike_embeddings_are_refused_with_the_remedy():
         algebra.blend(a, a, math.nan)
     with pytest.raises(ValueError, match="mask"):
         algebra.restrict(a, a, torch.full((2, 2), 2.0))
+
+
+def test_a_schedule_narrows_and_goes_along():
+    e = embedding()
+    assert algebra.during(e, 0, 1) is e
+    late = algebra.during(e, 0.25, 0.75)
+    assert torch.equal(late.schedule, torch.tensor([[0.25, 0.75]]).expand(64, 2))
+    assert torch.equal(algebra.during(late, 0.5, 1.0).schedule[0], torch.tensor([0.5, 0.75]))
+    never = algebra.during(late, 0.0, 0.1).schedule[0]
+    assert never[0] == never[1], "two parts that share nothing leave none"
+    both = algebra.compose([e, late])
+    assert torch.equal(both.schedule[:64], torch.tensor([[0.0, 1.0]]).expand(64, 2)) and torch.equal(both.schedule[64:], late.schedule)
+    assert algebra.compose([e, e]).schedule is None
+    assert torch.equal(algebra.select(both, torch.arange(128) >= 64).schedule, late.schedule)
+    for start, end in ((0.6, 0.5), (-0.1, 1.0), (0.0, 1.1), (math.nan, 1.0)):
+        with pytest.raises(ValueError, match="schedule goes from a start to an end"):
+            algebra.during(e, start, end)
+
+
+def test_the_balance_goes_from_the_coarsest_to_the_finest():
+    e = embedding()
+
+    def factors(balance: float) -> list[float]:
+        strengths = algebra.with_balance(e, balance).strengths.exp()
+        return [round(float(strengths[e.levels == level].unique()), 6) for level in range(3)]
+
+    assert algebra.with_balance(e, 0.0) is e
+    assert factors(-1) == [1, 0.5, 0] and factors(1) == [0, 0.5, 1] and factors(0.5) == [0.5, 0.75, 1]
+    words = algebra.select(e, e.levels == 2)
+    assert algebra.with_balance(words, -1.0) is words, "one level has nothing to be held against"
+    for wrong in (1.5, math.nan):
+        with pytest.raises(ValueError, match="from -1 to 1"):
+            algebra.with_balance(e, wrong)

@@ -81,6 +81,11 @@ def with_value(tensor, index, value):
         (lambda e: {"pooled": e.pooled[:1]}, "pooled"),
         (lambda e: {"pooled": e.pooled.long()}, "pooled vector must be floating"),
         (lambda e: {"pooled": e.pooled * torch.nan}, "pooled"),
+        (lambda e: {"schedule": torch.zeros(64, 3)}, "schedule"),
+        (lambda e: {"schedule": torch.zeros(64, 2, dtype=torch.float64)}, "schedule"),
+        (lambda e: {"schedule": torch.tensor([[0.5, 0.4]]).repeat(64, 1)}, "start after its end"),
+        (lambda e: {"schedule": torch.tensor([[0.5, 1.1]]).repeat(64, 1)}, "outside 0..1"),
+        (lambda e: {"schedule": torch.full((64, 2), torch.nan)}, "start after its end"),
     ],
 )
 def test_refusals(change, message):
@@ -125,7 +130,7 @@ def test_a_mask_of_any_size_keeps_its_area(height, width, seed):
 
 
 def test_fit_mask_at_its_own_size_and_at_its_limits():
-    mask = torch.rand(MASK_SIDE, MASK_SIDE)
+    mask = torch.randint(0, 256, (MASK_SIDE, MASK_SIDE)) / 255  # what is nearer to an end than this is moved there
     assert torch.equal(fit_mask(mask), mask) and torch.equal(fit_mask(mask[None]), mask)
     assert torch.equal(fit_mask(torch.full((7, 13), 3.0)), torch.ones(256, 256)), "clamped, and not a rounding below 1"
     assert torch.equal(fit_mask(torch.full((7, 13), -1.0)), torch.zeros(256, 256))

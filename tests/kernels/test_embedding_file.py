@@ -30,6 +30,7 @@ def embedding(**changes) -> SemanticEmbedding:
         source={"adapter": "a.safetensors", "edits": ["remove the \u732b"], "pooled_width": 5},
         masks=masks,
         masked_by=torch.tensor([1, -1]),
+        schedule=torch.tensor([[0.0, 1.0], [0.2, 0.3]]),
     )
     return dataclasses.replace(made, **changes)
 
@@ -40,7 +41,7 @@ def test_round_trip(tmp_path):
     embedding_file.check(path)
     loaded, thumbnail = embedding_file.load(path)
     assert thumbnail == b"a jpeg" and loaded.source == made.source
-    for name in ("boxes", "levels", "strengths", "masked_by"):
+    for name in ("boxes", "levels", "strengths", "masked_by", "schedule"):
         assert torch.equal(getattr(loaded, name), getattr(made, name)), name
     for name in ("tokens", "pooled"):
         assert torch.equal(getattr(loaded, name), getattr(made, name).half().float()), name
@@ -58,9 +59,9 @@ def test_round_trip(tmp_path):
 
 def test_what_is_absent_stays_absent(tmp_path):
     path = tmp_path / "a.safetensors"
-    embedding_file.save(path, embedding(pooled=None, masks=None, masked_by=None))
+    embedding_file.save(path, embedding(pooled=None, masks=None, masked_by=None, schedule=None))
     loaded, thumbnail = embedding_file.load(path)
-    assert loaded.pooled is loaded.masks is loaded.masked_by is thumbnail is None
+    assert loaded.pooled is loaded.masks is loaded.masked_by is loaded.schedule is thumbnail is None
 
 
 def test_128_tokens_of_flux_are_one_mebibyte_and_keep_their_hierarchy(tmp_path):
@@ -148,6 +149,7 @@ def test_refusals_are_one_sentence(tmp_path):
         ({"tokens": torch.ones(3, 2, 8, dtype=torch.bfloat16)}, "'tokens' .* is BF16"),
         ({"masked_by": torch.zeros(2, dtype=torch.int64)}, "lacks 'masks'"),
         ({"extra": torch.ones(2)}, "tensor 'extra'"),
+        ({"schedule": torch.zeros(3, 2)}, r"'schedule' .* is F32 \[3, 2\] where"),
         ({"said": {"config": {"batch": 3, "tokens": 10**9}}}, "says 1000000000 for 'config.tokens'"),
         ({"said": {"config": {"batch": 3}}}, "lacks 'config.tokens'"),
         ({"said": {"widths": {"text": 8}}}, "lacks 'widths.pooled'"),

@@ -30,7 +30,7 @@ def test_layout_round_trip(rows):
         torch.zeros(1, len(rows), 1), table[:, :4].float(), table[:, 4].long(), table[:, 5].float()
     )
     encoded, nothing = layout.encode(e)
-    assert nothing is None and encoded.dtype == torch.int32 and encoded.shape == (1, len(rows), 7)
+    assert nothing is None and encoded.dtype == torch.int32 and encoded.shape == (1, len(rows), 9)
     boxes, strengths, *nothing = layout.decode(encoded)
     assert nothing == [None, None] and (encoded[..., 6] == -1).all()
     assert (boxes - e.boxes).abs().max() <= 0.5 / 65536 + 1e-7
@@ -63,6 +63,24 @@ def test_masks_round_trip_as_bytes():
         assert (back - e.masks).abs().max() <= 0.5 / 255 + 1e-6 and torch.equal(rows, e.masked_by)
     ends = layout.decode(*layout.encode(confined(e, torch.ones(256, 256), torch.zeros(256, 256))))[2]
     assert torch.equal(ends[0], torch.ones(256, 256)) and torch.equal(ends[1], torch.zeros(256, 256))
+
+
+def test_a_schedule_switches_tokens_off_outside_of_it():
+    e = algebra.compose([algebra.during(embedding(), 0.25, 0.5), algebra.with_strength(embedding(), 0.5)])
+    encoded, _ = layout.encode(e)
+    asked = []
+
+    def within(moment):
+        return lambda start, end: asked.append((start, end)) or start <= moment < end
+
+    for moment, there in ((0.1, False), (0.25, True), (0.4, True), (0.5, False)):
+        strengths = layout.decode(layout.at_time(encoded.repeat(2, 1, 1), within(moment)))[1]
+        assert torch.equal(strengths[:64], e.strengths[:64] if there else torch.full((64,), -torch.inf))
+        assert torch.allclose(strengths[64:], e.strengths[64:], atol=1e-5), "who has no schedule is always there"
+    assert asked == [(0.0, 1.0), (0.25, 0.5)] * 4, "each part is asked for once"
+    assert layout.at_time(layout.encode(embedding())[0], within(0.3)) is not None
+    joined, _ = layout.join(layout.encode(embedding()), layout.encode(e))
+    assert torch.equal(joined[:, 64:], encoded) and (joined[:, :64, 7] == 0).all() and (joined[:, :64, 8] == 65536).all()
 
 
 def test_masks_of_a_batch_are_shared_where_they_are_one():

@@ -158,6 +158,25 @@ def test_insert_without_a_base_or_over_all_of_it():
         regions.insert(base, other, HALF, "over")
 
 
+@pytest.mark.parametrize("mode", regions.MODES)
+def test_before_and_after_its_time_a_region_is_not_there(mode):
+    base, other = embedding(1), embedding(2)
+    made = regions.insert(base, other, soft(3), mode, 0.25, 0.5)
+    for moment, there in ((0.0, False), (0.25, True), (0.49, True), (0.5, False), (0.9, False)):
+        due = (made.schedule[:, 0] <= moment) & (moment < made.schedule[:, 1])
+        now = algebra.select(made, due)
+        expected = regions.insert(base, other, soft(3), mode) if there else base
+        # Of every token of the two pictures, how much each patch sees: the base is in several parts.
+        for e, tokens in ((base, base.tokens), (other, other.tokens)):
+            which = [(part.tokens[0, :, None] == tokens[0, None]).all(-1).float() for part in (now, expected)]
+            seen = [bias(part, (8, 8)).exp() @ same for part, same in zip((now, expected), which)]
+            torch.testing.assert_close(*seen, atol=1e-5, rtol=0)
+    assert regions.insert(base, other, HALF, mode).schedule is None
+    never = regions.insert(base, other, HALF, mode, 0.3, 0.3)
+    begins, ends = never.schedule[(never.tokens[0, :, None] == other.tokens[0, None]).all(-1).any(1)].unbind(-1)
+    assert len(begins) and torch.equal(begins, ends)
+
+
 def test_regions_chain_without_limit():
     made = embedding(0)
     for index in range(6):

@@ -88,7 +88,12 @@ def test_the_category(schemas, language):
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_the_widgets_on_the_page_have_their_texts(language):
-    used = [re.findall(r'\bsay\("(\w+)"', path.read_text(encoding="utf-8")) for path in WIDGETS.glob("*.js")]
+    code = [path.read_text(encoding="utf-8") for path in WIDGETS.glob("*.js")]
+    used = [re.findall(r'\bsay\("(\w+)"', each) for each in code]
+    # say(`${name}Tip`): for every name that a file has a use for.
+    endings = {ending for each in code for ending in re.findall(r"\bsay\(`\$\{\w+\}(\w+)`", each)}
+    words = {word for each in code for word in re.findall(r"\w+", each)}
+    used.append([f"{word}{ending}" for word in words for ending in endings if f"{word}{ending}" in load("en", "main")["semanticDiffusion"]])
     texts, english = (load(each, "main")["semanticDiffusion"] for each in (language, "en"))
     assert list(texts) == list(english) and set(texts) == set().union(*used)
     assert {name: placeholders(text) for name, text in texts.items()} == {name: placeholders(text) for name, text in english.items()}

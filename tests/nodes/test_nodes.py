@@ -73,6 +73,10 @@ FROZEN = {
     ),
     "SDAAttributeMask": (["model", "positive", "latent", "noises", "seed"], ["MASK"]),
     "SDARegionalPrompt": (["clip", "text", *BOX, "embedding", *INSTEAD], ["SDA_EMBEDDING"]),
+    "SDARegions": (
+        ["regions", "clip", "embedding", "other_1", "other_2", "other_3", "other_4", "image", "masks", "bboxes"],
+        ["SDA_EMBEDDING", "MASK"],
+    ),
     "SDAPlace": (["embedding", "other", *BOX, *INSTEAD], ["SDA_EMBEDDING"]),
     "SDACompose": (["embedding", "other", *BOX, *INSTEAD], ["SDA_EMBEDDING"]),
     "SDAEncodeRedux": (

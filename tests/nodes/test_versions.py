@@ -23,7 +23,7 @@ RARELY_USED = {
     ("SDAAttributeMask", "noises"), ("SDAAttributeMask", "seed"),
     *(("SDAReferenceGate", name) for name in ("lo", "hi", "start_percent", "end_percent", "blocks")),
 }  # fmt: skip
-WITH_A_CANVAS = {"SDACompose", "SDAPlace", "SDARegionalPrompt", "SDAStrength"}
+WITH_A_CANVAS = {"SDACompose", "SDAPlace", "SDARegionalPrompt", "SDARegions", "SDAStrength"}
 KNOWN = {field.name for field in dataclasses.fields(io.Schema)}
 
 

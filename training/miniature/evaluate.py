@@ -140,7 +140,7 @@ class Part:
 
 PARTS = {"system": Part(256, 24, ADAPTERS, lambda count, absent, assets: painted_in_all(count, absent), run, table.page,
                        table.PAGE),
-         "kit": Part(64, 64, ("tree128",), lambda count, absent, assets: kit.PAINTED * count, run_kit, table.kit_page,
+         "kit": Part(64, 64, ("tree128",), lambda count, absent, assets: kit.painted(count), run_kit, table.kit_page,
                      table.KIT_PAGE),
          "inversion": Part(32, 32, ("tree128",),
                            lambda count, absent, assets: inversion.painted(count, has_editor_from_fits(assets)),

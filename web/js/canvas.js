@@ -1,11 +1,13 @@
 /**
- * The extension: gives four nodes the canvas widget. Their own widgets keep the values, so a workflow is the same with and
+ * The extension: gives five nodes the canvas widget. Their own widgets keep the values, so a workflow is the same with and
  * without this file, and where the page lacks something that is used here, those widgets are simply all there is.
  */
 
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 import { Editor } from "./editor.js";
+import { RegionsTool } from "./layers.js";
+import { Panel } from "./panel.js";
 import { isLinked, outputOf, pictureFinder, picturesAbove } from "./pictures.js";
 import { levelsOf } from "./regions.js";
 import { say, speak } from "./texts.js";
@@ -17,10 +19,10 @@ const NODES = {
   SDACompose: { ...BOX, other: "other" },
   SDAPlace: { ...BOX, other: "other", shrunk: true },
   SDARegionalPrompt: { ...BOX, ground: [...BOX.ground, "mask"] },
+  SDARegions: { tool: RegionsTool, widgets: ["regions"], ground: ["image", "embedding"], panel: Panel },
   SDAStrength: { tool: CellTool, widgets: ["cells"], ground: ["embedding"] },
 };
 const WIDGET = "sda_canvas";
-const HEIGHT = 320; // the editor's least height and the page's margins around it
 const WIDTH = 340;
 
 const editors = new Set();
@@ -47,14 +49,14 @@ app.registerExtension({
   },
 });
 
-function attach(node, { tool: Tool, widgets: names, ground, other, shrunk }) {
+function attach(node, { tool: Tool, widgets: names, ground, other, shrunk, panel }) {
   const widgets = names.map((name) => node.widgets?.find((widget) => widget.name === name));
   if (!widgets.every(Boolean)) return;
   const read = () => widgets.map(({ value }) => (Tool === BoxTool ? Number(value) || 0 : String(value ?? "")));
   const [findGround, findOther, findMask] = [0, 1, 2].map(() => pictureFinder(() => editor.draw()));
   let output = null; // of the last run
   const seen = () => output ?? outputOf(node) ?? {};
-  const masked = () => ["mask", "bboxes"].some((name) => isLinked(node, name));
+  const masked = () => Tool === BoxTool && ["mask", "bboxes"].some((name) => isLinked(node, name));
   const connected = () => masked() || names.some((name) => isLinked(node, name));
   const region = () => (connected() ? regionOf(seen(), masked(), findMask) : undefined);
 
@@ -80,16 +82,19 @@ function attach(node, { tool: Tool, widgets: names, ground, other, shrunk }) {
       return connected() ? say("connected") : "";
     },
     levels: () => levelsOf(seen().layout, seen().cells),
-    view: () => ({
-      ground: findGround(picturesAbove(node, ground)),
-      other: other && findOther(picturesAbove(node, [other])),
-      shrunk,
-      region: region(),
-    }),
+    view: () => {
+      if (Tool === RegionsTool) editor.tool.found = seen().found ?? [];
+      return {
+        ground: findGround(picturesAbove(node, ground)),
+        other: other && findOther(picturesAbove(node, [other])),
+        shrunk,
+        region: region(),
+      };
+    },
     forward: (name, event) => app.canvas?.[name]?.(event),
-  });
+  }, panel);
 
-  const widget = node.addDOMWidget(WIDGET, WIDGET, editor.element, { serialize: false, getMinHeight: () => HEIGHT });
+  const widget = node.addDOMWidget(WIDGET, WIDGET, editor.element, { serialize: false, getMinHeight: () => editor.least(node.size[0]) });
   widget.serialize = false; // neither in the workflow (this line) nor in the prompt (the option)
   const [width, height] = node.computeSize?.() ?? node.size;
   node.setSize?.([Math.max(width, node.size[0], WIDTH), Math.max(height, node.size[1])]);

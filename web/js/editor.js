@@ -3,7 +3,7 @@
  *
  * It holds no values and no history. `host` reads and writes those of the node's own widgets and of the page: {read(),
  * write(state), commit(), undo(), undoes(), locked(), levels(), view(), forward(name, event)}; `tool` (tools.js) says what
- * an action makes of them.
+ * an action makes of them. A tool may bring a panel (panel.js) to stand under the canvas.
  */
 
 import { paintGround } from "./paint.js";
@@ -13,7 +13,7 @@ import { say } from "./texts.js";
 const STYLE = `
 .sda-editor { display: flex; flex-direction: column; gap: 4px; width: 100%; height: 100%; min-height: 300px; min-width: 0;
   contain: inline-size; box-sizing: border-box; font: 11px/1.3 sans-serif; color: var(--input-text, #ddd); }
-.sda-editor .sda-bar { display: flex; gap: 4px; }
+.sda-editor .sda-bar { display: flex; gap: 4px; align-items: center; }
 .sda-editor [hidden] { display: none; }
 .sda-editor button { font: inherit; color: inherit; padding: 2px 8px; border-radius: 4px; cursor: pointer;
   border: 1px solid var(--border-color, #666); background: var(--comfy-input-bg, #222); }
@@ -25,10 +25,15 @@ const STYLE = `
   background: var(--comfy-input-bg, #222); }
 .sda-editor .sda-stage:focus { outline: 2px solid #56b4e9; outline-offset: -1px; }
 .sda-editor canvas { position: absolute; inset: 0; width: 100%; height: 100%; touch-action: none; }
+.sda-dialog { width: 94vw; height: 94vh; max-width: none; max-height: none; padding: 12px; border: 1px solid var(--border-color, #666);
+  border-radius: 8px; background: var(--comfy-menu-bg, #353535); box-sizing: border-box; }
+.sda-dialog::backdrop { background: rgba(0, 0, 0, 0.6); }
 .sda-editor .sda-line { overflow-wrap: anywhere; }
 .sda-editor .sda-hint { opacity: 0.7; cursor: help; }
 /* Where Nodes 2.0 leaves details out of far nodes, it also takes the pointer from their widgets; this one is still seen. */
 .isLOD .sda-editor { pointer-events: auto; }`;
+const LOW = 320; // pixels: the editor's least height and the page's margins around it
+const [BESIDE, TALL] = [390, 620]; // with a panel beside the picture, and under it
 const DRAG_FROM = 3; // pixels; less is a click
 
 const same = (a, b) => JSON.stringify(a) === JSON.stringify(b);
@@ -54,12 +59,19 @@ export class Editor {
   #focused = false;
   #wanted = false; // the focus, as soon as the element is in the page
 
-  constructor(tool, host) {
+  constructor(tool, host, Panel = null) {
     this.tool = tool;
     this.host = host;
     this.#build();
+    if (Panel) this.#add(Panel);
     this.#listen();
     this.draw();
+  }
+
+  /** The least height in pixels in which everything can be reached, in a node of this width. */
+  least(width) {
+    if (!this.panel) return LOW;
+    return this.panel.beside(this.element.clientWidth || width) ? BESIDE : TALL;
   }
 
   /** Draw the present state with the next frame of the page. */
@@ -93,9 +105,11 @@ export class Editor {
       this.#change(this.tool.initial);
       this.#commit();
     });
+    this.large = this.#button(() => this.#enlarge());
+    name(this.large, "⤢", say("enlarge"));
     name(this.undo, say("undo"), say("undoTip"));
     name(this.reset, say("reset"), say("resetTip"));
-    const bar = make("div", { class: "sda-bar" }, this.choices, make("span", { class: "sda-gap" }), this.undo, this.reset);
+    const bar = make("div", { class: "sda-bar" }, this.choices, make("span", { class: "sda-gap" }), this.undo, this.reset, this.large);
     this.canvas = make("canvas", { "aria-hidden": "true" });
     // The focus is in no input: the page leaves those their own undo, and this has none but the page's.
     const named = { role: "application", tabindex: "0", "aria-label": `${label}. ${hint}. ${keys}` };
@@ -104,6 +118,33 @@ export class Editor {
     this.help = make("div", { class: "sda-line sda-hint", title: keys, "aria-hidden": "true" }, hint);
     // Nodes 2.0 lets a widget of the second class grow with its node.
     this.element = make("div", { class: "sda-editor widget-expands" }, bar, this.stage, this.status, this.help);
+  }
+
+  #add(Panel) {
+    this.panel = new Panel(this.tool, {
+      read: () => this.host.read(),
+      write: (state) => this.#change(state),
+      commit: () => this.#commit(),
+      draw: () => this.draw(),
+    });
+    this.element.append(this.panel.element);
+  }
+
+  /** Into a dialog as large as the window, and back to the node when that is closed. */
+  #enlarge() {
+    if (this.dialog) return this.dialog.close();
+    const home = document.createComment("");
+    this.element.replaceWith(home);
+    this.dialog = make("dialog", { class: "sda-dialog" }, this.element);
+    this.dialog.addEventListener("close", () => {
+      this.dialog.remove();
+      this.dialog = null;
+      home.replaceWith(this.element);
+      this.draw();
+    });
+    document.body.append(this.dialog);
+    this.dialog.showModal();
+    this.stage.focus();
   }
 
   #button(act) {
@@ -157,6 +198,7 @@ export class Editor {
     return {
       point: [share(((event.clientX - left) / zoom - x) / width), share(((event.clientY - top) / zoom - y) / height)],
       reach: [held / width, held / height],
+      pressure: event.pointerType === "pen" && event.pressure ? 0.25 + 0.75 * event.pressure : 1,
     };
   }
 
@@ -165,16 +207,17 @@ export class Editor {
     if (event.button !== 0 || !event.isPrimary) return;
     this.stage.focus({ preventScroll: true });
     if (this.#locked()) return;
-    const { point, reach } = this.#pointer(event);
+    const { point, reach, pressure } = this.#pointer(event);
     const before = this.host.read();
     this.#gesture = { before, act: this.tool.press(before, point, reach), x: event.clientX, y: event.clientY, moved: false };
     this.canvas.setPointerCapture?.(event.pointerId);
+    if (this.tool.marks) this.host.write(this.#gesture.act({ point, rise: 0, moved: false, free: event.altKey, pressure }));
     this.draw();
   }
 
   #move(event) {
     if (event.buttons & 4) this.host.forward("processMouseMove", event);
-    const { point, reach } = this.#pointer(event);
+    const { point, reach, pressure } = this.#pointer(event);
     const gesture = this.#gesture;
     if (!gesture) {
       this.canvas.style.cursor = this.#locked() ? "default" : this.tool.cursor(this.host.read(), point, reach);
@@ -182,7 +225,7 @@ export class Editor {
     }
     const [across, rise] = [event.clientX - gesture.x, gesture.y - event.clientY];
     gesture.moved ||= Math.hypot(across, rise) > DRAG_FROM;
-    this.host.write(gesture.act({ point, rise, moved: gesture.moved }));
+    this.host.write(gesture.act({ point, rise, moved: gesture.moved, free: event.altKey, pressure }));
     this.draw();
   }
 
@@ -214,6 +257,7 @@ export class Editor {
   #key(event) {
     if (event.key === "Escape") {
       if (this.#gesture) this.#cancel();
+      else if (this.dialog) this.dialog.close();
       else this.stage.blur();
     } else if (!this.tool.takes(event)) return; // everyone else's: Tab, Ctrl+Enter, undo, ...
     else if (!this.#locked() && !this.#gesture) this.#change(this.tool.key(this.host.read(), event));
@@ -235,6 +279,7 @@ export class Editor {
   }
 
   #paint() {
+    if (this.panel) this.element.classList.toggle("sda-wide", this.panel.beside(this.element.clientWidth));
     const { clientWidth: width, clientHeight: height } = this.stage;
     if (!width || !height) return;
     if (this.#wanted) this.stage.focus({ preventScroll: true });
@@ -259,6 +304,7 @@ export class Editor {
     this.undo.disabled = !this.host.undoes();
     this.reset.disabled = Boolean(this.host.locked()) || same(state, this.tool.initial);
     this.#offer(this.tool.choices);
+    if (this.panel && !this.tool.problem(state)) this.panel.show(state, Boolean(locked));
   }
 
   #offer(choices) {

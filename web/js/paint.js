@@ -13,7 +13,7 @@ const MORE = "230, 159, 0";
 const LESS = "0, 114, 178";
 const EDGE = "rgba(0, 0, 0, 0.6)";
 
-const place = (frame, [x0, y0, x1, y1]) => {
+export const place = (frame, [x0, y0, x1, y1]) => {
   const [left, top] = [Math.round(frame.x + x0 * frame.width), Math.round(frame.y + y0 * frame.height)];
   return [left, top, Math.round(frame.x + x1 * frame.width) - left, Math.round(frame.y + y1 * frame.height) - top];
 };
@@ -82,7 +82,7 @@ export function paintRegion(ctx, frame, region, handles) {
   if (handles) paintHandles(ctx, inside);
 }
 
-function paintHandles(ctx, [left, top, width, height]) {
+export function paintHandles(ctx, [left, top, width, height]) {
   ctx.save();
   ctx.lineWidth = 1;
   ctx.fillStyle = "#fff";
@@ -146,7 +146,7 @@ function rim(ctx, frame, region, style, width) {
   fill(ctx, frame, region);
 }
 
-function outline(ctx, area) {
+export function outline(ctx, area) {
   ctx.save();
   for (const [style, width] of [[EDGE, 4], [ACCENT, 2]]) {
     ctx.strokeStyle = style;

@@ -9,13 +9,13 @@ import { paintCells, paintInside, paintLevels, paintRegion } from "./paint.js";
 import * as regions from "./regions.js";
 import { say } from "./texts.js";
 
-const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
-const SIZES = { "+": 1, "=": 1, "-": -1, _: -1 };
-const RESETS = ["Delete", "Backspace"];
-const CURSORS = { n: "ns", s: "ns", e: "ew", w: "ew", nw: "nwse", se: "nwse", ne: "nesw", sw: "nesw" };
+export const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+export const SIZES = { "+": 1, "=": 1, "-": -1, _: -1 };
+export const RESETS = ["Delete", "Backspace"];
+export const CURSORS = { n: "ns", s: "ns", e: "ew", w: "ew", nw: "nwse", se: "nwse", ne: "nesw", sw: "nesw" };
 
 // AltGr, with which many keyboards write brackets, reports Ctrl and Alt as well.
-const plain = (event) => event.getModifierState("AltGraph") || !(event.ctrlKey || event.metaKey || event.altKey);
+export const plain = (event) => event.getModifierState("AltGraph") || !(event.ctrlKey || event.metaKey || event.altKey);
 
 /** State [x, y, width, height]. */
 export class BoxTool {

@@ -314,7 +314,7 @@ def test_the_kit(toy_assets, capsys):
     results = json.loads(printed.splitlines()[-1])
     assert {part: set(values) for part, values in results.items()} == {
         "compose": {"f1"}, "regional_prompt": {"in_box"}, "keep_outside_mask": {"preservation_gain", "success_change"},
-        "edit_strength": {"monotonic"}, "place": {"f1"}}
+        "edit_strength": {"monotonic"}, "place": {"f1"}, "regions": {"in_region", "alone"}}
     assert all(value is None or -1 <= value <= 1 for values in results.values() for value in values.values())
     assert "| regional_prompt | in_box |" in printed and "ceiling" in printed
 
@@ -330,7 +330,7 @@ def test_the_kit_paints_what_its_bar_says(toy, monkeypatch):
     painted.clear()
     monkeypatch.setattr(system, "sample", lambda flux, contexts, weights, noise, **rest: noise)
     evaluate.run_kit(miniature, 2, 0)
-    assert sum(painted) == 2 * kit.PAINTED
+    assert sum(painted) == kit.painted(2)
 
 
 def test_things_across_the_border_of_two_halves_count_for_neither():

@@ -1,4 +1,5 @@
-"""Every instruction that a page or a template offers to a newcomer does on the bundled scene what it says, whatever the noise."""
+"""Every instruction that a page or a template offers to a newcomer does on the bundled scene what it says, and every prompt
+for a region shows its thing there, whatever the noise."""
 from __future__ import annotations
 
 import json
@@ -13,7 +14,9 @@ from PIL import Image
 
 pytest.importorskip("diffusers", reason="diffusers is not installed: pip install -e '.[training]'")
 
-from semantic_diffusion_adapter.kernels.embedding import from_hierarchy  # noqa: E402
+from semantic_diffusion_adapter.kernels import region_list  # noqa: E402
+from semantic_diffusion_adapter.kernels.embedding import SemanticEmbedding, from_hierarchy  # noqa: E402
+from semantic_diffusion_adapter.training.miniature.evaluation.compositions import prompted  # noqa: E402
 from semantic_diffusion_adapter.training.miniature.evaluation.editing import same_and_near  # noqa: E402
 from semantic_diffusion_adapter.training.miniature.evaluation.system import ASSETS, Miniature  # noqa: E402
 from semantic_diffusion_adapter.training.miniature.parser import parse  # noqa: E402
@@ -58,11 +61,52 @@ def expected(scene: Scene, instruction: str) -> Scene:
     return replace(scene, things=tuple(things.values()))
 
 
-def test_what_is_named_works_with_every_noise() -> None:
+@pytest.fixture(scope="module")
+def system() -> Miniature:
+    return Miniature(ASSETS, torch.device("cpu"), adapters=("tree128",))
+
+
+@pytest.fixture(scope="module")
+def picture() -> np.ndarray:
+    return np.asarray(Image.open(ASSETS / "scene.png").convert("RGB"))
+
+
+def prompts() -> dict[str, list[region_list.Region]]:
+    """The regions with a prompt of every template of the miniature that lays them on the picture's embedding."""
+    found = {}
+    for path in (ROOT / "example_workflows").glob("*(miniature).json"):
+        for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]:
+            if node["type"] == "SDARegionalPrompt":
+                prompt, *box, mode = node["widgets_values"]
+                found[path.stem] = [region_list.Region(prompt=prompt, box=tuple(box), mode=mode)]
+            elif node["type"] == "SDARegions":
+                found[path.stem] = list(region_list.parse(node["widgets_values"][0]))
+    return found
+
+
+def test_prompts_for_regions_show_their_things_there_with_every_noise(system: Miniature, picture: np.ndarray) -> None:
+    truth, own, noise = parse(picture), system.embed([picture], "tree128"), system.noise("validation", range(SEEDS), 0)
+    assert len(prompts()) >= 2
+    wrong = []
+    for name, regions in prompts().items():
+        laid: SemanticEmbedding = own
+        for region in regions:
+            laid = prompted(system, laid, region)
+        for seed, found in enumerate(map(parse, system.paint_regions(laid, [laid.tokens.expand(SEEDS, -1, -1)], [1.0], noise))):
+            for region in regions:
+                (x0, y0, x1, y1), mask = region.shape()
+                words = region.prompt.split()
+                inside = [t for t in found.things if t.name == f"{words[2]} {words[3]}" and mask[round(t.y * 2), round(t.x * 2)] > 0]
+                if not inside:
+                    wrong.append((name, seed, region.prompt, [t.name for t in found.things]))
+            if len(matches(truth, found, same_and_near)) != len(truth.things):
+                wrong.append((name, seed, "the picture's own things", [t.name for t in found.things]))
+    assert not wrong
+
+
+def test_what_is_named_works_with_every_noise(system: Miniature, picture: np.ndarray) -> None:
     instructions = sorted(named())
     assert len(instructions) >= 5
-    system = Miniature(ASSETS, torch.device("cpu"), adapters=("tree128",))
-    picture = np.asarray(Image.open(ASSETS / "scene.png").convert("RGB"))
     truth, own = parse(picture), system.embed([picture] * len(instructions), "tree128")
     edited, noise = system.edit(own, instructions, "parallel"), system.noise("validation", range(SEEDS), 0)
     wrong = []

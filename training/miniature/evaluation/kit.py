@@ -13,6 +13,8 @@ edit_strength       share of the edits that change the picture of which it moves
 place               a scene of large things placed into the middle of another of its ground, where they become as small
                     as the small ones (the base has never painted smaller ones): F1 on colour and shape of the middle,
                     enlarged to a whole picture, the centre within 16 px of it
+regions             compositions of two to four regions in one list (compositions.py): share of the regions whose thing is
+                    found in them, and the same of each region alone on the ground
 
 Compose and place also get the same measure of the true picture (the ceiling) and of the picture into which nothing was
 put (the floor).
@@ -34,6 +36,7 @@ from ..captions import Edit
 from ..scenes import COLOURS, GROUNDS, RADII, SHAPES, SIZE, Scene, Thing, choice, generator, render, scene
 from ..score import distance, f1, strict
 from ..text import encode, token_ids
+from . import compositions
 from .editing import REACH, judge, summary
 from .reconstruction import parse_all
 from .system import GUIDANCE, Miniature
@@ -43,7 +46,12 @@ LOW, HIGH = 20, 108  # px: the middle, in which a large thing is as large as a s
 MIDDLE = (LOW / SIZE, LOW / SIZE, HIGH / SIZE, HIGH / SIZE)
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 STILL = 1.0  # grey levels of mean pixel distance below which a picture has not moved
-PAINTED = 1 + 1 + 1 + 2 + 3 + len(STRENGTHS)  # pictures for each scene
+PAINTED = 1 + 1 + 1 + 2 + 3 + len(STRENGTHS)  # pictures for each scene, without the compositions
+
+
+def painted(count: int) -> int:
+    """Pictures in all, over `count` scenes."""
+    return PAINTED * count + compositions.painted(count)
 
 
 def partners(scenes: Sequence[Scene], seed: int, sizes: Sequence[str] = tuple(RADII)) -> list[Scene]:
@@ -191,6 +199,7 @@ def run(system: Miniature, changes: Sequence[Edit], sources: np.ndarray, noise: 
         "keep_outside_mask": {"preservation_gain": gain, "success_change": success},
         "edit_strength": {"monotonic": monotonic},
         "place": {"f1": middle.pop("f1")},
+        "regions": compositions.figures(system, len(scenes), noise, seed),
     }
     return figures, {"compose": halved, "regional_prompt": regional,
                      "edit_strength": {"share of edits that change the picture": changed}, "place": middle}

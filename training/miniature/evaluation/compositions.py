@@ -1,0 +1,93 @@
+"""Many regions at once on the miniature: is everything where its region says?
+
+64 compositions of two to four regions on a plain ground, each in a quarter of the picture of its own and with one thing in it:
+a box or a painted disc, a prompt or the embedding of a picture that shows the thing there. `in_region`: share of the regions
+in which the thing is found. `alone`: the same of each region alone on the ground, which is what its words or its picture can
+do at all. Prompts are read beside the ground's tokens (mode join), embeddings in their stead.
+"""
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ....kernels.embedding import MASK_SIDE, SemanticEmbedding
+from ....kernels.region_list import Region, runs
+from ....kernels.regions import region_tokens
+from ..parser import parse
+from ..scenes import COLOURS, GROUNDS, SHAPES, SIZE, Scene, Thing, choice, generator, place_centre, render
+from ..text import encode, token_ids
+from .system import Miniature
+
+QUARTERS = tuple(product(("top", "bottom"), ("left", "right")))
+SHARE = 0.44  # of the picture's side: a quarter, a little less
+
+
+def count(number: int) -> int:
+    """How many regions a composition has."""
+    return 2 + number % 3
+
+
+def painted(total: int) -> int:
+    """Pictures in all: every composition, and each of its regions alone."""
+    return sum(1 + count(number) for number in range(total))
+
+
+def prompted(system: Miniature, base: SemanticEmbedding, region: Region) -> SemanticEmbedding:
+    """`base` with the region's prompt in it, the words and the end mark without padding, as the node does it."""
+    box, mask = region.shape()
+    ids = token_ids([region.prompt], system.device)
+    with torch.no_grad():
+        tokens = encode(system.text, ids)[0][:, : int((ids[0] != 0).sum())].float().cpu()
+    return region.laid_on(base, region_tokens(tokens, box), mask)
+
+
+def composition(number: int, seed: int) -> tuple[str, list[tuple[Region, Thing]]]:
+    """(the ground, its regions with the thing that each shows) of one composition."""
+    rng = generator("test", number, purpose=55, seed=seed)
+    ground, found = choice(rng, tuple(GROUNDS)), []
+    colours = [colour for colour in rng.permutation(list(COLOURS)) if colour != ground]
+    for place in rng.permutation(len(QUARTERS))[: count(number)]:
+        down, across = QUARTERS[place]
+        shape, colour = choice(rng, SHAPES), str(colours[len(found)])
+        x, y = place_centre(f"{down} {across}", Thing(shape, colour, "large", 0, 0).radius)
+        left, top = (0.0 if end in ("left", "top") else 1 - SHARE for end in (across, down))
+        pixels = (torch.arange(MASK_SIDE) + 0.5) / MASK_SIDE
+        disc = (pixels - left - SHARE / 2) ** 2 + (pixels[:, None] - top - SHARE / 2) ** 2 <= (0.55 * SHARE) ** 2
+        spoken = bool(rng.integers(2))
+        where = {"mask": tuple(runs(disc.float()))} if rng.integers(2) else {"box": (left, top, SHARE, SHARE)}
+        what = {"prompt": f"a large {colour} {shape} at the {down} {across}", "mode": "join"} if spoken else {"speaks": 1}
+        found.append((Region(**where, **what), Thing(shape, colour, "large", x, y)))
+    return ground, found
+
+
+def figures(system: Miniature, total: int, noise: Tensor, seed: int) -> dict[str, float]:
+    """{"in_region", "alone"} over `total` compositions, the first `total` noises."""
+    shown = {"in_region": [], "alone": []}
+    for number in range(total):
+        ground, regions = composition(number, seed)
+        grounds = [render(Scene(ground, things)) for things in ((), *((thing,) for _, thing in regions))]
+        own = system.embed(np.stack(grounds), "tree128")
+        base, *pictures = (SemanticEmbedding(own.tokens[row : row + 1], own.boxes, own.levels, own.strengths)
+                           for row in range(len(grounds)))
+
+        def laid(base: SemanticEmbedding, at: int, pictures=pictures, regions=regions) -> SemanticEmbedding:
+            region = regions[at][0]
+            return region.laid_on(base, pictures[at], region.shape()[1]) if region.speaks else prompted(system, base, region)
+
+        together = base
+        for at in range(len(regions)):
+            together = laid(together, at)
+        first, *alone = (parse(system.paint_regions(e, [e.tokens], [1.0], noise[number : number + 1])[0])
+                         for e in (together, *(laid(base, at) for at in range(len(regions)))))
+        shown["in_region"] += [_is_there(first, *each) for each in regions]
+        shown["alone"] += [_is_there(seen, *each) for seen, each in zip(alone, regions)]
+    return {name: float(np.mean(values)) for name, values in shown.items()}
+
+
+def _is_there(seen: Scene, region: Region, thing: Thing) -> bool:
+    scale, mask = MASK_SIDE / SIZE, region.shape()[1]
+    at = [(min(int(t.y * scale), MASK_SIDE - 1), min(int(t.x * scale), MASK_SIDE - 1)) for t in seen.things if t.name == thing.name]
+    return any(mask[place] > 0 for place in at)

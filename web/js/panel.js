@@ -1,0 +1,191 @@
+/**
+ * What stands under the canvas of the Regions node: the list of regions, and what the selected one says.
+ *
+ * Like the editor it holds no values: `host` is {read(), write(state), commit()}; `tool` (layers.js) knows what is selected.
+ */
+
+import * as lists from "./list.js";
+import { say } from "./texts.js";
+
+export const OTHERS = 4; // inputs other_1 to other_4
+const WIDE = 560; // pixels from which on the panel stands beside the picture
+
+const STYLE = `
+.sda-panel { display: flex; flex-direction: column; gap: 4px; flex: 0 0 auto; }
+.sda-panel .sda-rows { height: 88px; overflow-y: auto; border-radius: 4px; display: flex; flex-direction: column; gap: 2px; }
+.sda-panel .sda-row { display: flex; gap: 4px; align-items: center; padding: 1px 2px; border-radius: 4px; }
+.sda-panel .sda-row[aria-current="true"] { background: color-mix(in srgb, #56b4e9 25%, transparent); }
+.sda-panel .sda-row button { padding: 0 5px; }
+.sda-panel input, .sda-panel select, .sda-panel textarea { font: inherit; color: inherit; min-width: 0; box-sizing: border-box;
+  background: var(--comfy-input-bg, #222); border: 1px solid var(--border-color, #666); border-radius: 4px; }
+.sda-panel input[type="color"] { width: 22px; height: 18px; padding: 0; flex: none; }
+.sda-panel input[type="text"] { flex: 1; }
+.sda-panel textarea { width: 100%; height: 38px; resize: none; }
+.sda-panel .sda-fields { display: grid; grid-template-columns: repeat(auto-fill, minmax(118px, 1fr)); gap: 3px 10px; }
+.sda-panel .sda-all { grid-column: 1 / -1; }
+.sda-panel .sda-field { display: flex; gap: 6px; align-items: center; }
+.sda-panel .sda-field label { flex: 0 0 auto; }
+.sda-panel .sda-field > :last-child { flex: 1 1 0; }
+/* Where there is room the panel stands beside the picture. */
+.sda-wide { display: grid; grid-template: auto minmax(0, 1fr) auto auto / minmax(0, 1fr) minmax(270px, 30%); column-gap: 12px; }
+.sda-wide > * { grid-column: 1; }
+.sda-wide > .sda-panel { grid-area: 1 / 2 / -1 / 3; }
+.sda-wide .sda-panel .sda-rows { height: auto; flex: 1 1 0; }
+.sda-wide .sda-panel textarea { height: 76px; }`;
+
+// Of the selected region: name -> [kind, attributes].
+const NUMBERS = {
+  strength: { min: 0, max: 2, step: 0.05 }, balance: { min: -1, max: 1, step: 0.1 }, start: { min: 0, max: 1, step: 0.05 },
+  end: { min: 0, max: 1, step: 0.05 }, feather: { min: 0, max: 1, step: 0.01 },
+};
+
+function make(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+  element.append(...children);
+  return element;
+}
+
+export class Panel {
+  constructor(tool, host) {
+    this.tool = tool;
+    this.host = host;
+    if (!document.getElementById("sda-panel-style")) {
+      document.head.append(Object.assign(make("style", { id: "sda-panel-style" }), { textContent: STYLE }));
+    }
+    this.rows = make("div", { class: "sda-rows", role: "list", "aria-label": say("regionsLabel") });
+    this.brush = this.#input("range", "brush", { min: 0.01, max: 0.4, step: 0.01 }, (value) => tool.setBrush(Number(value)));
+    this.take = this.#button(say("takeFound", { count: 0 }), say("takeFoundTip"), () => this.#set(tool.add(host.read(), ...tool.found)));
+    this.fields = this.#fields();
+    const bar = make("div", { class: "sda-bar" }, make("label", {}, `${say("brush")} `), this.brush, make("span", { class: "sda-gap" }),
+      this.take, this.#button("+", say("addRegion"), () => this.#set(tool.addNew(host.read()))));
+    this.element = make("div", { class: "sda-panel" }, bar, this.rows, this.fields);
+    // What is typed here is not for the page's shortcuts.
+    for (const type of ["keydown", "keyup", "paste", "copy"]) this.element.addEventListener(type, (event) => event.stopPropagation());
+  }
+
+  /** Where the panel stands in an editor of this width, in pixels: true beside the picture, false under it. */
+  beside(width) {
+    return width >= WIDE;
+  }
+
+  /** Show a state that can be read; `locked`: nothing can be changed. */
+  show(state, locked) {
+    const list = this.tool.list(state);
+    const at = this.tool.at(list);
+    if (this.rows.children.length !== list.length) this.rows.replaceChildren(...list.map((_, place) => this.#row(place)));
+    list.forEach((region, place) => {
+      const row = this.rows.children[place];
+      row.setAttribute("aria-current", String(place === at));
+      fill(row.querySelector("[type=checkbox]"), region.on);
+      fill(row.querySelector("[type=color]"), region.colour);
+      fill(row.querySelector("[type=text]"), region.name);
+    });
+    const region = list[at];
+    // What has no use keeps its room: a canvas that grew or shrank would move under the hand.
+    this.fields.style.visibility = region ? "visible" : "hidden";
+    this.element.inert = locked;
+    fill(this.brush, this.tool.brush);
+    this.take.hidden = !this.tool.found.length;
+    this.take.textContent = say("takeFound", { count: this.tool.found.length });
+    if (!region) return;
+    for (const name of Object.keys(NUMBERS)) fill(this.inputs[name], region[name]);
+    fill(this.inputs.prompt, region.prompt);
+    fill(this.inputs.speaks, `${region.speaks}${region.placed && region.speaks ? "s" : ""}`);
+    fill(this.inputs.mode, region.mode);
+    this.inputs.prompt.style.visibility = region.speaks ? "hidden" : "visible";
+  }
+
+  #set(state) {
+    this.host.write(state);
+    this.host.commit();
+  }
+
+  /** Change a region of the present list; `done`: the page may note it as one step. */
+  #change(at, change, done) {
+    const state = this.tool.state(lists.changed(this.tool.list(this.host.read()), at, change));
+    if (done) this.#set(state);
+    else this.host.write(state);
+  }
+
+  #row(place) {
+    const list = () => this.tool.list(this.host.read());
+    const select = () => {
+      this.tool.selected = place;
+      this.host.draw();
+    };
+    const change = (name, read) => (value, done) => this.#change(place, { [name]: read ? read(value) : value }, done);
+    const move = (by) => () => {
+      const order = lists.moved(list(), place, by);
+      this.tool.selected = Math.min(Math.max(place + by, 0), order.length - 1);
+      this.#set(this.tool.state(order));
+    };
+    const row = make("div", { class: "sda-row", role: "listitem" },
+      this.#input("checkbox", "on", {}, change("on")), this.#input("color", "colour", {}, change("colour")),
+      this.#input("text", "name", { maxlength: 100 }, change("name")), this.#button("↑", say("regionLower"), move(-1)),
+      this.#button("↓", say("regionHigher"), move(1)),
+      this.#button("×", say("regionDelete"), () => this.#set(this.tool.state(lists.without(list(), place)))));
+    row.addEventListener("pointerdown", select);
+    row.addEventListener("focusin", select);
+    return row;
+  }
+
+  #fields() {
+    const selected = (change) => (value, done) => {
+      const list = this.tool.list(this.host.read());
+      const at = this.tool.at(list);
+      if (at >= 0) this.#change(at, change(value, list[at]), done);
+    };
+    const others = Array.from({ length: OTHERS }, (_, index) => index + 1);
+    const speakers = [["0", say("speaksPrompt")], ...others.map((number) => [`${number}`, `other_${number}`]),
+      ...others.map((number) => [`${number}s`, say("speaksPlaced", { name: `other_${number}` })])];
+    const within = (value, { min, max }) => Math.min(Math.max(Number(value) || 0, min), max);
+    const number = (name, limits) => {
+      const set = (value, region) => {
+        const change = { [name]: within(value, limits) };
+        if (name === "start") change.end = Math.max(region.end, change.start);
+        if (name === "end") change.start = Math.min(region.start, change.end);
+        return change;
+      };
+      return this.#input("number", name, limits, selected(set));
+    };
+    this.inputs = {
+      prompt: this.#input("textarea", "prompt", { placeholder: say("promptHint"), class: "sda-all", maxlength: 10000 }, selected((prompt) => ({ prompt }))),
+      speaks: this.#select("speaks", speakers, selected((value) => ({ speaks: parseInt(value, 10), placed: value.endsWith("s") }))),
+      mode: this.#select("mode", [["replace", "replace"], ["join", "join"]], selected((mode) => ({ mode }))),
+      ...Object.fromEntries(Object.entries(NUMBERS).map(([name, limits]) => [name, number(name, limits)])),
+    };
+    const { prompt, ...rest } = this.inputs;
+    const titled = Object.entries(rest).map(([name, input]) =>
+      make("div", { class: "sda-field" }, make("label", { title: say(`${name}Tip`) }, say(`${name}Label`)), input));
+    return make("div", { class: "sda-fields" }, prompt, ...titled);
+  }
+
+  #button(text, label, act) {
+    const button = make("button", { type: "button", title: label, "aria-label": label }, text);
+    button.addEventListener("click", act);
+    return button;
+  }
+
+  #select(name, options, change) {
+    const select = make("select", { "aria-label": say(`${name}Label`), title: say(`${name}Tip`) }, ...options.map(([value, text]) => make("option", { value }, text)));
+    select.addEventListener("change", () => change(select.value, true));
+    return select;
+  }
+
+  /** An input that tells every change, and when it is done. */
+  #input(kind, name, attributes, change) {
+    const label = { "aria-label": say(`${name}Label`), title: say(`${name}Tip`) };
+    const input = make(kind === "textarea" ? kind : "input", { ...(kind === "textarea" ? {} : { type: kind }), ...label, ...attributes });
+    const value = () => (kind === "checkbox" ? input.checked : input.value);
+    input.addEventListener("input", () => kind !== "number" && change(value(), false));
+    input.addEventListener("change", () => change(value(), true));
+    return input;
+  }
+}
+
+/** Show a value, unless it is being typed. */
+function fill(input, value) {
+  if (input.type === "checkbox") input.checked = value;
+  else if (String(value) !== input.value && !(document.activeElement === input && input.type !== "range")) input.value = value;
+}
