@@ -92,6 +92,22 @@ def test_cells_are_picked_and_dragged_and_kept(artist: Artist) -> None:
     assert prompt["cells"] == kept["cells"] and "sda_canvas" not in prompt
 
 
+def test_a_cells_strength_is_painted_over_others(artist: Artist) -> None:
+    artist.add("SDAStrength")
+    artist.page.locator(".sda-editor [role=group] button").nth(2).click()
+    artist.page.mouse.click(*artist.at(0.1, 0.1))
+    artist.press(*["-"] * 10)
+    assert artist.cells() == "2:0,0=0.5"
+    artist.page.keyboard.down("Shift")
+    artist.pull(artist.at(0.4, 0.1), artist.at(0.9, 0.1))
+    artist.pull(artist.at(0.4, 0.6), artist.at(0.4, 0.6))
+    artist.page.keyboard.up("Shift")
+    assert artist.cells() == "2:0,0=0.5; 2:0,1=0.5; 2:0,2=0.5; 2:0,3=0.5; 2:2,1=0.5"
+    assert artist.says() == "Level 2 · row 0 · column 0 · strength 0.50", "the brush is the cell that was selected"
+    artist.undo()
+    artist.settles_on("2:0,0=0.5; 2:0,1=0.5; 2:0,2=0.5; 2:0,3=0.5")
+
+
 def test_typed_text_and_the_nodes_answer_are_drawn(artist: Artist) -> None:
     artist.add("SDAStrength")
     artist.page.evaluate(WRITE, "1=0.5; 1:0,0=0.5")

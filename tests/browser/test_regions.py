@@ -176,3 +176,53 @@ def test_two_regions_drawn_in_the_page_are_painted_where_they_are(artist: Artist
     assert {"red cross", "red circle", "cyan cross"} <= set(seen), "the picture's own things are there"
     assert (seen["yellow square"].x < 64, seen["yellow square"].y > 64) == (True, True)
     assert (seen["blue triangle"].x < 64, seen["blue triangle"].y < 64) == (True, True)
+
+    # The canvas goes on on what was painted, if it is asked to: at the yellow square's middle the source is brown.
+    artist.page.locator(".sda-panel [aria-label=On]").nth(0).uncheck()
+    artist.page.locator(".sda-panel [aria-label=On]").nth(1).uncheck()
+    middle = (seen["yellow square"].x / 128, seen["yellow square"].y / 128)
+    brown = artist.colour(*middle)
+    artist.page.get_by_role("button", name="Draw on the latest picture").click()
+    artist.page.wait_for_timeout(500)
+    yellow = artist.colour(*middle)
+    assert yellow[1] - yellow[2] > brown[1] - brown[2] + 60
+
+
+def test_what_a_detector_found_becomes_regions_by_one_click(artist: Artist) -> None:
+    artist.add("SDARegions")
+    take = artist.page.get_by_role("button", name="Make a region of everything")
+    assert not take.is_visible()
+    half = [0, 256 * 128, 256 * 128]
+    artist.page.evaluate("found => added.onExecuted({ found })", [{"box": [0.1, 0.1, 0.3, 0.4], "mask": None}, {"box": [0, 0, 1, 0.5], "mask": half}])
+    artist.says()
+    take.click()
+    boxed, masked = listed(artist)
+    assert boxed.box == (0.1, 0.1, 0.3, 0.4) and boxed.mask is None and boxed.name == "Region 1"
+    assert masked.painted()[:128].min() == 1 and masked.painted()[128:].max() == 0
+
+
+def test_a_finger_draws_and_a_pens_pressure_is_the_brush(artist: Artist) -> None:
+    artist.add("SDARegions")
+    touch = """([points, kind, pressure]) => {
+        const canvas = document.querySelector('.sda-editor canvas');
+        points.forEach(([clientX, clientY], at) => {
+            const type = at === 0 ? 'pointerdown' : at === points.length - 1 ? 'pointerup' : 'pointermove';
+            const buttons = type === 'pointerup' ? 0 : 1;
+            canvas.dispatchEvent(new PointerEvent(type, { clientX, clientY, pointerType: kind, pressure, button: 0, buttons,
+                isPrimary: true, bubbles: true, pointerId: 7 }));
+        });
+    }"""
+    artist.page.evaluate("document.querySelector('.sda-editor canvas').setPointerCapture = () => {}")
+    path = [artist.at(*point) for point in ((0.1, 0.2), (0.3, 0.4), (0.5, 0.7), (0.5, 0.7))]
+    artist.page.evaluate(touch, [path, "touch", 0.5])
+    artist.says()
+    assert listed(artist)[0].box == pytest.approx((0.1, 0.2, 0.4, 0.5), abs=0.06)
+    artist.page.locator(".sda-editor .sda-stage").focus()
+    artist.press("Delete", "p")
+    areas = []
+    for pressure in (0.1, 1.0):
+        artist.press("n")
+        artist.page.evaluate(touch, [[artist.at(0.5, 0.5)] * 2, "pen", pressure])
+        artist.says()
+        areas.append(float(listed(artist)[-1].painted().mean()))
+    assert 0 < areas[0] < areas[1] / 4

@@ -8,7 +8,7 @@ import { app } from "../../../scripts/app.js";
 import { Editor } from "./editor.js";
 import { RegionsTool } from "./layers.js";
 import { Panel } from "./panel.js";
-import { isLinked, outputOf, pictureFinder, picturesAbove } from "./pictures.js";
+import { isLinked, outputOf, pictureFinder, picturesAbove, picturesBelow } from "./pictures.js";
 import { levelsOf } from "./regions.js";
 import { say, speak } from "./texts.js";
 import { BoxTool, CellTool } from "./tools.js";
@@ -68,7 +68,7 @@ function attach(node, { tool: Tool, widgets: names, ground, other, shrunk, panel
         widget.value = state[at];
         widget.callback?.(state[at], app.canvas, node);
       });
-      node.setDirtyCanvas?.(true, true);
+      node.setDirtyCanvas?.(true, false);
     },
     /** Tell the page, which keeps what can be undone and whether there is something to save. */
     commit() {
@@ -82,10 +82,10 @@ function attach(node, { tool: Tool, widgets: names, ground, other, shrunk, panel
       return connected() ? say("connected") : "";
     },
     levels: () => levelsOf(seen().layout, seen().cells),
-    view: () => {
+    view: (onResult) => {
       if (Tool === RegionsTool) editor.tool.found = seen().found ?? [];
       return {
-        ground: findGround(picturesAbove(node, ground)),
+        ground: findGround(onResult ? picturesBelow(node) : picturesAbove(node, ground)),
         other: other && findOther(picturesAbove(node, [other])),
         shrunk,
         region: region(),

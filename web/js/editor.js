@@ -2,48 +2,20 @@
  * The canvas widget: a picture, what is drawn on it, and the hand on mouse, pen, finger or keys.
  *
  * It holds no values and no history. `host` reads and writes those of the node's own widgets and of the page: {read(),
- * write(state), commit(), undo(), undoes(), locked(), levels(), view(), forward(name, event)}; `tool` (tools.js) says what
+ * write(state), commit(), undo(), undoes(), locked(), levels(), view(onResult), forward(name, event)}; `tool` (tools.js) says what
  * an action makes of them. A tool may bring a panel (panel.js) to stand under the canvas.
  */
 
+import { dress, make } from "./dom.js";
 import { paintGround } from "./paint.js";
 import { frameOf } from "./regions.js";
 import { say } from "./texts.js";
 
-const STYLE = `
-.sda-editor { display: flex; flex-direction: column; gap: 4px; width: 100%; height: 100%; min-height: 300px; min-width: 0;
-  contain: inline-size; box-sizing: border-box; font: 11px/1.3 sans-serif; color: var(--input-text, #ddd); }
-.sda-editor .sda-bar { display: flex; gap: 4px; align-items: center; }
-.sda-editor [hidden] { display: none; }
-.sda-editor button { font: inherit; color: inherit; padding: 2px 8px; border-radius: 4px; cursor: pointer;
-  border: 1px solid var(--border-color, #666); background: var(--comfy-input-bg, #222); }
-.sda-editor button[aria-pressed="true"] { border-color: #56b4e9; box-shadow: inset 0 0 0 1px #56b4e9; }
-.sda-editor button:disabled { opacity: 0.4; cursor: default; }
-.sda-editor button:focus-visible { outline: 2px solid #56b4e9; outline-offset: 1px; }
-.sda-editor .sda-gap { flex: 1; }
-.sda-editor .sda-stage { position: relative; flex: 1 1 0; min-height: 0; border-radius: 6px;
-  background: var(--comfy-input-bg, #222); }
-.sda-editor .sda-stage:focus { outline: 2px solid #56b4e9; outline-offset: -1px; }
-.sda-editor canvas { position: absolute; inset: 0; width: 100%; height: 100%; touch-action: none; }
-.sda-dialog { width: 94vw; height: 94vh; max-width: none; max-height: none; padding: 12px; border: 1px solid var(--border-color, #666);
-  border-radius: 8px; background: var(--comfy-menu-bg, #353535); box-sizing: border-box; }
-.sda-dialog::backdrop { background: rgba(0, 0, 0, 0.6); }
-.sda-editor .sda-line { overflow-wrap: anywhere; }
-.sda-editor .sda-hint { opacity: 0.7; cursor: help; }
-/* Where Nodes 2.0 leaves details out of far nodes, it also takes the pointer from their widgets; this one is still seen. */
-.isLOD .sda-editor { pointer-events: auto; }`;
 const LOW = 320; // pixels: the editor's least height and the page's margins around it
 const [BESIDE, TALL] = [390, 620]; // with a panel beside the picture, and under it
 const DRAG_FROM = 3; // pixels; less is a click
 
 const same = (a, b) => JSON.stringify(a) === JSON.stringify(b);
-
-function make(tag, attributes, ...children) {
-  const element = document.createElement(tag);
-  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
-  element.append(...children);
-  return element;
-}
 
 function name(button, text, label) {
   button.textContent = text;
@@ -57,6 +29,7 @@ export class Editor {
   #queued = false;
   #unsaved = false; // changed by keys, and the page does not know yet
   #focused = false;
+  onResult = false; // whether it is drawn on the latest picture that came of this node
   #wanted = false; // the focus, as soon as the element is in the page
 
   constructor(tool, host, Panel = null) {
@@ -95,21 +68,21 @@ export class Editor {
   }
 
   #build() {
-    if (!document.getElementById("sda-editor-style")) {
-      document.head.append(Object.assign(make("style", { id: "sda-editor-style" }), { textContent: STYLE }));
-    }
+    dress();
     const { label, hint, keys } = this.tool;
-    this.choices = make("div", { class: "sda-bar", role: "group", "aria-label": say("level") });
+    this.choices = make("div", { class: "sda-bar", role: "group", "aria-label": this.tool.group ?? "" });
     this.undo = this.#button(() => this.host.undo());
     this.reset = this.#button(() => {
       this.#change(this.tool.initial);
       this.#commit();
     });
+    this.result = this.#button(() => (this.onResult = !this.onResult));
+    name(this.result, "▣", say("onResult"));
     this.large = this.#button(() => this.#enlarge());
     name(this.large, "⤢", say("enlarge"));
     name(this.undo, say("undo"), say("undoTip"));
     name(this.reset, say("reset"), say("resetTip"));
-    const bar = make("div", { class: "sda-bar" }, this.choices, make("span", { class: "sda-gap" }), this.undo, this.reset, this.large);
+    const bar = make("div", { class: "sda-bar" }, this.choices, make("span", { class: "sda-gap" }), this.undo, this.reset, this.result, this.large);
     this.canvas = make("canvas", { "aria-hidden": "true" });
     // The focus is in no input: the page leaves those their own undo, and this has none but the page's.
     const named = { role: "application", tabindex: "0", "aria-label": `${label}. ${hint}. ${keys}` };
@@ -209,9 +182,9 @@ export class Editor {
     if (this.#locked()) return;
     const { point, reach, pressure } = this.#pointer(event);
     const before = this.host.read();
-    this.#gesture = { before, act: this.tool.press(before, point, reach), x: event.clientX, y: event.clientY, moved: false };
+    this.#gesture = { before, act: this.tool.press(before, point, reach, { shift: event.shiftKey }), x: event.clientX, y: event.clientY, moved: false };
     this.canvas.setPointerCapture?.(event.pointerId);
-    if (this.tool.marks) this.host.write(this.#gesture.act({ point, rise: 0, moved: false, free: event.altKey, pressure }));
+    if (this.tool.marks || event.shiftKey) this.host.write(this.#gesture.act({ point, rise: 0, moved: false, free: event.altKey, pressure }));
     this.draw();
   }
 
@@ -285,12 +258,13 @@ export class Editor {
     if (this.#wanted) this.stage.focus({ preventScroll: true });
     this.#wanted = false;
     const ratio = Math.min(Math.max((window.devicePixelRatio || 1) * this.#zoom, 1), 4);
-    this.canvas.width = Math.round(width * ratio);
-    this.canvas.height = Math.round(height * ratio);
+    const size = { width: Math.round(width * ratio), height: Math.round(height * ratio) };
+    if (this.canvas.width !== size.width || this.canvas.height !== size.height) Object.assign(this.canvas, size);
     const ctx = this.canvas.getContext("2d");
-    ctx.scale(ratio, ratio);
+    ctx.setTransform(ratio, 0, 0, ratio, 0, 0);
+    ctx.clearRect(0, 0, width, height);
 
-    const [state, view, locked] = [this.host.read(), this.host.view(), this.#locked()];
+    const [state, view, locked] = [this.host.read(), this.host.view(this.onResult), this.#locked()];
     const { color: ink, backgroundColor: paper } = getComputedStyle(this.stage);
     const picture = view.ground ?? view.other;
     this.tool.levels = this.host.levels();
@@ -301,6 +275,7 @@ export class Editor {
     const text = locked || this.tool.describe(state);
     if (this.status.textContent !== text) this.status.textContent = text;
     this.help.style.visibility = locked ? "hidden" : "visible";
+    this.result.setAttribute("aria-pressed", String(this.onResult));
     this.undo.disabled = !this.host.undoes();
     this.reset.disabled = Boolean(this.host.locked()) || same(state, this.tool.initial);
     this.#offer(this.tool.choices);

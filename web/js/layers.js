@@ -15,6 +15,7 @@ const BRUSH = { least: 0.01, most: 0.4, start: 0.06 }; // radius as a share of t
 
 export class RegionsTool {
   label = say("regionsLabel");
+  group = say("modesLabel"); // what its choices are
   hint = say("regionsHint");
   keys = say("regionsKeys");
   levels = [];

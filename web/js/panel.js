@@ -1,61 +1,30 @@
 /**
- * What stands under the canvas of the Regions node: the list of regions, and what the selected one says.
+ * What stands under the canvas of the Regions node: the list of regions, and what the selected one says;
+ * where there is room it stands beside it.
  *
  * Like the editor it holds no values: `host` is {read(), write(state), commit()}; `tool` (layers.js) knows what is selected.
  */
 
+import { make } from "./dom.js";
 import * as lists from "./list.js";
 import { say } from "./texts.js";
 
-export const OTHERS = 4; // inputs other_1 to other_4
+const OTHERS = 4; // inputs other_1 to other_4
 const WIDE = 560; // pixels from which on the panel stands beside the picture
-
-const STYLE = `
-.sda-panel { display: flex; flex-direction: column; gap: 4px; flex: 0 0 auto; }
-.sda-panel .sda-rows { height: 88px; overflow-y: auto; border-radius: 4px; display: flex; flex-direction: column; gap: 2px; }
-.sda-panel .sda-row { display: flex; gap: 4px; align-items: center; padding: 1px 2px; border-radius: 4px; }
-.sda-panel .sda-row[aria-current="true"] { background: color-mix(in srgb, #56b4e9 25%, transparent); }
-.sda-panel .sda-row button { padding: 0 5px; }
-.sda-panel input, .sda-panel select, .sda-panel textarea { font: inherit; color: inherit; min-width: 0; box-sizing: border-box;
-  background: var(--comfy-input-bg, #222); border: 1px solid var(--border-color, #666); border-radius: 4px; }
-.sda-panel input[type="color"] { width: 22px; height: 18px; padding: 0; flex: none; }
-.sda-panel input[type="text"] { flex: 1; }
-.sda-panel textarea { width: 100%; height: 38px; resize: none; }
-.sda-panel .sda-fields { display: grid; grid-template-columns: repeat(auto-fill, minmax(118px, 1fr)); gap: 3px 10px; }
-.sda-panel .sda-all { grid-column: 1 / -1; }
-.sda-panel .sda-field { display: flex; gap: 6px; align-items: center; }
-.sda-panel .sda-field label { flex: 0 0 auto; }
-.sda-panel .sda-field > :last-child { flex: 1 1 0; }
-/* Where there is room the panel stands beside the picture. */
-.sda-wide { display: grid; grid-template: auto minmax(0, 1fr) auto auto / minmax(0, 1fr) minmax(270px, 30%); column-gap: 12px; }
-.sda-wide > * { grid-column: 1; }
-.sda-wide > .sda-panel { grid-area: 1 / 2 / -1 / 3; }
-.sda-wide .sda-panel .sda-rows { height: auto; flex: 1 1 0; }
-.sda-wide .sda-panel textarea { height: 76px; }`;
-
-// Of the selected region: name -> [kind, attributes].
+// The numbers of a region.
 const NUMBERS = {
   strength: { min: 0, max: 2, step: 0.05 }, balance: { min: -1, max: 1, step: 0.1 }, start: { min: 0, max: 1, step: 0.05 },
   end: { min: 0, max: 1, step: 0.05 }, feather: { min: 0, max: 1, step: 0.01 },
 };
 
-function make(tag, attributes = {}, ...children) {
-  const element = document.createElement(tag);
-  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
-  element.append(...children);
-  return element;
-}
-
 export class Panel {
   constructor(tool, host) {
     this.tool = tool;
     this.host = host;
-    if (!document.getElementById("sda-panel-style")) {
-      document.head.append(Object.assign(make("style", { id: "sda-panel-style" }), { textContent: STYLE }));
-    }
     this.rows = make("div", { class: "sda-rows", role: "list", "aria-label": say("regionsLabel") });
     this.brush = this.#input("range", "brush", { min: 0.01, max: 0.4, step: 0.01 }, (value) => tool.setBrush(Number(value)));
-    this.take = this.#button(say("takeFound", { count: 0 }), say("takeFoundTip"), () => this.#set(tool.add(host.read(), ...tool.found)));
+    const shapes = () => tool.found.map(({ box, mask }) => (mask ? { mask } : { box }));
+    this.take = this.#button("", say("takeFoundTip"), () => this.#set(tool.add(host.read(), ...shapes())));
     this.fields = this.#fields();
     const bar = make("div", { class: "sda-bar" }, make("label", {}, `${say("brush")} `), this.brush, make("span", { class: "sda-gap" }),
       this.take, this.#button("+", say("addRegion"), () => this.#set(tool.addNew(host.read()))));

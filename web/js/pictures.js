@@ -30,6 +30,16 @@ export function* picturesAbove(node, names) {
   }
 }
 
+/** The pictures that came of a node in the last run, the nearest first; not those that our own nodes draw of embeddings. */
+export function* picturesBelow(node) {
+  const met = new Set([node]);
+  for (const from of met) {
+    const file = from.type?.startsWith("SDA") ? null : outputOf(from)?.images?.[0];
+    if (file) yield file;
+    from.outputs?.forEach((_, slot) => from.getOutputNodes?.(slot)?.forEach((next) => met.add(next)));
+  }
+}
+
 /** A function that gives the first of some pictures that can be drawn, or null; `redraw` is called when one has come. */
 export function pictureFinder(redraw) {
   let loaded = new Map(); // address -> image, null where it is none

@@ -150,12 +150,18 @@ export function factorOf(rules, cell) {
   return [nameOf(cell), String(cell.level), "*"].reduce((product, name) => product * (rules.get(name) ?? 1), 1);
 }
 
+/** The rules with this own factor of a cell. */
+export function setCell(rules, cell, factor) {
+  const changed = new Map(rules);
+  if (factor === 1) changed.delete(nameOf(cell));
+  else changed.set(nameOf(cell), factor);
+  return changed;
+}
+
+/** A cell's own factor, without its level's and everything's. */
+export const ownFactor = (rules, cell) => rules.get(nameOf(cell)) ?? 1;
+
 /** The rules with a cell's own factor raised by `amount`, in steps of 0.05; null takes it away. */
 export function raiseCell(rules, cell, amount) {
-  const name = nameOf(cell);
-  const changed = new Map(rules);
-  const factor = amount === null ? 1 : snap(clamp((rules.get(name) ?? 1) + amount, 0, STRONGEST), 0.05);
-  if (factor === 1) changed.delete(name);
-  else changed.set(name, factor);
-  return changed;
+  return setCell(rules, cell, amount === null ? 1 : snap(clamp(ownFactor(rules, cell) + amount, 0, STRONGEST), 0.05));
 }

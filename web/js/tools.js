@@ -82,6 +82,7 @@ export class BoxTool {
 /** State [text of the cells]. Which cell is selected is the hand's, not the workflow's. */
 export class CellTool {
   label = say("cellLabel");
+  group = say("level"); // what its choices are
   hint = say("cellHint");
   keys = say("cellKeys");
   #levels = regions.levelsOf();
@@ -138,7 +139,17 @@ export class CellTool {
     return "ns-resize";
   }
 
-  press([text], start) {
+  /** A drag up or down strengthens or weakens a cell; with Shift it gives every cell that it crosses the selected one's factor. */
+  press([text], start, reach, { shift }) {
+    if (shift) {
+      const factor = regions.ownFactor(regions.parseCells(text), this.selected);
+      let rules = regions.parseCells(text);
+      return ({ point }) => {
+        const cell = regions.cellAt(this.#cells, point);
+        if (cell) rules = regions.setCell(rules, cell, factor);
+        return [regions.formatCells(rules)];
+      };
+    }
     this.selected = regions.cellAt(this.#cells, start) ?? this.selected;
     return ({ moved, rise }) => (moved ? this.#raised(text, rise / 100) : [text]);
   }
