@@ -147,7 +147,8 @@ def test_undo_is_the_pages_own(artist: Artist) -> None:
     undo, reset = (artist.page.get_by_role("button", name=tip) for tip in ("Undo the last change", "Back to the values"))
 
     def are_offered(offered: bool) -> None:
-        artist.desk.until("[...document.querySelectorAll('.sda-bar > button')].slice(0, 2).map(button => !button.disabled)", [offered, offered])
+        buttons = "[...document.querySelectorAll('.sda-bar > button')].slice(0, 2)"
+        artist.desk.until(f"{buttons}.map(button => !button.disabled)", [offered, offered])
 
     are_offered(False)
     artist.drag((0.5, 0.5), (0.6, 0.55))

@@ -122,6 +122,7 @@ def test_the_canvas_is_enlarged_and_comes_back(artist: Artist) -> None:
     assert len(listed(artist)) == 1 and artist.says().startswith("1/1")
 
 
+WRITE = "text => { const list = added.widgets.find(w => w.name === 'regions'); list.value = text; list.callback?.(text); }"
 HOSTILE = [
     '{"regions": [' + "0," * 300_000 + "0]}",
     '{"regions": [{"box": [0, 0, 1e999, 1]}]}',
@@ -136,7 +137,7 @@ HOSTILE = [
 def test_a_hostile_list_is_one_sentence_and_is_not_written_over(artist: Artist) -> None:
     artist.add("SDARegions")
     for text in HOSTILE:
-        artist.page.evaluate("text => { const w = added.widgets.find(w => w.name === 'regions'); w.value = text; w.callback?.(text); }", text)
+        artist.page.evaluate(WRITE, text)
         said = artist.says()
         assert said.startswith("The list of regions cannot be read") and len(said) < 200, text[:40]
         artist.drag((0.1, 0.1), (0.3, 0.3))
@@ -150,7 +151,8 @@ def test_two_regions_drawn_in_the_page_are_painted_where_they_are(artist: Artist
     (saving,) = (node["id"] for node in template["nodes"] if node.get("title") == "With the regions")
     node["widgets_values"] = [""]
     artist.desk.load(template)
-    artist.page.evaluate("app.canvas.ds.scale = 1; app.canvas.ds.offset[0] = -200; app.canvas.ds.offset[1] = 60; app.canvas.setDirty(true, true)")
+    artist.page.evaluate("app.canvas.ds.scale = 1; app.canvas.ds.offset[0] = -200; app.canvas.ds.offset[1] = 60")
+    artist.page.evaluate("app.canvas.setDirty(true, true)")
     artist.canvas.last.wait_for(state="visible")
     artist.page.wait_for_timeout(500)
     read = f"app.graph.getNodeById({node['id']}).widgets.find(w => w.name === 'regions').value"
@@ -193,7 +195,8 @@ def test_what_a_detector_found_becomes_regions_by_one_click(artist: Artist) -> N
     take = artist.page.get_by_role("button", name="Make a region of everything")
     assert not take.is_visible()
     half = [0, 256 * 128, 256 * 128]
-    artist.page.evaluate("found => added.onExecuted({ found })", [{"box": [0.1, 0.1, 0.3, 0.4], "mask": None}, {"box": [0, 0, 1, 0.5], "mask": half}])
+    found = [{"box": [0.1, 0.1, 0.3, 0.4], "mask": None}, {"box": [0, 0, 1, 0.5], "mask": half}]
+    artist.page.evaluate("found => added.onExecuted({ found })", found)
     artist.says()
     take.click()
     boxed, masked = listed(artist)

@@ -167,7 +167,7 @@ def test_before_and_after_its_time_a_region_is_not_there(mode):
         now = algebra.select(made, due)
         expected = regions.insert(base, other, soft(3), mode) if there else base
         # Of every token of the two pictures, how much each patch sees: the base is in several parts.
-        for e, tokens in ((base, base.tokens), (other, other.tokens)):
+        for tokens in (base.tokens, other.tokens):
             which = [(part.tokens[0, :, None] == tokens[0, None]).all(-1).float() for part in (now, expected)]
             seen = [bias(part, (8, 8)).exp() @ same for part, same in zip((now, expected), which)]
             torch.testing.assert_close(*seen, atol=1e-5, rtol=0)

@@ -96,7 +96,7 @@ def test_what_is_missing_is_named(clip, embedding):
         ((), {}, "No region is on"),
         ((CIRCLE | {"on": False},), {}, "No region is on"),
         (({"name": "dot", "box": [0.2, 0.2, 0, 0.1], "prompt": "a circle"},), {"clip": clip}, "Of the region 'dot': The box"),
-        ((CIRCLE,), {"clip": clip, "embedding": embedding(width=8)}, "The region 'left' cannot be laid on what is there: Embeddings of width"),
+        ((CIRCLE,), {"clip": clip, "embedding": embedding(width=8)}, "The region 'left' cannot be laid on what is there: Emb"),
     ):
         with pytest.raises(ValueError, match=sentence):
             Regions.execute(text(*regions), **given)

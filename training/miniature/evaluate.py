@@ -226,6 +226,8 @@ def main(argv: list[str] | None = None) -> int:
     print(page)
     if (options.scenes, options.seed, options.assets) == (part.scenes, 0, ASSETS):
         part.file.write_text(page, encoding="utf-8")
+        for name, picture in asides.get("pictures", {}).items():
+            picture.save(part.file.with_name(name), quality=85)
     if options.json:
         print(json.dumps(results))
     return 0

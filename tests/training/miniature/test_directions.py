@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("diffusers", reason="diffusers is not installed: pip install -e '.[training]'")
 
 from semantic_diffusion_adapter.training.miniature import evaluate  # noqa: E402
-from semantic_diffusion_adapter.training.miniature.evaluation import decoder, directions  # noqa: E402
+from semantic_diffusion_adapter.training.miniature.evaluation import attributes, decoder, directions  # noqa: E402
 from semantic_diffusion_adapter.training.miniature.evaluation.system import Miniature  # noqa: E402
 from semantic_diffusion_adapter.training.miniature.scenes import SHAPES, Scene  # noqa: E402
 
@@ -26,17 +26,17 @@ def trials(toy_assets):
 def test_an_attribute_changes_one_thing_in_one_way():
     kinds = set()
     for index in range(60):
-        change, word = directions.attribute_of("test", index, 0)
+        change, word = attributes.attribute_of("test", index, 0)
         kinds.add(change.operation)
         assert word == getattr(change.result, change.operation) != getattr(change.subject, change.operation)
         assert replace(change.result, **{change.operation: getattr(change.subject, change.operation)}) == change.subject
         assert len(change.target.things) == len(change.source.things)
         assert len({thing.name for thing in change.target.things}) == len(change.target.things)
-        covered = directions.region_of(change).repeat(16, 0).repeat(16, 1)
+        covered = attributes.region_of(change).repeat(16, 0).repeat(16, 1)
         apart = (directions.render(change.source) != directions.render(change.target)).any(-1)
         assert apart.any() and not apart[~covered].any()
         assert bool(change.instruction) == (change.operation != "size")
-    assert kinds == set(directions.KINDS)
+    assert kinds == set(attributes.KINDS)
 
 
 def test_strength_0_paints_what_plain_paints_and_any_other_does_not(trials):
@@ -68,7 +68,7 @@ def test_a_dial_is_steady_where_no_picture_comes_back():
 
 
 def test_an_attribute_on_another_place_is_none():
-    change, _ = next(each for each in (directions.attribute_of("test", i, 0) for i in range(60)) if each[1] in SHAPES)
+    change, _ = next(each for each in (attributes.attribute_of("test", i, 0) for i in range(60)) if each[1] in SHAPES)
     far = replace(change.result, x=change.result.x + directions.REACH + 1)
     assert not directions.seen(change, Scene("grey", (far,)))
     assert directions.seen(change, Scene("grey", (replace(change.result, colour="blue"),)))

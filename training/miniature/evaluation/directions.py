@@ -21,10 +21,10 @@ any thing may hear a word. `cost` is the time of a forward with one direction ov
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ....kernels import inversion
@@ -33,19 +33,20 @@ from ....kernels.steering import Push
 from ....kernels.visibility import region_bias
 from ...engine.timing import ratios
 from ..captions import Edit
-from ..scenes import COLOURS, RADII, SHAPES, SIZE, Scene, choice, generator, is_free, render, scene
+from ..scenes import Scene, render
 from ..score import distance, matches
 from ..text import encode, token_ids
+from .attributes import KINDS, attribute_of, box_of, region_of
 from .decoder import PATCH, Decoder
 from .editing import REACH, same_and_near
 from .fidelity import auc, patches_of, truly_changed
 from .kit import STILL
 from .reconstruction import parse_all, psnr
+from .sheet import sheet
 from .solvers import ETA, GAMMA, STOP
 from .steered import Steered
 from .system import Miniature
 
-KINDS = ("colour", "shape", "size")
 DIAL = (0.25, 0.5, 0.75, 1.0)
 RAW, THRESHOLDS = (5.0, 10.0, 20.0), (0.0, 0.5)  # the paper's, and beyond, as this model asks for it
 WEIGHTS = (1.0, 8.0, 64.0)  # of the appended word: it stands beside 128 tokens
@@ -53,41 +54,10 @@ TRIALS = 12  # validation scenes on which they are chosen
 TOLERANCE = 0.02
 TURNS = 15  # of a steered and a plain forward
 WORD = 2  # tokens of a bare word: itself and the end mark
-MARGIN = 2  # pixels around a thing's box
+SHOWN = 10  # trials on the page's picture
 METHODS = ("fluxspace", "fluxspace_auto", "appended", "guider", "rf_inversion")
 
 Paint = Callable[[float], np.ndarray]
-
-
-def attribute_of(split: str, index: int, seed: int) -> tuple[Edit, str]:
-    """(the edit, its word) of a scene: the kinds take turns; a thing with no room to grow takes a colour."""
-    truth, rng = scene(split, index, seed), generator(split, index, 41, seed)
-    old, kind = choice(rng, truth.things), KINDS[index % len(KINDS)]
-    others = tuple(thing for thing in truth.things if thing != old)
-    names = {thing.name for thing in others}
-    (other,) = (size for size in RADII if size != old.size)
-    if kind == "size" and not is_free(old.x, old.y, RADII[other], others):
-        kind = "colour"
-    if kind == "size":
-        word, new, instruction = other, replace(old, size=other), ""
-    elif kind == "shape":
-        word = choice(rng, [each for each in SHAPES if each != old.shape and f"{old.colour} {each}" not in names])
-        new, instruction = replace(old, shape=word), f"replace the {old.name} with a {old.colour} {word}"
-    else:
-        word = choice(rng, [each for each in COLOURS if each != old.colour and f"{each} {old.shape}" not in names])
-        new, instruction = replace(old, colour=word), f"make the {old.name} {word}"
-    target = replace(truth, things=tuple(new if thing == old else thing for thing in truth.things))
-    return Edit(kind, instruction, truth, target, old, new), word
-
-
-def region_of(change: Edit) -> np.ndarray:
-    """[8, 8] bool: the patches that the subject's box touches, before or after the edit."""
-    radius = max(change.subject.radius, change.result.radius) + MARGIN
-    (left, right), (top, bottom) = ((max(0, int((v - radius) // PATCH)), int((v + radius) // PATCH) + 1)
-                                    for v in (change.subject.x, change.subject.y))
-    region = np.zeros((SIZE // PATCH, SIZE // PATCH), bool)
-    region[top:bottom, left:right] = True
-    return region
 
 
 class Trials:
@@ -204,13 +174,6 @@ class Trials:
         return decoder.paint(work)
 
 
-def box_of(region: np.ndarray) -> Tensor:
-    """[1, 4]: x0, y0, x1, y1 of a region's patches, as shares."""
-    rows, cols = (np.flatnonzero(region.any(axis)) for axis in (1, 0))
-    height, width = region.shape
-    return torch.tensor([[cols[0] / width, rows[0] / height, (cols[-1] + 1) / width, (rows[-1] + 1) / height]]).float()
-
-
 def seen(change: Edit, found: Scene) -> bool:
     """Whether a thing at the subject's place has the attribute."""
     there = [thing for thing in found.things if distance(thing, change.result) <= REACH]
@@ -295,12 +258,23 @@ def run(system: Miniature, count: int, seed: int) -> tuple[dict, dict]:
         "guider": trials.guided,
         "rf_inversion": lambda d: trials.steered(d, True, 0.0, inverted=True),
     }
-    plain, found = trials.plain(), {}
+    plain, found, dials = trials.plain(), {}, {}
     for name in METHODS:
-        found[name] = figures(trials, [plain, *(ways[name](place) for place in DIAL)])
+        dials[name] = [plain, *(ways[name](place) for place in DIAL)]
+        found[name] = figures(trials, dials[name])
     truth = patches_of(truly_changed(trials.sources, trials.targets))
     kinds, entire, nearer = ({name: values.pop(key) for name, values in found.items()} for key in ("kinds", "alone", "nearer"))
     results = {"directions": found, "mask": {"auc": auc(trials.heard().numpy(), truth)}, "cost": {"ratio": trials.cost()}}
     nothing = figures(trials, [plain])
-    return results, {"kinds": kinds, "alone": entire, "nearer": nearer, "strength": strength, "threshold": threshold, "weight": weight,
-                     "plain": {key: nothing[key] for key in ("success", "kept", "psnr_outside")}}
+    return results, {"kinds": kinds, "alone": entire, "nearer": nearer, "strength": strength, "threshold": threshold,
+                     "weight": weight, "dial": DIAL,
+                     "plain": {key: nothing[key] for key in ("success", "kept", "psnr_outside")},
+                     "curve": {name: [figures(trials, [pictures])["success"] for pictures in dial] for name, dial in dials.items()},
+                     "pictures": {"directions.jpg": shown(trials, dials["fluxspace_auto"])}}
+
+
+def shown(trials: Trials, dial: Sequence[np.ndarray]) -> Image.Image:
+    """The first trials: the source, every place of a dial, and the true edit."""
+    columns = [trials.sources, *dial, trials.targets]
+    rows = [[column[row] for column in columns] for row in range(min(SHOWN, len(trials.words)))]
+    return sheet(rows, ["source", "0", *(f"{place:g}" for place in DIAL), "true edit"], trials.words)

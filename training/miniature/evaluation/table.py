@@ -266,4 +266,15 @@ def directions_page(results: dict, asides: dict, scenes: int, seed: int, command
         f"AUC of the attribute's own mask: {number(results['mask']['auc'])}. A forward with one direction takes "
         f"{results['cost']['ratio']:.2f} times as long as a plain one.",
         "",
+        "## By the dial",
+        "",
+        "Success at each place of the dial.",
+        "",
+        *rows(["", "0", *(f"{place:g}" for place in asides["dial"])],
+              [[name, *map(number, values)] for name, values in asides["curve"].items()]),
+        "",
+        "![fluxspace_auto on the first scenes, from the source to the end of the dial, and the true edit](directions.jpg)",
+        "",
+        "*fluxspace_auto* on the first scenes.",
+        "",
     ])
