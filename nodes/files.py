@@ -30,7 +30,7 @@ class SaveEmbedding(io.ComfyNode):
                 io.Image.Input("image", optional=True, tooltip="A picture of it, kept in the file as a thumbnail."),
             ],
             outputs=[],
-            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,
         )
 

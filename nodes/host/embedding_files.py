@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from io import BytesIO
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -23,6 +22,7 @@ from ...kernels import embedding_file
 from ...kernels.embedding import SemanticEmbedding
 from ...kernels.picture import over_white
 from .names import fault, leads_out, shown
+from .saying import say
 from .walk import Walk
 
 OUTPUT = " [output]"  # core's mark for a name in the output folder
@@ -79,7 +79,7 @@ def save(embedding: SemanticEmbedding, prefix: str, image: Tensor | None, hidden
     """Write an embedding by core's naming rules, with the workflow that core knows of; "name (size in KB)" of the file.
 
     image: IMAGE whose first picture becomes the thumbnail.
-    hidden: the node's PROMPT, EXTRA_PNGINFO and UNIQUE_ID, or None.
+    hidden: the node's PROMPT and EXTRA_PNGINFO, or None.
     """
     check_prefix(prefix)
     prefix = PureWindowsPath(prefix).as_posix()  # one name for one graph, whatever system runs it
@@ -92,7 +92,7 @@ def save(embedding: SemanticEmbedding, prefix: str, image: Tensor | None, hidden
     path = Path(folder, f"{name}_{counter:05}_{embedding_file.SUFFIX}")
     embedding_file.save(path, embedding, None if image is None else _jpeg(image), _workflow(hidden))
     text = f"{Path(subfolder, path.name).as_posix()} ({path.stat().st_size / 1024:.0f} KB)"
-    _show(text, hidden)
+    say(text)
     return text
 
 
@@ -134,14 +134,3 @@ def _workflow(hidden: Any) -> dict[str, str]:
         return {}
     known = {"prompt": hidden.prompt, **(hidden.extra_pnginfo or {})}
     return {name: json.dumps(value) for name, value in known.items() if value is not None}
-
-
-def _show(text: str, hidden: Any) -> None:
-    """Write a line into the node, as core's Get Image Size does.
-
-    Older pages read it as HTML: `fault` lets no tag into a name.
-    """
-    # Not imported: the module brings the whole application. Where there is a page to write to, it is already here.
-    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
-    if server is not None and hidden is not None and hidden.unique_id is not None:
-        server.send_progress_text(text, hidden.unique_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import comfy.sd
@@ -12,10 +13,14 @@ import torch
 
 from ...kernels import base_files
 from ...kernels.words import END, PAD, UNKNOWN, split
+from .saying import warn
+
+_ANY_WORD = re.compile(r"[^\W\d_]+|[0-9]+")  # of any script, where `split` knows a to z
 
 
 class WordTokenizer:
-    """Lower-case words and numbers, each one id, then </s>, padded to the trained length; longer prompts are cut."""
+    """Lower-case words and numbers, each one id, then </s>, padded to the trained length; longer prompts are cut. What is not
+    heard is said in the node."""
 
     def __init__(self, vocabulary: list[str], length: int):
         self.words = list(vocabulary)
@@ -25,13 +30,27 @@ class WordTokenizer:
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs: Any) -> dict[str, list]:
         sd1_clip = comfy.sd1_clip
         weighted = sd1_clip.token_weights(sd1_clip.escape_important(text), 1.0)
-        tokens = []
-        for part, weight in weighted:
-            for word in split(sd1_clip.unescape_important(part)):
-                tokens.append((self.ids.get(word, UNKNOWN), weight, len(tokens) + 1))
+        parts = [(sd1_clip.unescape_important(part), weight) for part, weight in weighted]
+        words = [(word, weight) for part, weight in parts for word in split(part)]
+        self._tell(" ".join(part for part, _ in parts), len(words))
+        tokens = [(self.ids.get(word, UNKNOWN), weight, place + 1) for place, (word, weight) in enumerate(words)]
         tokens = [*tokens[: self.length - 1], (END, 1.0, 0)]
         tokens += [(PAD, 1.0, 0)] * (self.length - len(tokens))
         return {"t5": [tokens if return_word_ids else [token[:2] for token in tokens]]}
+
+    def _tell(self, text: str, count: int) -> None:
+        """Say what of a prompt is not heard, in the node and in the log: it would do nothing in silence."""
+        strange = dict.fromkeys(word for word in _ANY_WORD.findall(text.lower()) if word not in self.ids)
+        said = []
+        if strange:
+            known = ", ".join(sorted(word for word in self.words if word.isalpha()))
+            most = max((int(word) for word in self.words if word.isdecimal()), default=0)
+            named = ", ".join(word[:40] for word in list(strange)[:12])
+            said.append(f"The miniature is a toy and does not know: {named}. It knows: {known}, and even numbers up to {most}.")
+        if count >= self.length:
+            said.append(f"The miniature hears the first {self.length - 1} words of a prompt and this one has {count}.")
+        if said:
+            warn(" ".join(said))
 
     def untokenize(self, token_weight_pair: list) -> list:
         return [(pair, self.words[pair[0]]) for pair in token_weight_pair]

@@ -234,6 +234,17 @@ def test_a_mistake_that_is_known_when_queued_is_read_in_the_page(desk: Desk) -> 
     assert "Load Semantic Adapter" in desk.red()
 
 
+def test_words_that_the_miniature_does_not_know_are_named_in_the_node(desk: Desk) -> None:
+    word = "much" if desk.modern else "far"  # or the second page's run finds the first one's result
+    build(
+        desk,
+        [["SDALoadMiniature", {}], ["CLIPTextEncode", {"text": f"a teal circle, {word} bigger"}], ["PreviewAny", {}]],
+        [[0, 1, 1, "clip"], [1, 0, 2, "source"]],
+    )
+    desk.run()
+    read(desk, f"The miniature is a toy and does not know: teal, {word}, bigger. It knows: a, add, at,")
+
+
 def test_a_mistake_that_only_a_run_can_show_is_read_in_the_page(desk: Desk, tmp_path: Path) -> None:
     for name in ("one", "other"):
         path = save_embedding(tmp_path / f"{name}.safetensors", adapter=f"{name}_adapter.safetensors")

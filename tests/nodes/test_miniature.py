@@ -187,3 +187,24 @@ def test_a_vae_of_other_shape_is_refused(assets, tmp_path):
     checkpoint.save(tmp_path / "v.safetensors", diffusers.AutoencoderKL(**config).state_dict(), "vae", config)
     with pytest.raises(ValueError, match="multiples of the first and of 32"):
         miniature.load_vae(str(tmp_path / "v.safetensors"))
+
+
+def test_words_that_the_miniature_does_not_hear_are_said(clip, caplog):
+    for text, named in (
+        ("make the red circle teal, bigger", "teal, bigger"),
+        ("删除 the circle", "删除"),
+        ("remove the naïve circle", "naïve"),
+    ):
+        caplog.clear()
+        clip.tokenize(text)
+        assert "does not know: " in caplog.text and named.split(", ")[0] in caplog.text, text
+        assert all(word in caplog.text for word in named.split(", "))
+        assert "It knows: a, circle, red, remove, the" in caplog.text
+    caplog.clear()
+    clip.tokenize("(remove:1.2) the red circle, a circle")
+    assert "hears the first 6 words of a prompt and this one has 6" not in caplog.text
+    clip.tokenize("remove the red circle a circle the red circle")
+    assert "hears the first 6 words of a prompt and this one has 9" in caplog.text
+    caplog.clear()
+    clip.tokenize("Remove the RED circle")
+    assert not caplog.text
