@@ -52,15 +52,23 @@ def join(first: tuple[Tensor, Tensor | None], then: tuple[Tensor, Tensor | None]
     return layout, torch.cat(tables, dim=1) if tables else None
 
 
-def at_time(layout: Tensor, within: Callable[[float, float], bool]) -> Tensor:
-    """The layout int32 [B, T, 9] of one moment: tokens are off whose part of the sampling, within(start, end), it is not in."""
+def at_time(
+    layout: Tensor, context: Tensor, within: Callable[[float, float], bool]
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The layout int32 [B, T, 9] and the context [B, L, D] of one moment, without the tokens whose part of the sampling it is
+    not in: within(start, end) tells. What is seen in some rows of the batch alone stays, switched off in the others."""
     parts, of = layout[..., 7:].flatten(0, -2).unique(dim=0, return_inverse=True)
     due = torch.tensor([within(start / UNIT, end / UNIT) for start, end in parts.tolist()], device=layout.device)
+    due = due[of].reshape(layout.shape[:-1])
     if due.all():
-        return layout
+        return layout, context
+    keep = due.any(0)
+    if not keep.any() and context.shape[1] == len(keep):
+        keep[0] = True  # a text of no tokens is none that a model knows
     layout = layout.clone()
-    layout[..., 5] = torch.where(due[of].reshape(layout.shape[:-1]), layout[..., 5], OFF)
-    return layout
+    layout[..., 5] = torch.where(due, layout[..., 5], OFF)
+    rest = torch.ones(context.shape[1] - len(keep), dtype=torch.bool, device=keep.device)
+    return layout[:, keep], context[:, torch.cat([keep, rest]).to(context.device)]
 
 
 def decode(layout: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -68,7 +76,7 @@ def decode(layout: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor,
 
     The last two are None without masks. All have a leading batch axis where the entries of the layout [B, T, 9] or of
     the masks differ; where all are the same there is none, which lets the attention share its bias. The schedule is not
-    among them: `at_time` has made strengths of it.
+    among them: `at_time` has obeyed it.
     """
     if all(part is None or len(part) == 1 or bool((part == part[:1]).all()) for part in (layout, masks)):
         layout, masks = layout[0], None if masks is None else masks[0]

@@ -96,10 +96,11 @@ def layout_wrapper(base_model, settings: Settings) -> Callable:
         transformer_options={}, **kwargs,  # noqa: B006  (core's own signature; never written to)
     ):  # fmt: skip
         layout, masks = kwargs.pop(LAYOUT_KEY, None), kwargs.pop(MASKS_KEY, None)
-        if layout is not None and within(base_model, transformer_options, settings.start, settings.end):
-            network = executor.class_obj
+        network = executor.class_obj
+        if layout is not None:
             _check(network, layout, context, y)
-            layout = _now(layout, base_model, transformer_options)
+            layout, context = _now(layout, context, base_model, transformer_options)
+        if layout is not None and within(base_model, transformer_options, settings.start, settings.end):
             sequence = prepare(layout, x, context, ref_latents, network.patch_size, settings, masks)
             if not sequence.regions.trivial:
                 previous, watch, reader = (transformer_options.get(key) for key in (OVERRIDE_KEY, WATCH_KEY, READER_KEY))
@@ -130,8 +131,8 @@ def watching_wrapper(settings: Settings) -> Callable:
 
         @functools.cache
         def masks() -> bool:
-            now = _now(layout, executor.class_obj, transformer_options)
-            sequence = prepare(now, x, c_crossattn, None, network.patch_size, settings, kwargs.get(MASKS_KEY))
+            now, text = _now(layout, c_crossattn, executor.class_obj, transformer_options)
+            sequence = prepare(now, x, text, None, network.patch_size, settings, kwargs.get(MASKS_KEY))
             return not sequence.regions.trivial
 
         with watched(network, settings.blocks, transformer_options, masks) as watch:
@@ -156,9 +157,11 @@ def prepare(
     return Sequence(make, context.shape[1], patches, sum(others))
 
 
-def _now(layout: Tensor, base_model, transformer_options: dict) -> Tensor:
-    """The layout on the CPU, without the tokens whose schedule has them off at the forward's sigma."""
-    return layout_codec.at_time(layout.cpu(), lambda start, end: within(base_model, transformer_options, start, end))
+def _now(layout: Tensor, context: Tensor, base_model, transformer_options: dict) -> tuple[Tensor, Tensor]:
+    """(layout on the CPU, context) without the tokens whose schedule has them off at the forward's sigma."""
+    return layout_codec.at_time(
+        layout.cpu(), context, lambda start, end: within(base_model, transformer_options, start, end)
+    )
 
 
 def within(base_model, transformer_options: dict, start: float, end: float) -> bool:

@@ -65,22 +65,35 @@ def test_masks_round_trip_as_bytes():
     assert torch.equal(ends[0], torch.ones(256, 256)) and torch.equal(ends[1], torch.zeros(256, 256))
 
 
-def test_a_schedule_switches_tokens_off_outside_of_it():
-    e = algebra.compose([algebra.during(embedding(), 0.25, 0.5), algebra.with_strength(embedding(), 0.5)])
-    encoded, _ = layout.encode(e)
-    asked = []
+def test_a_schedule_takes_tokens_away_outside_of_it():
+    early, always = algebra.during(embedding(), 0.25, 0.5), algebra.with_strength(embedding(), 0.5)
+    encoded, _ = layout.encode(algebra.compose([early, always]))
+    context, asked = torch.randn(2, 128 + 5, 3), []
 
     def within(moment):
         return lambda start, end: asked.append((start, end)) or start <= moment < end
 
     for moment, there in ((0.1, False), (0.25, True), (0.4, True), (0.5, False)):
-        strengths = layout.decode(layout.at_time(encoded.repeat(2, 1, 1), within(moment)))[1]
-        assert torch.equal(strengths[:64], e.strengths[:64] if there else torch.full((64,), -torch.inf))
-        assert torch.allclose(strengths[64:], e.strengths[64:], atol=1e-5), "who has no schedule is always there"
+        now, text = layout.at_time(encoded.repeat(2, 1, 1), context, within(moment))
+        gone = 0 if there else 64
+        assert torch.equal(now[0], encoded[0, gone:]) and torch.equal(text, context[:, gone:])
     assert asked == [(0.0, 1.0), (0.25, 0.5)] * 4, "each part is asked for once"
-    assert layout.at_time(layout.encode(embedding())[0], within(0.3)) is not None
-    joined, _ = layout.join(layout.encode(embedding()), layout.encode(e))
+    joined, _ = layout.join(layout.encode(embedding()), (encoded, None))
     assert torch.equal(joined[:, 64:], encoded) and (joined[:, :64, 7] == 0).all() and (joined[:, :64, 8] == 65536).all()
+
+    # Of two rows with parts of their own, what either has stays, and is off in the other.
+    late, _ = layout.encode(algebra.compose([algebra.during(embedding(), 0.5, 1.0), always]))
+    now, text = layout.at_time(torch.cat([encoded, late]), context, within(0.3))
+    strengths = layout.decode(now)[1]
+    assert now.shape[1] == 128 and text is not None and text.shape == context.shape
+    assert torch.isfinite(strengths[0]).all() and (strengths[1, :64] == -torch.inf).all() and torch.isfinite(strengths[1, 64:]).all()
+
+    # Some text is left, if only one token that is off.
+    alone, _ = layout.encode(early)
+    now, text = layout.at_time(alone, context[:1, :64], within(0.9))
+    assert text.shape[1] == 1 and layout.decode(now)[1].tolist() == [-torch.inf]
+    now, text = layout.at_time(alone, context[:1, :69], within(0.9))
+    assert text.shape[1] == 5 and now.shape[1] == 0
 
 
 def test_masks_of_a_batch_are_shared_where_they_are_one():

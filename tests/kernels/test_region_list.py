@@ -68,3 +68,22 @@ def test_anything_else_is_one_sentence(kind):
         region_list.parse(text)
     said = str(refused.value)
     assert sentence in said and "\n" not in said and len(said) < 300
+
+
+NAMES = ["name", "colour", "on", "box", "mask", "feather", "speaks", "placed", "prompt", "strength", "balance", "start", "end", "mode", "x"]
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["#56b4e9", "join", [0, 0, 1, 1]]),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=8,
+)  # fmt: skip
+
+
+@given(st.lists(st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=8), max_size=4), VALUES)
+@settings(deadline=None, max_examples=300)
+def test_any_json_is_a_list_of_regions_or_one_sentence(regions, version):
+    for text in (json.dumps({"version": 1, "regions": regions}), json.dumps({"version": version, "regions": regions})):
+        try:
+            found = region_list.parse(text)
+        except ValueError as refused:
+            assert "\n" not in str(refused) and len(str(refused)) < 300
+        else:
+            assert all(0 <= region.start <= region.end <= 1 and (region.box or region.mask) for region in found)

@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("comfy.sd", reason="no ComfyUI here: set COMFYUI_PATH, or `python3 run.py test` makes one")
 
 import comfy.sample  # noqa: E402
+import comfy.samplers  # noqa: E402
 import folder_paths  # noqa: E402
 from semantic_diffusion_adapter.kernels import algebra, region_list  # noqa: E402
 from semantic_diffusion_adapter.kernels import regions as kernel  # noqa: E402
@@ -111,43 +112,30 @@ def test_the_queue_refuses_what_cannot_run():
     assert Regions.validate_inputs(regions=text(CIRCLE | {"prompt": "", "on": False})) is True
 
 
+@pytest.mark.parametrize("settings", [{}, {"blocks": "single 0", "end": 0.2}], ids=["everywhere", "some blocks and steps"])
 @pytest.mark.parametrize("time", [(0.0, 0.5), (0.5, 1.0), (0.3, 0.7)])
-def test_out_of_its_time_nothing_of_a_region_reaches_the_attention(toy, clip, embedding, time, monkeypatch):
-    """In Flux's first block, step by step from the same noise: with quite other tokens in the region's place every row but
-    their own, which nobody reads then, differs by exactly 0 out of the region's time, and differs within it."""
-    first = []
-    make = flux.regional_attention
-
-    def recording(*arguments):
-        override = make(*arguments)
-
-        def record(*inputs, **more):
-            first.append((override(*inputs, **more), float(more["transformer_options"]["sigmas"].max())))
-            return first[-1][0]
-
-        return record
-
-    monkeypatch.setattr(flux, "regional_attention", recording)
+def test_out_of_its_time_nothing_of_a_region_reaches_the_attention(toy, clip, embedding, time, settings, monkeypatch):
+    """Step by step from the same noise, with quite other tokens in the region's place: out of its time what the model gives
+    differs by exactly 0, and within it differs, also in blocks and steps in which Masked Attention leaves boxes alone."""
     base, region = embedding("tree64"), CIRCLE | {"start": time[0], "end": time[1]}
     e = Regions.execute(text(region), clip, base).result[0]
     own = (e.tokens[0, :, None] == prompt.words(clip, "a red circle")[0][0]).all(-1).any(1)
     assert own.sum() == 4 and e.token_count > 64 + 4, "what is beneath comes back"
     loud = dataclasses.replace(e, tokens=torch.where(own[:, None], -20 * e.tokens, e.tokens))
-    other_rows = torch.cat([~own, torch.ones(16, dtype=torch.bool)])
     noise, steps, seen = comfy.sample.prepare_noise(torch.zeros(1, 8, 8, 8), 0), 6, []
+    model = flux.patch(toy.model, **settings)
+    schedule = model.get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(schedule, "simple", steps)
     for step in range(steps):
         outputs = []
         for tokens in (e, loud):
-            first.clear()
-            positive = to_conditioning(tokens)
-            comfy.sample.sample(
-                flux.patch(toy.model), noise, steps, 1.0, "euler", "simple", positive, positive, torch.zeros_like(noise),
-                disable_pbar=True, start_step=step, last_step=step + 1, seed=0,
-            )  # fmt: skip
-            outputs.append(first[0][0][0, other_rows])
-        schedule, sigma = toy.model.get_model_object("model_sampling"), first[0][1]
-        due = schedule.percent_to_sigma(time[0]) >= sigma > schedule.percent_to_sigma(time[1])
-        assert ((outputs[0] - outputs[1]).abs().max() > 0) == due, (step, sigma)
+            positive = to_conditioning(tokens, toy.plain(5))
+            outputs.append(comfy.sample.sample(
+                model, noise, steps, 1.0, "euler", "simple", positive, positive, torch.zeros_like(noise), disable_pbar=True,
+                start_step=step, last_step=step + 1, seed=0,
+            ))  # fmt: skip
+        due = schedule.percent_to_sigma(time[0]) >= float(sigmas[step]) > schedule.percent_to_sigma(time[1])
+        assert ((outputs[0] - outputs[1]).abs().max() > 0) == due, (step, float(sigmas[step]))
         seen.append(due)
     assert any(seen) and not all(seen)
 
@@ -163,3 +151,19 @@ def test_out_of_its_time_what_is_beneath_shows(toy, clip, embedding):
     assert torch.allclose(painted(start=0.3, end=0.3), bare, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(painted(), bare, rtol=1e-2, atol=1e-2)
     assert not torch.allclose(painted(end=0.4), painted(), rtol=1e-2, atol=1e-2)
+
+
+def test_schedules_without_a_base_and_on_either_side_of_the_guidance(toy, clip, embedding):
+    """When nothing of an embedding is there the text alone is read, and without any text as little as a model can read; rows
+    of one batch have times of their own."""
+    alone, _ = Regions.execute(text(CIRCLE | {"end": 0.4}), clip).result
+    model, words = flux.patch(toy.model), toy.plain(5)
+    assert torch.isfinite(toy.sample(model, to_conditioning(alone), steps=4)).all()
+    never = Regions.execute(text(CIRCLE | {"start": 0.4, "end": 0.4}), clip).result[0]
+    assert torch.equal(toy.sample(model, to_conditioning(never, words)), toy.sample(toy.model, words))
+    base = embedding("tree64")
+    one, two = (Regions.execute(text(CIRCLE | part), clip, base).result[0] for part in ({"end": 0.4}, {"start": 0.4}))
+    guided = toy.sample(model, to_conditioning(one), to_conditioning(two), cfg=3.0, steps=1)
+    first, second = (toy.sample(model, to_conditioning(e), steps=1) for e in (one, two))
+    assert torch.allclose(guided, second + 3.0 * (first - second), rtol=1e-3, atol=1e-3)
+
