@@ -22,6 +22,7 @@ import folder_paths  # noqa: E402
 from comfy.cli_args import args  # noqa: E402
 from comfy_api.latest import io  # noqa: E402
 from comfy_execution.graph import DynamicPrompt  # noqa: E402
+from comfy_execution.utils import CurrentNodeContext  # noqa: E402
 from PIL import Image  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
@@ -118,7 +119,10 @@ def test_name_and_size_are_written_into_the_node(folders, embedding, monkeypatch
     told = []
     server = SimpleNamespace(send_progress_text=lambda text, node: told.append((text, node)))
     monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=server)))
-    text = save(embedding(), "a", within=PROMPT)
+    save(embedding(), "a", within=PROMPT)
+    assert told == [], "outside of a run there is no node to write into"
+    with CurrentNodeContext("a run", "9"):
+        text = save(embedding(), "b", within=PROMPT)
     assert told == [(text, "9")]
 
 
