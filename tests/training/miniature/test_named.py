@@ -22,6 +22,7 @@ from semantic_diffusion_adapter.training.miniature.evaluation.system import ASSE
 from semantic_diffusion_adapter.training.miniature.parser import parse  # noqa: E402
 from semantic_diffusion_adapter.training.miniature.scenes import Scene, Thing, place_centre  # noqa: E402
 from semantic_diffusion_adapter.training.miniature.score import matches  # noqa: E402
+from semantic_diffusion_adapter.training.miniature.text import encode, token_ids  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[3]
 SEEDS = 8
@@ -101,6 +102,19 @@ def test_prompts_for_regions_show_their_things_there_with_every_noise(system: Mi
                     wrong.append((name, seed, region.prompt, [t.name for t in found.things]))
             if len(matches(truth, found, same_and_near)) != len(truth.things):
                 wrong.append((name, seed, "the picture's own things", [t.name for t in found.things]))
+    assert not wrong
+
+
+def test_the_prompt_beside_the_picture_changes_the_ground_alone_with_every_noise(system: Miniature, picture: np.ndarray) -> None:
+    template = json.loads((ROOT / "example_workflows/22 A prompt beside the picture (miniature).json").read_text(encoding="utf-8"))
+    (prompt,) = (node["widgets_values"][0] for node in template["nodes"] if node.get("title") == "A prompt beside the picture")
+    truth, own, noise = parse(picture), system.embed([picture], "tree128"), system.noise("validation", range(SEEDS), 0)
+    with torch.no_grad():
+        text = encode(system.text, token_ids([prompt], system.device))[0].float().cpu()
+    tokens, wrong = torch.cat([own.tokens, text], 1).expand(SEEDS, -1, -1), []
+    for seed, found in enumerate(map(parse, system.paint_regions(own, [tokens], [1.0], noise))):
+        if found.ground != prompt.split()[2] or len(matches(truth, found, same_and_near)) != len(truth.things):
+            wrong.append((seed, found.ground, [thing.name for thing in found.things]))
     assert not wrong
 
 
