@@ -100,6 +100,7 @@ class Desk:
         """An empty workflow in the page that is open."""
         self.page.keyboard.press("Escape")
         self.page.evaluate(NO_TOASTS)
+        self.page.wait_for_function("!document.querySelector('.p-toast-message')")  # they fade
         self.page.evaluate("app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
         self.page.wait_for_function("app.graph.nodes.length === 0")
 
