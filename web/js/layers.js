@@ -19,7 +19,7 @@ export class RegionsTool {
   hint = say("regionsHint");
   keys = say("regionsKeys");
   levels = [];
-  selected = null; // the place of a region in the list
+  selected = 0; // the place of a region in the list, null for none
   mode = "box";
   brush = BRUSH.start;
   aspect = 1; // of the picture
