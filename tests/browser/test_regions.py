@@ -122,6 +122,33 @@ def test_the_canvas_is_enlarged_and_comes_back(artist: Artist) -> None:
     assert len(listed(artist)) == 1 and artist.says().startswith("1/1")
 
 
+def test_after_an_undo_the_hand_goes_on_where_it_was(artist: Artist) -> None:
+    """The page's undo puts another node there: the window stays, with the brush in it, and what is drawn is that node's."""
+    artist.add("SDARegions")
+    artist.page.locator(".sda-editor button[aria-label^='Larger']").click()
+    artist.page.wait_for_timeout(300)
+    artist.press("p")
+    artist.page.locator(".sda-panel [aria-label='Brush size']").fill("0.1")
+    artist.page.locator(".sda-editor .sda-stage").focus()
+    artist.drag((0.2, 0.2), (0.4, 0.2))
+    before = listed(artist)
+    artist.drag((0.2, 0.6), (0.4, 0.6))
+    artist.undo()
+    artist.page.wait_for_timeout(800)
+    assert listed(artist) == before and artist.page.locator("dialog.sda-dialog .sda-editor").count() == 1
+    artist.page.locator("dialog .sda-stage").focus()
+    artist.drag((0.6, 0.6), (0.8, 0.6))
+    (region,) = listed(artist)
+    shape = region.painted()
+    assert shape[154, 180] == 1 and shape[51, 75] == 1 and shape[154, 75] == 0, "painted on what the undo left, in the new node"
+    assert shape[154 - 22, 180] == 1, "with the brush as it was"
+    artist.press("Escape")
+    artist.page.wait_for_timeout(300)
+    assert artist.page.locator("dialog.sda-dialog").count() == 0 and artist.canvas.last.is_visible()
+    artist.drag((0.5, 0.9), (0.6, 0.9))
+    assert listed(artist)[0].painted()[230, 140] == 1
+
+
 WRITE = "text => { const list = added.widgets.find(w => w.name === 'regions'); list.value = text; list.callback?.(text); }"
 HOSTILE = [
     '{"regions": [' + "0," * 300_000 + "0]}",

@@ -113,6 +113,7 @@ function attach(node, { tool: Tool, widgets: names, ground, other, shrunk, panel
   after(node, "onAdded", () => editors.add(editor));
   after(node, "onRemoved", () => {
     left.set(node.id, editor);
+    editor.leave();
     editors.delete(editor);
   });
 }

@@ -3,7 +3,7 @@
  *
  * It holds no values and no history. `host` reads and writes those of the node's own widgets and of the page: {read(),
  * write(state), commit(), undo(), undoes(), locked(), levels(), view(onResult), forward(name, event)}; `tool` (tools.js) says what
- * an action makes of them. A tool may bring a panel (panel.js) to stand under the canvas.
+ * an action makes of them, and its `hand` is what outlives the page's undo. A panel (panel.js) may stand beside the canvas.
  */
 
 import { dress, make } from "./dom.js";
@@ -29,8 +29,11 @@ export class Editor {
   #queued = false;
   #unsaved = false; // changed by keys, and the page does not know yet
   #focused = false;
-  onResult = false; // whether it is drawn on the latest picture that came of this node
   #wanted = false; // the focus, as soon as the element is in the page
+  #home = document.createComment(""); // stands in the node while the element is in the window
+  #wasLarge = false; // when its node was taken away
+  dialog = null;
+  onResult = false; // whether it is drawn on the latest picture that came of this node
 
   constructor(tool, host, Panel = null) {
     this.tool = tool;
@@ -60,11 +63,19 @@ export class Editor {
   /** Go on where the editor of another node left off, in whose place the page has put this one's. */
   follow(former) {
     this.#wanted = former.#focused;
-    if (this.tool.constructor === former.tool.constructor) this.tool.selected = former.tool.selected;
+    this.onResult = former.onResult;
+    if (this.tool.constructor === former.tool.constructor) Object.assign(this.tool, former.tool.hand);
     // Nodes 2.0 goes on showing the element of the widget that had this name, on the node that had this id.
     requestAnimationFrame(() => {
       if (former.element.isConnected && !this.element.isConnected) former.element.replaceWith(this.element);
+      if (former.#wasLarge) this.#enlargeSoon();
     });
+  }
+
+  /** The node was taken away: what were drawn in the window now would be nobody's. */
+  leave() {
+    this.#wasLarge = Boolean(this.dialog);
+    this.#shrink();
   }
 
   #build() {
@@ -78,11 +89,12 @@ export class Editor {
     });
     this.result = this.#button(() => (this.onResult = !this.onResult));
     name(this.result, "▣", say("onResult"));
-    this.large = this.#button(() => this.#enlarge());
+    this.large = this.#button(() => (this.dialog ? this.#shrink() : this.#enlarge()));
     name(this.large, "⤢", say("enlarge"));
     name(this.undo, say("undo"), say("undoTip"));
     name(this.reset, say("reset"), say("resetTip"));
-    const bar = make("div", { class: "sda-bar" }, this.choices, make("span", { class: "sda-gap" }), this.undo, this.reset, this.result, this.large);
+    const gap = make("span", { class: "sda-gap" });
+    const bar = make("div", { class: "sda-bar" }, this.choices, gap, this.undo, this.reset, this.result, this.large);
     this.canvas = make("canvas", { "aria-hidden": "true" });
     // The focus is in no input: the page leaves those their own undo, and this has none but the page's.
     const named = { role: "application", tabindex: "0", "aria-label": `${label}. ${hint}. ${keys}` };
@@ -103,21 +115,31 @@ export class Editor {
     this.element.append(this.panel.element);
   }
 
-  /** Into a dialog as large as the window, and back to the node when that is closed. */
+  /** Into a dialog as large as the window. */
   #enlarge() {
-    if (this.dialog) return this.dialog.close();
-    const home = document.createComment("");
-    this.element.replaceWith(home);
+    this.element.replaceWith(this.#home);
     this.dialog = make("dialog", { class: "sda-dialog" }, this.element);
-    this.dialog.addEventListener("close", () => {
-      this.dialog.remove();
-      this.dialog = null;
-      home.replaceWith(this.element);
-      this.draw();
-    });
+    this.dialog.addEventListener("close", () => this.#shrink());
     document.body.append(this.dialog);
     this.dialog.showModal();
     this.stage.focus();
+  }
+
+  /** As soon as the page has put the element into the new node, which the way back must find. */
+  #enlargeSoon(frames = 60) {
+    if (this.element.isConnected) this.#enlarge();
+    else if (frames) requestAnimationFrame(() => this.#enlargeSoon(frames - 1));
+  }
+
+  /** Out of it, back to the node. */
+  #shrink() {
+    const { dialog } = this;
+    if (!dialog) return;
+    this.dialog = null; // before it is closed, which calls this again
+    this.#home.replaceWith(this.element);
+    dialog.close();
+    dialog.remove();
+    this.draw();
   }
 
   #button(act) {
@@ -182,9 +204,10 @@ export class Editor {
     if (this.#locked()) return;
     const { point, reach, pressure } = this.#pointer(event);
     const before = this.host.read();
-    this.#gesture = { before, act: this.tool.press(before, point, reach, { shift: event.shiftKey }), x: event.clientX, y: event.clientY, moved: false };
+    const act = this.tool.press(before, point, reach, { shift: event.shiftKey });
+    this.#gesture = { before, act, x: event.clientX, y: event.clientY, moved: false };
     this.canvas.setPointerCapture?.(event.pointerId);
-    if (this.tool.marks || event.shiftKey) this.host.write(this.#gesture.act({ point, rise: 0, moved: false, free: event.altKey, pressure }));
+    if (this.tool.marks || event.shiftKey) this.host.write(act({ point, rise: 0, moved: false, free: event.altKey, pressure }));
     this.draw();
   }
 
@@ -230,7 +253,7 @@ export class Editor {
   #key(event) {
     if (event.key === "Escape") {
       if (this.#gesture) this.#cancel();
-      else if (this.dialog) this.dialog.close();
+      else if (this.dialog) this.#shrink();
       else this.stage.blur();
     } else if (!this.tool.takes(event)) return; // everyone else's: Tab, Ctrl+Enter, undo, ...
     else if (!this.#locked() && !this.#gesture) this.#change(this.tool.key(this.host.read(), event));

@@ -11,7 +11,7 @@ import { say } from "./texts.js";
 import { ARROWS, CURSORS, plain, RESETS, SIZES } from "./tools.js";
 
 const MODES = { b: "box", p: "paint", e: "erase" };
-const BRUSH = { least: 0.01, most: 0.4, start: 0.06 }; // radius as a share of the picture's height
+export const BRUSH = { least: 0.01, most: 0.4, step: 0.01, start: 0.06 }; // radius as a share of the picture's height
 
 export class RegionsTool {
   label = say("regionsLabel");
@@ -26,26 +26,44 @@ export class RegionsTool {
   found = []; // shapes that a detector gave to the last run
   #pen = [0.5, 0.5]; // where the keys paint
   #penShown = false;
-  #read = { text: "", list: [] };
+  #read = { text: "", list: [], problem: "" };
 
   constructor(initial) {
     this.initial = initial;
   }
 
-  /** The regions of a state. The same objects for the same text, so that what is drawn of them can be kept. */
-  list([text]) {
-    if (text !== this.#read.text) {
-      const list = lists.parseList(text);
+  get hand() {
+    const { selected, mode, brush } = this;
+    return { selected, mode, brush };
+  }
+
+  /** {list, problem} of a text, read once: the same regions for the same text, so that what is drawn of them can be kept. */
+  #reading([text]) {
+    if (text === this.#read.text) return this.#read;
+    try {
       const known = new Map(this.#read.list.map((region) => [JSON.stringify(region), region]));
-      this.#read = { text, list: list.map((region) => known.get(JSON.stringify(region)) ?? region) };
+      const list = lists.parseList(text).map((region) => known.get(JSON.stringify(region)) ?? region);
+      this.#read = { text, list, problem: "" };
+    } catch (error) {
+      this.#read = { text, list: [], problem: error.message };
     }
-    return this.#read.list;
+    return this.#read;
+  }
+
+  /** The regions of a state, none where it cannot be read. */
+  list(state) {
+    return this.#reading(state).list;
+  }
+
+  /** Why it cannot be read, or "". */
+  problem(state) {
+    return this.#reading(state).problem;
   }
 
   /** The state of such regions. */
   state(list) {
     const text = lists.formatList(list);
-    this.#read = { text, list };
+    this.#read = { text, list, problem: "" };
     return [text];
   }
 
@@ -75,15 +93,6 @@ export class RegionsTool {
     if (!region) return say("regionsNone");
     const values = { count: `${this.at(list) + 1}/${list.length}`, name: region.name, ...sides(region.box) };
     return region.mask ? say("regionPainted", values) : say("regionBox", values);
-  }
-
-  problem(state) {
-    try {
-      this.list(state);
-      return "";
-    } catch (error) {
-      return error.message;
-    }
   }
 
   cursor(state, point, reach) {
@@ -143,7 +152,7 @@ export class RegionsTool {
   #canvasOf(list, value) {
     const at = this.at(list);
     if (at >= 0) return { list, at, bytes: lists.bytesOf(list[at]) };
-    if (!value) return { list, at: -1 };
+    if (!value || list.length >= lists.MOST) return { list, at: -1 };
     const bytes = new Uint8Array(lists.SIDE ** 2);
     return { list: [...list, lists.newRegion(list, { mask: lists.writeMask(bytes) })], at: list.length, bytes };
   }
@@ -170,7 +179,8 @@ export class RegionsTool {
     const { key } = event;
     if (key in MODES) this.mode = MODES[key];
     else if (key === "n") return this.addNew(state);
-    else if (key === "[" || key === "]") this.selected = Math.min(Math.max(at + (key === "]" ? 1 : -1), 0), Math.max(list.length - 1, 0));
+    else if (key === "[") this.selected = Math.max(at - 1, 0);
+    else if (key === "]") this.selected = at + 1;
     else if (this.mode !== "box" && (key in ARROWS || key in SIZES || key === " ")) return this.#paintByKeys(list, event);
     else if (at >= 0 && RESETS.includes(key)) return this.state(lists.without(list, at));
     else if (at >= 0 && key in SIZES && !list[at].mask) {
@@ -188,13 +198,15 @@ export class RegionsTool {
 
   #paintByKeys(list, event) {
     this.#penShown = true;
-    if (event.key in SIZES) this.setBrush(this.brush + 0.01 * SIZES[event.key]);
-    else if (event.key in ARROWS) {
+    if (event.key in SIZES) {
+      this.setBrush(this.brush + BRUSH.step * SIZES[event.key]);
+      return this.state(list);
+    }
+    if (event.key in ARROWS) {
       const step = 0.02 * (event.ctrlKey || event.metaKey ? 5 : 1);
       this.#pen = this.#pen.map((place, axis) => Math.min(Math.max(place + step * ARROWS[event.key][axis], 0), 1));
       if (!event.shiftKey) return this.state(list);
     }
-    if (event.key in SIZES) return this.state(list);
     return this.#stroke(list, this.#pen)({ point: this.#pen, pressure: 1 });
   }
 
@@ -229,7 +241,8 @@ export class RegionsTool {
 
 function inside(region, [x, y]) {
   if (region.mask) {
-    const place = Math.min(Math.floor(y * lists.SIDE), lists.SIDE - 1) * lists.SIDE + Math.min(Math.floor(x * lists.SIDE), lists.SIDE - 1);
+    const [column, row] = [x, y].map((share) => Math.min(Math.floor(share * lists.SIDE), lists.SIDE - 1));
+    const place = row * lists.SIDE + column;
     let from = 0;
     return region.mask.findIndex((run) => (from += run) > place) % 2 === 1;
   }

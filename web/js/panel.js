@@ -6,6 +6,7 @@
  */
 
 import { make } from "./dom.js";
+import { BRUSH } from "./layers.js";
 import * as lists from "./list.js";
 import { say } from "./texts.js";
 
@@ -22,7 +23,7 @@ export class Panel {
     this.tool = tool;
     this.host = host;
     this.rows = make("div", { class: "sda-rows", role: "list", "aria-label": say("regionsLabel") });
-    this.brush = this.#input("range", "brush", { min: 0.01, max: 0.4, step: 0.01 }, (value) => tool.setBrush(Number(value)));
+    this.brush = this.#input("range", "brush", { min: BRUSH.least, max: BRUSH.most, step: BRUSH.step }, (value) => tool.setBrush(Number(value)));
     const shapes = () => tool.found.map(({ box, mask }) => (mask ? { mask } : { box }));
     this.take = this.#button("", say("takeFoundTip"), () => this.#set(tool.add(host.read(), ...shapes())));
     this.fields = this.#fields();
@@ -83,7 +84,7 @@ export class Panel {
       this.tool.selected = place;
       this.host.draw();
     };
-    const change = (name, read) => (value, done) => this.#change(place, { [name]: read ? read(value) : value }, done);
+    const change = (name) => (value, done) => this.#change(place, { [name]: value }, done);
     const move = (by) => () => {
       const order = lists.moved(list(), place, by);
       this.tool.selected = Math.min(Math.max(place + by, 0), order.length - 1);

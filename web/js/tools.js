@@ -24,7 +24,7 @@ export class BoxTool {
   keys = say("boxKeys");
   choices = [];
   levels = [];
-  selected = null; // there is one box
+  hand = {}; // there is one box, and nothing to choose
 
   constructor(initial) {
     this.initial = initial;
@@ -90,6 +90,10 @@ export class CellTool {
 
   constructor(initial) {
     this.initial = initial;
+  }
+
+  get hand() {
+    return { selected: this.selected };
   }
 
   /** The levels to choose from; the selection stays where it was, as far as there is such a cell. */

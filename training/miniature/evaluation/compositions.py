@@ -16,6 +16,7 @@ from torch import Tensor
 from ....kernels.embedding import MASK_SIDE, SemanticEmbedding
 from ....kernels.region_list import Region, runs
 from ....kernels.regions import region_tokens
+from ....kernels.words import PAD
 from ..parser import parse
 from ..scenes import COLOURS, GROUNDS, SHAPES, SIZE, Scene, Thing, choice, generator, place_centre, render
 from ..text import encode, token_ids
@@ -40,7 +41,7 @@ def prompted(system: Miniature, base: SemanticEmbedding, region: Region) -> Sema
     box, mask = region.shape()
     ids = token_ids([region.prompt], system.device)
     with torch.no_grad():
-        tokens = encode(system.text, ids)[0][:, : int((ids[0] != 0).sum())].float().cpu()
+        tokens = encode(system.text, ids)[0][:, : int((ids[0] != PAD).sum())].float().cpu()
     return region.laid_on(base, region_tokens(tokens, box), mask)
 
 

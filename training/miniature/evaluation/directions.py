@@ -186,6 +186,10 @@ def alone(change: Edit, found: Scene) -> bool:
     return any((thing.name, thing.size) == (new.name, new.size) and distance(thing, new) <= REACH for thing in found.things)
 
 
+def succeeded(trials: Trials, found: Sequence[Scene]) -> list[bool]:
+    return [seen(change, each) for change, each in zip(trials.changes, found)]
+
+
 def untouched(change: Edit) -> tuple:
     return tuple(thing for thing in change.source.things if thing != change.subject)
 
@@ -193,7 +197,7 @@ def untouched(change: Edit) -> tuple:
 def figures(trials: Trials, dial: Sequence[np.ndarray]) -> dict[str, float]:
     """dial: the pictures at 0 and at every place of DIAL."""
     full, kinds = parse_all(dial[-1]), [change.operation for change in trials.changes]
-    success = [seen(change, found) for change, found in zip(trials.changes, full)]
+    success = succeeded(trials, full)
     kept = [len(matches(Scene(c.source.ground, untouched(c)), found, same_and_near)) for c, found in zip(trials.changes, full)]
     wanted = sum(len(untouched(change)) for change in trials.changes)
     outside = ~truly_changed(trials.sources, trials.targets)
@@ -266,10 +270,13 @@ def run(system: Miniature, count: int, seed: int) -> tuple[dict, dict]:
     kinds, entire, nearer = ({name: values.pop(key) for name, values in found.items()} for key in ("kinds", "alone", "nearer"))
     results = {"directions": found, "mask": {"auc": auc(trials.heard().numpy(), truth)}, "cost": {"ratio": trials.cost()}}
     nothing = figures(trials, [plain])
+    # The ends of every dial are among the figures already.
+    curve = {name: [nothing["success"], *(float(np.mean(succeeded(trials, parse_all(p)))) for p in dial[1:-1]), found[name]["success"]]
+             for name, dial in dials.items()}
     return results, {"kinds": kinds, "alone": entire, "nearer": nearer, "strength": strength, "threshold": threshold,
                      "weight": weight, "dial": DIAL,
                      "plain": {key: nothing[key] for key in ("success", "kept", "psnr_outside")},
-                     "curve": {name: [figures(trials, [pictures])["success"] for pictures in dial] for name, dial in dials.items()},
+                     "curve": curve,
                      "pictures": {"directions.jpg": shown(trials, dials["fluxspace_auto"])}}
 
 
