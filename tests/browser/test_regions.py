@@ -116,9 +116,10 @@ def test_the_canvas_is_enlarged_and_comes_back(artist: Artist) -> None:
     assert artist.canvas.bounding_box()["height"] > 1.5 * small
     artist.drag((0.1, 0.1), (0.3, 0.3))
     artist.desk.photograph(f"regions enlarged {artist.desk.modern}")
-    artist.press("Escape")
+    panel(artist, "Prompt").click()
+    artist.press("Escape")  # from a field as well
     artist.page.wait_for_timeout(300)
-    assert artist.page.locator("dialog.sda-dialog").count() == 0 and abs(artist.canvas.bounding_box()["height"] - small) < 3
+    assert artist.page.locator(".sda-window").count() == 0 and abs(artist.canvas.bounding_box()["height"] - small) < 3
     assert len(listed(artist)) == 1 and artist.says().startswith("1/1")
 
 
@@ -135,8 +136,8 @@ def test_after_an_undo_the_hand_goes_on_where_it_was(artist: Artist) -> None:
     artist.drag((0.2, 0.6), (0.4, 0.6))
     artist.undo()
     artist.page.wait_for_timeout(800)
-    assert listed(artist) == before and artist.page.locator("dialog.sda-dialog .sda-editor").count() == 1
-    artist.page.locator("dialog .sda-stage").focus()
+    assert listed(artist) == before and artist.page.locator(".sda-window .sda-editor").count() == 1
+    artist.page.locator(".sda-window .sda-stage").focus()
     artist.drag((0.6, 0.6), (0.8, 0.6))
     (region,) = listed(artist)
     shape = region.painted()
@@ -144,7 +145,7 @@ def test_after_an_undo_the_hand_goes_on_where_it_was(artist: Artist) -> None:
     assert shape[154 - 22, 180] == 1, "with the brush as it was"
     artist.press("Escape")
     artist.page.wait_for_timeout(300)
-    assert artist.page.locator("dialog.sda-dialog").count() == 0 and artist.canvas.last.is_visible()
+    assert artist.page.locator(".sda-window").count() == 0 and artist.canvas.last.is_visible()
     artist.drag((0.5, 0.9), (0.6, 0.9))
     assert listed(artist)[0].painted()[230, 140] == 1
 

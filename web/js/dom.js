@@ -15,9 +15,8 @@ const STYLE = `
   background: var(--comfy-input-bg, #222); }
 .sda-editor .sda-stage:focus { outline: 2px solid #56b4e9; outline-offset: -1px; }
 .sda-editor canvas { position: absolute; inset: 0; width: 100%; height: 100%; touch-action: none; }
-.sda-dialog { width: 94vw; height: 94vh; max-width: none; max-height: none; padding: 12px; border: 1px solid var(--border-color, #666);
-  border-radius: 8px; background: var(--comfy-menu-bg, #353535); box-sizing: border-box; }
-.sda-dialog::backdrop { background: rgba(0, 0, 0, 0.6); }
+.sda-window { position: fixed; inset: 3vh 3vw; z-index: 10000; padding: 12px; border: 1px solid var(--border-color, #666);
+  border-radius: 8px; background: var(--comfy-menu-bg, #353535); box-sizing: border-box; box-shadow: 0 0 0 100vmax rgba(0, 0, 0, 0.6); }
 .sda-editor .sda-line { overflow-wrap: anywhere; }
 .sda-editor .sda-hint { opacity: 0.7; cursor: help; }
 /* Where Nodes 2.0 leaves details out of far nodes, it also takes the pointer from their widgets; this one is still seen. */

@@ -32,7 +32,7 @@ export class Editor {
   #wanted = false; // the focus, as soon as the element is in the page
   #home = document.createComment(""); // stands in the node while the element is in the window
   #wasLarge = false; // when its node was taken away
-  dialog = null;
+  window = null; // in which the element is, while it is enlarged
   onResult = false; // whether it is drawn on the latest picture that came of this node
 
   constructor(tool, host, Panel = null) {
@@ -74,7 +74,7 @@ export class Editor {
 
   /** The node was taken away: what were drawn in the window now would be nobody's. */
   leave() {
-    this.#wasLarge = Boolean(this.dialog);
+    this.#wasLarge = Boolean(this.window);
     this.#shrink();
   }
 
@@ -89,7 +89,7 @@ export class Editor {
     });
     this.result = this.#button(() => (this.onResult = !this.onResult));
     name(this.result, "▣", say("onResult"));
-    this.large = this.#button(() => (this.dialog ? this.#shrink() : this.#enlarge()));
+    this.large = this.#button(() => (this.window ? this.#shrink() : this.#enlarge()));
     name(this.large, "⤢", say("enlarge"));
     name(this.undo, say("undo"), say("undoTip"));
     name(this.reset, say("reset"), say("resetTip"));
@@ -115,13 +115,15 @@ export class Editor {
     this.element.append(this.panel.element);
   }
 
-  /** Into a dialog as large as the window. */
+  /** Into a window nearly as large as the page's. No dialog element: while one is open newer pages know no undo. */
   #enlarge() {
     this.element.replaceWith(this.#home);
-    this.dialog = make("dialog", { class: "sda-dialog" }, this.element);
-    this.dialog.addEventListener("close", () => this.#shrink());
-    document.body.append(this.dialog);
-    this.dialog.showModal();
+    this.window = make("div", { class: "sda-window" }, this.element);
+    const leave = (event) => {
+      if (event.key === "Escape" && !this.stage.contains(event.target)) this.#shrink();
+    };
+    this.window.addEventListener("keydown", leave, true); // before the panel, which keeps keys to itself
+    document.body.append(this.window);
     this.stage.focus();
   }
 
@@ -133,12 +135,10 @@ export class Editor {
 
   /** Out of it, back to the node. */
   #shrink() {
-    const { dialog } = this;
-    if (!dialog) return;
-    this.dialog = null; // before it is closed, which calls this again
+    if (!this.window) return;
     this.#home.replaceWith(this.element);
-    dialog.close();
-    dialog.remove();
+    this.window.remove();
+    this.window = null;
     this.draw();
   }
 
@@ -247,13 +247,13 @@ export class Editor {
   #wheel(event) {
     event.stopPropagation();
     event.preventDefault();
-    this.host.forward("processMouseWheel", event);
+    if (!this.window) this.host.forward("processMouseWheel", event);
   }
 
   #key(event) {
     if (event.key === "Escape") {
       if (this.#gesture) this.#cancel();
-      else if (this.dialog) this.#shrink();
+      else if (this.window) this.#shrink();
       else this.stage.blur();
     } else if (!this.tool.takes(event)) return; // everyone else's: Tab, Ctrl+Enter, undo, ...
     else if (!this.#locked() && !this.#gesture) this.#change(this.tool.key(this.host.read(), event));
