@@ -22,6 +22,7 @@ from .embedding import MASK_SIDE, SemanticEmbedding
 
 VERSION = 1
 MOST = 64  # regions
+OTHERS = 16  # embeddings that they can show
 LONGEST = 2**20  # characters of the text
 REMEDY = "draw the region anew"
 PIXELS = MASK_SIDE**2
@@ -47,7 +48,7 @@ class Region(schema.Closed):
     box: Box | None = None
     mask: Runs | None = None
     feather: schema.Share = 0.0
-    speaks: schema.whole(0, 16) = 0
+    speaks: schema.whole(0, OTHERS) = 0
     placed: schema.Flag = False
     prompt: Annotated[str, StringConstraints(max_length=10_000)] = ""
     strength: Factor = 1.0

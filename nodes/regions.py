@@ -12,7 +12,9 @@ from ..kernels.embedding import MASK_SIDE, SemanticEmbedding
 from . import boxes, prompt, queue, types
 from .host.versions import schema
 
-OTHERS = tuple(f"other_{number}" for number in (1, 2, 3, 4))
+# The page shows those that are connected and one more (web/js/grow.js). No Autogrow: its names are others than those of cores
+# that have none, and a workflow is to open in both.
+OTHERS = tuple(f"other_{number}" for number in range(1, region_list.OTHERS + 1))
 
 
 class Regions(io.ComfyNode):
@@ -34,7 +36,6 @@ class Regions(io.ComfyNode):
                 types.Embedding.Input(
                     "embedding", optional=True, tooltip="What is seen where no region is: a picture's embedding, or a prompt's."
                 ),
-                *(types.Embedding.Input(name, optional=True, tooltip="An embedding that regions can show.") for name in OTHERS),
                 io.Image.Input("image", optional=True, tooltip="The picture to draw on. The masks come out in its size."),
                 io.Mask.Input(
                     "masks", optional=True,
@@ -44,6 +45,7 @@ class Regions(io.ComfyNode):
                     "bboxes", optional=True, extra_dict={"forceInput": True},  # without it the page makes a widget of the type
                     tooltip="The same as boxes, in pixels of image; masks go before them.",
                 ),
+                *(types.Embedding.Input(name, optional=True, tooltip="An embedding that regions can show.") for name in OTHERS),
             ],
             outputs=[
                 types.Embedding.Output(display_name="embedding", tooltip="All regions, on what was there."),

@@ -14,23 +14,36 @@ SCENE = 7  # the bundled picture among SDALoadMiniature's outputs
 
 
 def to_prompt(workflow: dict, nodes: dict) -> dict:
-    """The API prompt of `workflow`; `nodes` is /object_info. Notes are left out.
+    """The API prompt of `workflow`; `nodes` is /object_info. Notes and bypassed nodes are left out.
 
-    Raises Failure for nodes that are muted, bypassed or only on the page (Reroute): no template of ours uses them.
+    Raises Failure for nodes that are muted or only on the page (Reroute): no template of ours uses them.
     """
-    links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
+    links = _sources(workflow)
     prompt = {}
     for node in workflow["nodes"]:
-        if node["type"] in ("Note", "MarkdownNote"):
+        if node["type"] in ("Note", "MarkdownNote") or node.get("mode", 0) == BYPASSED:
             continue
-        if node["type"] not in nodes or node.get("mode", 0) in (MUTED, BYPASSED):
-            raise Failure(f"Node {node['id']} ({node['type']}) is unknown to this ComfyUI, muted or bypassed.")
+        if node["type"] not in nodes or node.get("mode", 0) == MUTED:
+            raise Failure(f"Node {node['id']} ({node['type']}) is unknown to this ComfyUI, or muted.")
         inputs = _widget_values(node, nodes[node["type"]])
         for socket in node.get("inputs", []):
             if socket.get("link") is not None:
                 inputs[socket["name"]] = links[socket["link"]]
         prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
     return prompt
+
+
+def _sources(workflow: dict) -> dict[int, list]:
+    """Where each link comes from: through a bypassed node, from its first input of the same type."""
+    origins = {link[0]: (link[1], link[2]) for link in workflow["links"]}
+    bypassed = {node["id"]: node for node in workflow["nodes"] if node.get("mode", 0) == BYPASSED}
+    sources = {}
+    for link, (node, slot) in origins.items():
+        while node in bypassed:
+            kind = bypassed[node]["outputs"][slot]["type"]
+            node, slot = origins[next(socket["link"] for socket in bypassed[node]["inputs"] if socket["type"] == kind)]
+        sources[link] = [str(node), slot]
+    return sources
 
 
 def _widget_values(node: dict, schema: dict) -> dict:

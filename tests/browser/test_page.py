@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from semantic_diffusion_adapter.kernels import embedding_file
 from semantic_diffusion_adapter.kernels.embedding import from_hierarchy
 from semantic_diffusion_adapter.kernels.hierarchy import hierarchy
 from semantic_diffusion_adapter.runner.server import PACK
+from semantic_diffusion_adapter.training.miniature.parser import parse
 
 if TYPE_CHECKING:
-    from .conftest import Desk
+    from .conftest import Artist, Desk
 
 pytestmark = pytest.mark.browser
 
@@ -179,6 +183,49 @@ def test_redux_with_layout_is_found_placed_and_linked(desk: Desk) -> None:
     assert [encode[name] for name in ("preset", "whole", "quarters", "sixteenths")] == ["quad64", 0.5, 0.75, 0]
     assert {node["class_type"] for node in prompt.values()} >= {"SDAMaskedAttention", "SDAEmbeddingToConditioning"}
     assert prompt[encode["image"][0]]["class_type"] == "SDALoadMiniature"
+
+
+def test_regional_prompts_are_drawn_on_the_blueprints_own_face(desk: Desk, artist: Artist, miniature: Path) -> None:
+    """The canvas of the node inside; what is drawn and said there is painted."""
+    page = desk.page
+    place(desk, "Regional prompts")
+    build(desk, [["SDALoadMiniature", {}], ["CLIPTextEncode", {}], ["EmptyLatentImage", {"width": 128, "height": 128}],
+                 ["KSampler", {"steps": 4, "cfg": 1}], ["VAEDecode", {}], ["SaveImage", {}]])  # fmt: skip
+    page.evaluate(
+        """() => {
+            const [blueprint, miniature, text, latent, sampler, decode, shown] = app.graph.nodes;
+            const give = (from, slot, to, name) => from.connect(slot, to, to.inputs.findIndex(input => input.name === name));
+            const out = name => blueprint.outputs.findIndex(output => output.name === name);
+            give(miniature, 0, blueprint, 'model');
+            give(miniature, 1, blueprint, 'clip');
+            give(miniature, 1, text, 'clip');
+            give(text, 0, blueprint, 'text');
+            give(blueprint, out('model'), sampler, 'model');
+            ['positive', 'negative'].forEach(name => give(blueprint, out('positive'), sampler, name));
+            give(latent, 0, sampler, 'latent_image');
+            give(sampler, 0, decode, 'samples');
+            give(miniature, 2, decode, 'vae');
+            give(decode, 0, shown, 'images');
+            text.widgets[0].value = 'a large red circle at the top left on a brown ground';
+            [miniature, text, latent, sampler, decode, shown].forEach((node, at) => (node.pos = [900, 200 * at]));
+            blueprint.pos = [0, 0];
+        }"""
+    )
+    artist.settle()
+    prompt = page.locator(".sda-panel [aria-label=Prompt]").last
+    page.mouse.click(*artist.at(0.2, 0.5))
+    artist.press("Delete", "Delete")
+    artist.drag((0.5, 0.5), (0.98, 0.98))
+    prompt.fill("a large yellow square at the bottom right")
+    desk.photograph(f"blueprint, {'Nodes 2.0' if desk.modern else 'classic canvas'}")
+    desk.run()
+    saved = "app.nodeOutputs[app.graph.nodes.find(({ type }) => type === 'SaveImage').id]?.images?.[0]"  # not the last: a click raises
+    desk.until(f"Boolean({saved})", True)
+    assert desk.red() == []
+    file = page.evaluate(saved)
+    data = page.request.get(f"{desk.url}/view", params=file).body()
+    seen = {thing.name: thing for thing in parse(np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))).things}
+    assert seen["yellow square"].x > 64 and seen["yellow square"].y > 64 and "red circle" in seen
 
 
 @pytest.mark.parametrize("desk", ["classic canvas"], indirect=True)

@@ -69,6 +69,41 @@ def test_regions_are_drawn_chosen_filled_in_and_kept(artist: Artist) -> None:
     assert json.loads(kept["regions"])["version"] == 1
 
 
+def test_there_is_always_one_more_embedding_to_connect(artist: Artist) -> None:
+    """In the page alone: the server knows all sixteen, so a workflow is the same with and without this."""
+    page, others = artist.page, "added.inputs.map(({ name }) => name).filter(name => name.startsWith('other_'))"
+    artist.add("SDARegions")
+    artist.drag((0.1, 0.1), (0.4, 0.4))
+    shows = panel(artist, "Shows").locator("option")
+    assert page.evaluate(others) == ["other_1"] and shows.count() == 3
+    link = """name => {
+        const from = LiteGraph.createNode('SDALoadEmbedding');
+        app.graph.add(from);
+        from.connect(0, added, added.inputs.findIndex(input => input.name === name));
+    }"""
+    for number in range(1, 17):
+        page.evaluate(link, f"other_{number}")
+    assert page.evaluate(others) == [f"other_{number}" for number in range(1, 17)]
+    artist.says()
+    assert shows.count() == 33
+    panel(artist, "Shows").select_option("12s")
+    prompt = page.evaluate("async () => (await app.graphToPrompt()).output[added.id].inputs")
+    assert [name for name in prompt if name.startswith("other_")] == [f"other_{number}" for number in range(1, 17)]
+
+    page.evaluate("added.disconnectInput(added.inputs.findIndex(input => input.name === 'other_16'))")
+    assert page.evaluate(others)[-1] == "other_16"
+    for number in (15, 14, 3):
+        page.evaluate("name => added.disconnectInput(added.inputs.findIndex(input => input.name === name))", f"other_{number}")
+    assert page.evaluate(others) == [f"other_{number}" for number in range(1, 15)], "a gap stays"
+    saved = page.evaluate("JSON.stringify(app.graph.serialize())")
+    page.evaluate("async text => { await app.loadGraphData(JSON.parse(text)); }", saved)
+    page.evaluate("window.added = app.graph.nodes.find(node => node.type === 'SDARegions')")
+    assert page.evaluate(others) == [f"other_{number}" for number in range(1, 15)]
+    linked = page.evaluate("async () => Object.keys((await app.graphToPrompt()).output[added.id].inputs)")
+    assert {f"other_{number}" for number in range(1, 14) if number != 3} == {name for name in linked if name.startswith("other_")}
+    assert artist.desk.complaints == []
+
+
 def test_a_shape_is_painted_and_erased(artist: Artist) -> None:
     artist.add("SDARegions")
     modes = artist.page.locator(".sda-editor [role=group] button")

@@ -81,6 +81,9 @@ def check(nodes: list[dict], links: list[list], info: dict) -> None:
         values = len([slot for slot in wanted if slot[3]]) + len(controlled)
         if node["type"] == "LoadImage":  # has the page's own upload button, and names no file: who knows which are there?
             wanted, values = [*wanted, ("upload", "IMAGEUPLOAD", False, True)], 0
+        if node["type"] == "SDARegions":  # shows as many of its embeddings as are connected, and one more
+            shown = {slot["name"] for slot in node["inputs"]}
+            wanted = [slot for slot in wanted if slot[0] in shown or not slot[0].startswith("other_")]
         there = [(slot["name"], slot["type"], slot.get("shape") == 7, "widget" in slot) for slot in node["inputs"]]
         assert there == wanted, node["type"]
         assert len(node["widgets_values"]) == values, node["type"]

@@ -150,12 +150,9 @@ def toy_loaders(tmp_path, info, monkeypatch):
     return info
 
 
-def test_redux_with_layout_paints_in_core(toy_loaders, queue, tmp_path):
-    """Unpacked by hand, with loaders and sampler outside; with a prompt beside the picture and without, and by its dials."""
-    _, definition = read("Redux with layout")
-    assert len(definition["nodes"]) <= 4
-    ends = outputs(definition)
-    outside = {
+def around(ends: dict[str, list]) -> dict:
+    """Loaders and sampler outside of a blueprint, with the miniature in FLUX.1's place."""
+    return {
         "load": {"class_type": "SDALoadMiniature", "inputs": {}},
         "redux": {"class_type": "ToyRedux", "inputs": {}},
         "prompt": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["load", 1], "text": "a red circle"}},
@@ -169,12 +166,36 @@ def test_redux_with_layout_paints_in_core(toy_loaders, queue, tmp_path):
         },
         "decode": {"class_type": "VAEDecode", "inputs": {"samples": ["sample", 0], "vae": ["load", 2]}},
         "show": {"class_type": "PreviewImage", "inputs": {"images": ["decode", 0]}},
-        "boxes": {"class_type": "SDAPreviewEmbedding", "inputs": {"embedding": ends["embedding"], "measure": "strength"}},
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["Regional prompts", "Picture regions"])
+def test_regions_paint_in_core(name, toy_loaders, queue, tmp_path):
+    _, definition = read(name)
+    ends = outputs(definition)
+    given = {"model": ["load", 0], "clip": ["load", 1], "text": ["prompt", 0]}
+    if name == "Picture regions":
+        given |= {"image_1": ["load", 7], "image_2": ["other", 0], "style_model": ["redux", 0], "clip_vision": ["redux", 1]}
+    beside = {
+        "masks": {"class_type": "MaskPreview", "inputs": {"mask": ends["masks"]}},
+        "other": {"class_type": "ImageInvert", "inputs": {"image": ["load", 7]}},
+    }
+    prompt = unpacked(definition, given, toy_loaders) | around(ends) | beside
+    ran, errors = queue(prompt)
+    assert not errors and ran == set(prompt) - (set() if name == "Picture regions" else {"redux", "other"})
+    assert len(list(tmp_path.glob("*.png"))) >= 3  # two regions, one picture
+
+
+def test_redux_with_layout_paints_in_core(toy_loaders, queue, tmp_path):
+    """Unpacked by hand; with a prompt beside the picture and without, and by its dials."""
+    _, definition = read("Redux with layout")
+    assert len(definition["nodes"]) <= 4
+    ends = outputs(definition)
+    boxes = {"class_type": "SDAPreviewEmbedding", "inputs": {"embedding": ends["embedding"], "measure": "strength"}}
     given = {
         "model": ["load", 0], "image": ["load", 7], "style_model": ["redux", 0], "clip_vision": ["redux", 1], "text": ["prompt", 0],
     }  # fmt: skip
-    prompt = unpacked(definition, given, toy_loaders) | outside
+    prompt = unpacked(definition, given, toy_loaders) | around(ends) | {"boxes": boxes}
     ran, errors = queue(prompt)
     assert not errors and ran == set(prompt)
     (encode,) = (key for key, node in prompt.items() if node["class_type"] == "SDAEncodeRedux")

@@ -74,7 +74,7 @@ FROZEN = {
     "SDAAttributeMask": (["model", "positive", "latent", "noises", "seed"], ["MASK"]),
     "SDARegionalPrompt": (["clip", "text", *BOX, "embedding", *INSTEAD], ["SDA_EMBEDDING"]),
     "SDARegions": (
-        ["regions", "clip", "embedding", "other_1", "other_2", "other_3", "other_4", "image", "masks", "bboxes"],
+        ["regions", "clip", "embedding", "image", "masks", "bboxes", *(f"other_{number}" for number in range(1, 17))],
         ["SDA_EMBEDDING", "MASK"],
     ),
     "SDAPlace": (["embedding", "other", *BOX, *INSTEAD], ["SDA_EMBEDDING"]),
@@ -137,7 +137,8 @@ def test_every_node_has_a_help_page_that_names_all_its_inputs_and_outputs(node_l
     for name, schema in schemas.items():
         text = (DOCS / f"{name}.md").read_text(encoding="utf-8")
         assert text.startswith(f"# {schema.display_name}\n")
-        ids = [re.sub("_2$", "_1", i.id) for i in schema.inputs] + [o.display_name for o in schema.outputs]  # `x_1` to `x_3`
+        ids = [i.id for i in schema.inputs] + [o.display_name for o in schema.outputs]
+        ids = [re.sub(r"_([2-9]|1[0-5])$", "_1", id) for id in ids]  # `x_1` to `x_3` or to `x_16`
         assert [id for id in ids if f"`{id}`" not in text] == [], name
         shown |= set(re.findall(r"!\[[^\]]+\]\((\S+)\)", text))
     pictures = {path.name: path.stat().st_size for path in DOCS.glob("*.png")}

@@ -6,6 +6,7 @@
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 import { Editor } from "./editor.js";
+import { connectedOf, growing } from "./grow.js";
 import { RegionsTool } from "./layers.js";
 import { Panel } from "./panel.js";
 import { isLinked, outputOf, pictureFinder, picturesAbove, picturesBelow } from "./pictures.js";
@@ -26,7 +27,7 @@ const WIDGET = "sda_canvas";
 const WIDTH = 340;
 
 const editors = new Set();
-const left = new Map(); // node id -> the editor of a node that was taken away: the page's undo puts another node there
+const left = new Map(); // place -> the editor of a node that was taken away: the page's undo puts another node there
 
 app.registerExtension({
   name: "SemanticDiffusionAdapter.Canvas",
@@ -83,7 +84,7 @@ function attach(node, { tool: Tool, widgets: names, ground, other, shrunk, panel
     },
     levels: () => levelsOf(seen().layout, seen().cells),
     view: (onResult) => {
-      if (Tool === RegionsTool) editor.tool.found = seen().found ?? [];
+      if (Tool === RegionsTool) Object.assign(editor.tool, { found: seen().found ?? [], connected: connectedOf(node) });
       return {
         ground: findGround(onResult ? picturesBelow(node) : picturesAbove(node, ground)),
         other: other && findOther(picturesAbove(node, [other])),
@@ -94,16 +95,22 @@ function attach(node, { tool: Tool, widgets: names, ground, other, shrunk, panel
     forward: (name, event) => app.canvas?.[name]?.(event),
   }, panel);
 
+  const settle = growing(node);
+  settle();
   const widget = node.addDOMWidget(WIDGET, WIDGET, editor.element, { serialize: false, getMinHeight: () => editor.least(node.size[0]) });
   widget.serialize = false; // neither in the workflow (this line) nor in the prompt (the option)
   const [width, height] = node.computeSize?.() ?? node.size;
   node.setSize?.([Math.max(width, node.size[0], WIDTH), Math.max(height, node.size[1])]);
 
   for (const each of widgets) after(each, "callback", () => editor.draw()); // typed by hand
-  after(node, "onConnectionsChange", () => editor.draw());
+  after(node, "onConnectionsChange", () => {
+    settle();
+    editor.draw();
+  });
   after(node, "onConfigure", () => {
-    if (left.has(node.id)) editor.follow(left.get(node.id));
-    left.delete(node.id);
+    settle();
+    if (left.has(placeOf(node))) editor.follow(left.get(placeOf(node)));
+    left.delete(placeOf(node));
     editor.draw();
   });
   after(node, "onExecuted", (message) => {
@@ -112,11 +119,14 @@ function attach(node, { tool: Tool, widgets: names, ground, other, shrunk, panel
   });
   after(node, "onAdded", () => editors.add(editor));
   after(node, "onRemoved", () => {
-    left.set(node.id, editor);
+    left.set(placeOf(node), editor);
     editor.leave();
     editors.delete(editor);
   });
 }
+
+/** What names a node in all of the workflow: a subgraph counts its own nodes from 1. */
+const placeOf = ({ id, graph }) => (graph && graph !== graph.rootGraph ? `${graph.id}:${id}` : `${id}`);
 
 /** Where the region was that inputs gave to the last run: {box: [x0, y0, x1, y1], mask: image or null}, null if unknown. */
 function regionOf({ box, mask = [] }, masked, find) {

@@ -24,6 +24,7 @@ export class RegionsTool {
   brush = BRUSH.start;
   aspect = 1; // of the picture
   found = []; // shapes that a detector gave to the last run
+  connected = 0; // the number of the last embedding that is connected
   #pen = [0.5, 0.5]; // where the keys paint
   #penShown = false;
   #read = { text: "", list: [], problem: "" };

@@ -10,7 +10,6 @@ import { BRUSH } from "./layers.js";
 import * as lists from "./list.js";
 import { say } from "./texts.js";
 
-const OTHERS = 4; // inputs other_1 to other_4
 const WIDE = 560; // pixels from which on the panel stands beside the picture
 // The numbers of a region.
 const NUMBERS = {
@@ -61,6 +60,7 @@ export class Panel {
     if (!region) return;
     for (const name of Object.keys(NUMBERS)) fill(this.inputs[name], region[name]);
     fill(this.inputs.prompt, region.prompt);
+    this.#offer(Math.max(1, this.tool.connected, ...list.map(({ speaks }) => speaks)));
     fill(this.inputs.speaks, `${region.speaks}${region.placed && region.speaks ? "s" : ""}`);
     fill(this.inputs.mode, region.mode);
     this.inputs.prompt.style.visibility = region.speaks ? "hidden" : "visible";
@@ -106,9 +106,6 @@ export class Panel {
       const at = this.tool.at(list);
       if (at >= 0) this.#change(at, change(value, list[at]), done);
     };
-    const others = Array.from({ length: OTHERS }, (_, index) => index + 1);
-    const speakers = [["0", say("speaksPrompt")], ...others.map((number) => [`${number}`, `other_${number}`]),
-      ...others.map((number) => [`${number}s`, say("speaksPlaced", { name: `other_${number}` })])];
     const within = (value, { min, max }) => Math.min(Math.max(Number(value) || 0, min), max);
     const number = (name, limits) => {
       const set = (value, region) => {
@@ -121,7 +118,7 @@ export class Panel {
     };
     this.inputs = {
       prompt: this.#input("textarea", "prompt", { placeholder: say("promptHint"), class: "sda-all", maxlength: 10000 }, selected((prompt) => ({ prompt }))),
-      speaks: this.#select("speaks", speakers, selected((value) => ({ speaks: parseInt(value, 10), placed: value.endsWith("s") }))),
+      speaks: this.#select("speaks", [], selected((value) => ({ speaks: parseInt(value, 10), placed: value.endsWith("s") }))),
       mode: this.#select("mode", [["replace", "replace"], ["join", "join"]], selected((mode) => ({ mode }))),
       ...Object.fromEntries(Object.entries(NUMBERS).map(([name, limits]) => [name, number(name, limits)])),
     };
@@ -131,6 +128,15 @@ export class Panel {
     return make("div", { class: "sda-fields" }, prompt, ...titled);
   }
 
+  /** What a region can show: the prompt, and this many embeddings. */
+  #offer(count) {
+    if (this.inputs.speaks.length === 1 + 2 * count) return;
+    const others = Array.from({ length: count }, (_, index) => index + 1);
+    this.inputs.speaks.replaceChildren(option("0", say("speaksPrompt")),
+      ...others.map((number) => option(number, `other_${number}`)),
+      ...others.map((number) => option(`${number}s`, say("speaksPlaced", { name: `other_${number}` }))));
+  }
+
   #button(text, label, act) {
     const button = make("button", { type: "button", title: label, "aria-label": label }, text);
     button.addEventListener("click", act);
@@ -138,7 +144,7 @@ export class Panel {
   }
 
   #select(name, options, change) {
-    const select = make("select", { "aria-label": say(`${name}Label`), title: say(`${name}Tip`) }, ...options.map(([value, text]) => make("option", { value }, text)));
+    const select = make("select", { "aria-label": say(`${name}Label`), title: say(`${name}Tip`) }, ...options.map((each) => option(...each)));
     select.addEventListener("change", () => change(select.value, true));
     return select;
   }
@@ -153,6 +159,8 @@ export class Panel {
     return input;
   }
 }
+
+const option = (value, text) => make("option", { value }, text);
 
 /** Show a value, unless it is being typed. */
 function fill(input, value) {

@@ -20,7 +20,9 @@ from semantic_diffusion_adapter.training.miniature.scenes import SHAPES, Scene  
 def trials(toy_assets):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoder, "STEPS", 2)
-        yield directions.Trials(Miniature(toy_assets, torch.device("cpu"), adapters=("tree128",)), "test", 4, 0)
+        system = Miniature(toy_assets, torch.device("cpu"), adapters=("tree128",))
+        system.precision = "fp32"  # bfloat16 rounds a longer sequence otherwise, more than a word of little weight tells
+        yield directions.Trials(system, "test", 4, 0)
 
 
 def test_an_attribute_changes_one_thing_in_one_way():
@@ -49,7 +51,7 @@ def test_strength_0_paints_what_plain_paints_and_any_other_does_not(trials):
 
 def test_an_appended_word_of_no_weight_is_not_there(trials):
     silent, loud = ((trials.appended(weight) / 255 - trials.plain() / 255).var() for weight in (1e-9, 1e6))
-    assert silent < loud / 8  # not 0: bfloat16 rounds a longer sequence otherwise
+    assert silent < loud / 100
 
 
 def test_the_truth_succeeds_and_the_source_does_not(trials):
