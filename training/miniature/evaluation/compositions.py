@@ -1,6 +1,6 @@
 """Many regions at once on the miniature: is everything where its region says?
 
-64 compositions of two to four regions on a plain ground, each in a quarter of the picture of its own and with one thing in it:
+Compositions of two to four regions on a plain ground, each in a quarter of the picture of its own and with one thing in it:
 a box or a painted disc, a prompt or the embedding of a picture that shows the thing there. `in_region`: share of the regions
 in which the thing is found. `alone`: the same of each region alone on the ground, which is what its words or its picture can
 do at all. Prompts are read beside the ground's tokens (mode join), embeddings in their stead.
@@ -11,18 +11,18 @@ from itertools import product
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ....kernels.embedding import MASK_SIDE, SemanticEmbedding
 from ....kernels.region_list import Region, runs
 from ....kernels.regions import region_tokens
 from ....kernels.words import PAD
-from ..parser import parse
 from ..scenes import COLOURS, GROUNDS, SHAPES, SIZE, Scene, Thing, choice, generator, place_centre, render
 from ..text import encode, token_ids
-from .system import Miniature
+from .reconstruction import parse_all
+from .system import BATCH, Miniature
 
 QUARTERS = tuple(product(("top", "bottom"), ("left", "right")))
+MORE = 4  # compositions for each scene that is asked for: 64 of them know a share to two points only
 SHARE = 0.44  # of the picture's side: a quarter, a little less
 
 
@@ -32,8 +32,8 @@ def count(number: int) -> int:
 
 
 def painted(total: int) -> int:
-    """Pictures in all: every composition, and each of its regions alone."""
-    return sum(1 + count(number) for number in range(total))
+    """Pictures in all for so many scenes: every composition, and each of its regions alone."""
+    return sum(1 + count(number) for number in range(MORE * total))
 
 
 def prompted(system: Miniature, base: SemanticEmbedding, region: Region) -> SemanticEmbedding:
@@ -64,28 +64,38 @@ def composition(number: int, seed: int) -> tuple[str, list[tuple[Region, Thing]]
     return ground, found
 
 
-def figures(system: Miniature, total: int, noise: Tensor, seed: int) -> dict[str, float]:
-    """{"in_region", "alone"} over `total` compositions, the first `total` noises."""
+def figures(system: Miniature, total: int, seed: int) -> dict[str, float]:
+    """{"in_region", "alone"} over MORE compositions for each of `total` scenes."""
     shown = {"in_region": [], "alone": []}
-    for number in range(total):
-        ground, regions = composition(number, seed)
-        grounds = [render(Scene(ground, things)) for things in ((), *((thing,) for _, thing in regions))]
-        own = system.embed(np.stack(grounds), "tree128")
-        base, *pictures = (SemanticEmbedding(own.tokens[row : row + 1], own.boxes, own.levels, own.strengths)
-                           for row in range(len(grounds)))
-
-        def laid(base: SemanticEmbedding, at: int, pictures=pictures, regions=regions) -> SemanticEmbedding:
-            region = regions[at][0]
-            return region.laid_on(base, pictures[at], region.shape()[1]) if region.speaks else prompted(system, base, region)
-
-        together = base
-        for at in range(len(regions)):
-            together = laid(together, at)
-        first, *alone = (parse(system.paint_regions(e, [e.tokens], [1.0], noise[number : number + 1])[0])
-                         for e in (together, *(laid(base, at) for at in range(len(regions)))))
-        shown["in_region"] += [_is_there(first, *each) for each in regions]
-        shown["alone"] += [_is_there(seen, *each) for seen, each in zip(alone, regions)]
+    for first in range(0, MORE * total, BATCH):
+        numbers = range(first, min(first + BATCH, MORE * total))
+        asked = [composition(number, seed)[1] for number in numbers]
+        laid, rows = [], []
+        for row, number in enumerate(numbers):
+            made = _laid(system, *composition(number, seed))
+            laid += made
+            rows += [row] * len(made)
+        found = iter(parse_all(system.paint_each(laid, system.noise("test", numbers, seed)[rows])))
+        for regions in asked:
+            whole = next(found)
+            shown["in_region"] += [_is_there(whole, *each) for each in regions]
+            shown["alone"] += [_is_there(next(found), *each) for each in regions]
     return {name: float(np.mean(values)) for name, values in shown.items()}
+
+
+def _laid(system: Miniature, ground: str, regions: list[tuple[Region, Thing]]) -> list[SemanticEmbedding]:
+    """All regions on the ground, and each of them alone on it."""
+    grounds = [render(Scene(ground, things)) for things in ((), *((thing,) for _, thing in regions))]
+    own = system.embed(np.stack(grounds), "tree128")
+    base, *pictures = (SemanticEmbedding(tokens[None], own.boxes, own.levels, own.strengths) for tokens in own.tokens)
+
+    def lay(base: SemanticEmbedding, region: Region, picture: SemanticEmbedding) -> SemanticEmbedding:
+        return region.laid_on(base, picture, region.shape()[1]) if region.speaks else prompted(system, base, region)
+
+    together = base
+    for (region, _), picture in zip(regions, pictures):
+        together = lay(together, region, picture)
+    return [together, *(lay(base, region, picture) for (region, _), picture in zip(regions, pictures))]
 
 
 def _is_there(seen: Scene, region: Region, thing: Thing) -> bool:

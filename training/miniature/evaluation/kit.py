@@ -199,7 +199,7 @@ def run(system: Miniature, changes: Sequence[Edit], sources: np.ndarray, noise: 
         "keep_outside_mask": {"preservation_gain": gain, "success_change": success},
         "edit_strength": {"monotonic": monotonic},
         "place": {"f1": middle.pop("f1")},
-        "regions": compositions.figures(system, len(scenes), noise, seed),
+        "regions": compositions.figures(system, len(scenes), seed),
     }
     return figures, {"compose": halved, "regional_prompt": regional,
                      "edit_strength": {"share of edits that change the picture": changed}, "place": middle}

@@ -23,8 +23,11 @@ from ....kernels.edit_decoder import EditDecoder
 from ....kernels.embedding import SemanticEmbedding, from_hierarchy
 from ....kernels.gate import sequence_gate
 from ....kernels.hierarchy import Hierarchy
+from ....kernels.layout import decode as decode_layout
+from ....kernels.layout import encode as encode_layout
+from ....kernels.layout import together
 from ....kernels.precision import autocast, resolve
-from ....kernels.visibility import region_bias
+from ....kernels.visibility import patch_grid, region_bias
 from ....kernels.vision.towers import VisionTower
 from ...frozen.flux import velocity
 from ...frozen.region_attention import RegionAttention
@@ -241,6 +244,24 @@ class Miniature:
         self.attention.regions = None if layout is None else self._visibility(layout, tokens[0].shape[1])
         return self._paint(contexts, weights, noise)
 
+    def paint_each(self, embeddings: Sequence[SemanticEmbedding], noise: Tensor) -> np.ndarray:
+        """Pictures [N, 128, 128, 3] uint8 of N embeddings of one picture each, every one under a layout of its own."""
+        order = sorted(range(len(embeddings)), key=lambda at: embeddings[at].token_count)  # a batch is as long as its longest
+        sides = [(embeddings[at].tokens, *encode_layout(embeddings[at])) for at in order]
+        noise = noise[order]
+
+        def latents(rows: slice) -> Tensor:
+            tokens, layout, masks = together(sides[rows])
+            boxes, strengths, masks, masked_by = decode_layout(layout, masks)
+            bias = region_bias(boxes, strengths, self._grid, tokens.shape[1], masks=masks, masked_by=masked_by)
+            context = (tokens.to(self.device), tokens.new_zeros(len(tokens), self.flux.config.pooled_projection_dim))
+            regions = Regions(bias.to(self.device))
+            with torch.no_grad(), autocast(self.device, self.precision), self.attention.under(regions):
+                return sample(self.flux, [context], [1.0], noise[rows].to(self.device), mu=self.mu)
+
+        pictures = self._pictures(len(order), latents)
+        return pictures[np.argsort(order)]
+
     def paint_text(self, prompts: Sequence[str], noise: Tensor, latents: Tensor | None = None,
                    start: float = 1.0) -> np.ndarray:
         """Pictures [N, 128, 128, 3] uint8 of prompts at guidance 2.5. With latents [N, C, h, w]: SDEdit (arXiv
@@ -315,7 +336,10 @@ class Miniature:
         finally:
             torch.set_num_threads(threads)
 
+    @property
+    def _grid(self) -> tuple[int, int]:
+        return patch_grid(*self.latent_shape[1:])
+
     def _visibility(self, layout: SemanticEmbedding, length: int) -> Regions:
-        grid = tuple(side // 2 for side in self.latent_shape[1:])
-        bias = region_bias(layout.boxes, layout.strengths, grid, length, masks=layout.masks, masked_by=layout.masked_by)
+        bias = region_bias(layout.boxes, layout.strengths, self._grid, length, masks=layout.masks, masked_by=layout.masked_by)
         return Regions(bias.to(self.device))
