@@ -31,7 +31,7 @@ from .storage import SCALE_SUFFIX, check_storage, finite, pack, unpack
 
 FORMAT_VERSION = 1
 RECORD_KEY = "sda"
-KINDS = ("adapter", "edit_decoder", "vision_tower", "flux", "vae", "text_encoder", "embedding")
+KINDS = ("adapter", "edit_decoder", "vision_tower", "flux", "vae", "text_encoder", "embedding", "gate_lora")
 QUICK = 2**28  # bytes that any machine hashes in less than a second
 _MAX_RECORD = 2**20  # characters; the largest part of a real one, a thumbnail, is a tenth
 

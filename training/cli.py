@@ -31,7 +31,7 @@ STAGES = {
     "scenes": ("preview", "scenes"), "vae": ("vae", "vae"), "text": ("reader", "text"), "base": ("base", "base"),
     "clip": ("clip", "clip"),
     "dinov2": ("dinov2", "dinov2"), "adapter": ("adapter", "adapter"), "editor": ("editor", "editor"),
-    "adapter-unmasked": ("adapter", "adapter_unmasked"), "adapter-global64": ("adapter", "adapter_global64"),
+    "gate": ("gate", "gate"), "adapter-unmasked": ("adapter", "adapter_unmasked"), "adapter-global64": ("adapter", "adapter_global64"),
 }
 # Made to be compared, and what goes on from exported files on a GPU: `all` leaves them out.
 ASIDE = {"editor-llm": ("editor", "editor_llm"), "fits": ("fits", "fits"), "editor-from-fits": ("editor_fits", "editor_fits"),

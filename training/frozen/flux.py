@@ -37,16 +37,17 @@ def unpack(patches: Tensor, rows: int, cols: int) -> Tensor:
     return rearrange(patches, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, w=cols, p=2, q=2)
 
 
-def position_ids(rows: int, cols: int, device=None) -> Tensor:
-    """[rows * cols, 3] float: (0, row, column)."""
+def position_ids(rows: int, cols: int, device=None, index: int = 0) -> Tensor:
+    """[rows * cols, 3] float: (index, row, column). Of a reference the index is 1 (FLUX.1 Kontext, arXiv 2506.15742)."""
     grid = torch.cartesian_prod(torch.arange(rows, device=device), torch.arange(cols, device=device))
-    return torch.cat([torch.zeros(rows * cols, 1, device=device), grid.float()], 1)
+    return torch.cat([torch.full((rows * cols, 1), float(index), device=device), grid.float()], 1)
 
 
 def velocity(flux: FluxTransformer2DModel, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor,
-             guidance: Tensor | None = None) -> Tensor:
+             guidance: Tensor | None = None, reference: Tensor | None = None) -> Tensor:
     """Predicted noise - x_0 of noisy latents x [B, C, H, W] at times t [B] under context [B, N, D] and pooled [B, P].
 
+    reference [B, C, H, W]: clean latents whose patches stand behind those of x, at the same places.
     guidance [B]: the guidance scale for a guidance-distilled Flux (FLUX.1-dev); None for a Flux without one. A Flux
     held in half precision computes in it from end to end, whatever autocast would do. x is then mixed for
     `network_time`.
@@ -56,11 +57,15 @@ def velocity(flux: FluxTransformer2DModel, x: Tensor, t: Tensor, context: Tensor
     half = dtype != torch.float32
     if half:
         x, t, context, pooled = x.to(dtype), t.to(dtype), context.to(dtype), pooled.to(dtype)
+    patches, ids = pack(x), position_ids(rows, cols, x.device)
+    if reference is not None:
+        patches = torch.cat([patches, pack(reference.to(x.dtype))], 1)
+        ids = torch.cat([ids, position_ids(rows, cols, x.device, index=1)])
     with torch.autocast(device, enabled=False) if half else nullcontext():
-        out = flux(hidden_states=pack(x), timestep=t, encoder_hidden_states=context, pooled_projections=pooled,
-                   img_ids=position_ids(rows, cols, x.device), txt_ids=context.new_zeros(context.shape[1], 3),
+        out = flux(hidden_states=patches, timestep=t, encoder_hidden_states=context, pooled_projections=pooled,
+                   img_ids=ids, txt_ids=context.new_zeros(context.shape[1], 3),
                    guidance=guidance, return_dict=False)[0]
-    return unpack(out, rows, cols)
+    return unpack(out[:, :rows * cols], rows, cols)
 
 
 def network_time(flux: FluxTransformer2DModel, t: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def toy_assets(tmp_path_factory) -> Path:
     pytest.importorskip("open_clip", reason="open_clip is not installed: pip install -r requirements.txt")
 
     from semantic_diffusion_adapter.training.config import RunConfig
-    from semantic_diffusion_adapter.training.miniature import adapter, base, clip, dinov2, editor, reader, text, vae
+    from semantic_diffusion_adapter.training.miniature import adapter, base, clip, dinov2, editor, gate, reader, text, vae
     from semantic_diffusion_adapter.training.miniature.evaluation.system import ADAPTERS
     from semantic_diffusion_adapter.training.objectives.reconstruct import AdapterTraining
 
@@ -69,6 +69,9 @@ def toy_assets(tmp_path_factory) -> Path:
             adapter.AdapterStage(adapter.Config(
                 run, flux, t5, vae_file, (clip_file, dino), file(own), file(tower), cache, table, table, width=32,
                 heads=2, layers=1, scenes=32, objective=AdapterTraining(masked=masked)), device).export(0)
+        gate.GateStage(gate.Config(
+            run, flux, vae_file, file("semantic_adapters/miniature_tree128"), (clip_file, file("clip_vision/miniature_dinov2")),
+            file("loras/miniature_gate"), cache, scenes=32), device).export(0)
         stage = editor.EditorStage(editor.Config(
             run, t5, file("semantic_adapters/miniature_tree128"), (clip_file, file("clip_vision/miniature_dinov2")),
             file("edit_decoders/miniature_editor"), cache, scenes=32, width=32, heads=2, layers=1), device)

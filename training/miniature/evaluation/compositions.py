@@ -3,7 +3,8 @@
 Compositions of two to four regions on a plain ground, each in a quarter of the picture of its own and with one thing in it:
 a box or a painted disc, a prompt or the embedding of a picture that shows the thing there. `in_region`: share of the regions
 in which the thing is found. `alone`: the same of each region alone on the ground, which is what its words or its picture can
-do at all. Prompts are read beside the ground's tokens (mode join), embeddings in their stead.
+do at all. Prompts are read beside the ground's tokens (mode join) at twice their strength, since several in one picture hear one
+another; embeddings in the ground's stead. Beside it, both at strength 1.
 """
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from .reconstruction import parse_all
 from .system import BATCH, Miniature
 
 QUARTERS = tuple(product(("top", "bottom"), ("left", "right")))
-MORE = 4  # compositions for each scene that is asked for: 64 of them know a share to two points only
+MORE = 2  # compositions for each scene that is asked for: 64 of them know a share to two points only
+STRENGTH = 2.0  # of prompts
 SHARE = 0.44  # of the picture's side: a quarter, a little less
 
 
@@ -32,8 +34,8 @@ def count(number: int) -> int:
 
 
 def painted(total: int) -> int:
-    """Pictures in all for so many scenes: every composition, and each of its regions alone."""
-    return sum(1 + count(number) for number in range(MORE * total))
+    """Pictures in all for so many scenes: every composition, and each of its regions alone, at two strengths."""
+    return 2 * sum(1 + count(number) for number in range(MORE * total))
 
 
 def prompted(system: Miniature, base: SemanticEmbedding, region: Region) -> SemanticEmbedding:
@@ -45,7 +47,7 @@ def prompted(system: Miniature, base: SemanticEmbedding, region: Region) -> Sema
     return region.laid_on(base, region_tokens(tokens, box), mask)
 
 
-def composition(number: int, seed: int) -> tuple[str, list[tuple[Region, Thing]]]:
+def composition(number: int, seed: int, strength: float = STRENGTH) -> tuple[str, list[tuple[Region, Thing]]]:
     """(the ground, its regions with the thing that each shows) of one composition."""
     rng = generator("test", number, purpose=55, seed=seed)
     ground, found = choice(rng, tuple(GROUNDS)), []
@@ -59,24 +61,25 @@ def composition(number: int, seed: int) -> tuple[str, list[tuple[Region, Thing]]
         disc = (pixels - left - SHARE / 2) ** 2 + (pixels[:, None] - top - SHARE / 2) ** 2 <= (0.55 * SHARE) ** 2
         spoken = bool(rng.integers(2))
         where = {"mask": tuple(runs(disc.float()))} if rng.integers(2) else {"box": (left, top, SHARE, SHARE)}
-        what = {"prompt": f"a large {colour} {shape} at the {down} {across}", "mode": "join"} if spoken else {"speaks": 1}
+        words = {"prompt": f"a large {colour} {shape} at the {down} {across}", "mode": "join", "strength": strength}
+        what = words if spoken else {"speaks": 1}
         found.append((Region(**where, **what), Thing(shape, colour, "large", x, y)))
     return ground, found
 
 
-def figures(system: Miniature, total: int, seed: int) -> dict[str, float]:
+def figures(system: Miniature, total: int, seed: int, strength: float = STRENGTH) -> dict[str, float]:
     """{"in_region", "alone"} over MORE compositions for each of `total` scenes."""
     shown = {"in_region": [], "alone": []}
     for first in range(0, MORE * total, BATCH):
         numbers = range(first, min(first + BATCH, MORE * total))
-        asked = [composition(number, seed)[1] for number in numbers]
+        made = [composition(number, seed, strength) for number in numbers]
         laid, rows = [], []
-        for row, number in enumerate(numbers):
-            made = _laid(system, *composition(number, seed))
-            laid += made
-            rows += [row] * len(made)
+        for row, composed in enumerate(made):
+            embeddings = _laid(system, *composed)
+            laid += embeddings
+            rows += [row] * len(embeddings)
         found = iter(parse_all(system.paint_each(laid, system.noise("test", numbers, seed)[rows])))
-        for regions in asked:
+        for _, regions in made:
             whole = next(found)
             shown["in_region"] += [_is_there(whole, *each) for each in regions]
             shown["alone"] += [_is_there(next(found), *each) for each in regions]

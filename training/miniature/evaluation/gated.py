@@ -1,4 +1,4 @@
-"""The source gate in the harness: the picture's patches read the source's image keys and values by their gate."""
+"""The gates in the harness: the picture's patches read the source by their gate, as a row of the batch or as a trained reference."""
 from __future__ import annotations
 
 import numpy as np
@@ -31,4 +31,21 @@ def gate_rows(decoder: Decoder, edited: SemanticEmbedding, change: Tensor, stren
     return decoder.paint(work)
 
 
-GATED = (Way("gate_rows", lambda d: 2 * STEPS + MAPPED, lambda d, edited, change: gate_rows(d, edited, change)),)
+def gate_lora(decoder: Decoder, edited: SemanticEmbedding, change: Tensor) -> np.ndarray:
+    """From noise, by Flux with the gate's LoRA: the source's clean patches stand behind the picture's, whose patches read them
+    outside of the change mask."""
+    system = decoder.system
+    gates, regions = gate(changed(change, THRESHOLD, GROW), 1.0, 0.0, 1.0), system.beside(edited)
+
+    def work(rows: slice) -> Tensor:
+        source, x, tokens, own = decoder.on_device(rows, decoder.latents, decoder.noise, edited.tokens, gates)
+        with system.attention.beside(own, regions):
+            for now, later in decoder.steps():
+                x = x + (later - now) * system.velocity(x, now, tokens, source)
+        return x
+
+    return decoder.paint(work)
+
+
+GATED = (Way("gate_rows", lambda d: 2 * STEPS + MAPPED, lambda d, edited, change: gate_rows(d, edited, change)),
+         Way("gate_lora", lambda d: STEPS + MAPPED, gate_lora))

@@ -202,4 +202,5 @@ def run(system: Miniature, changes: Sequence[Edit], sources: np.ndarray, noise: 
         "regions": compositions.figures(system, len(scenes), seed),
     }
     return figures, {"compose": halved, "regional_prompt": regional,
+                     "regions": compositions.figures(system, len(scenes), seed, 1.0),
                      "edit_strength": {"share of edits that change the picture": changed}, "place": middle}

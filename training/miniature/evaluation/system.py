@@ -30,8 +30,10 @@ from ....kernels.precision import autocast, resolve
 from ....kernels.visibility import patch_grid, region_bias
 from ....kernels.vision.towers import VisionTower
 from ...frozen.flux import velocity
+from ...frozen.gated_attention import before_reference, reference_source
 from ...frozen.region_attention import RegionAttention
 from ...objectives.edit import load_editor
+from ...objectives.gate import merge_lora
 from ...objectives.reconstruct import load_adapter, named_hierarchy
 from ..base import load_base, sample
 from ..scenes import SIZE, generator
@@ -50,6 +52,7 @@ _FLUX = ("diffusion_models/miniature_flux", "base")
 _TEXT = ("text_encoders/miniature_t5", "base")
 _CLIP = ("clip_vision/miniature_clip", "clip")
 _EDITOR = ("edit_decoders/miniature_editor", "editor")
+_GATE = ("loras/miniature_gate", "gate")
 _FROM_FITS = ("ablations/edit_decoders/miniature_editor_from_fits", "editor-from-fits")
 # adapter -> (its file, its own DINOv2 tower, the command that makes both). The ablations lie apart, where no node lists
 # them.
@@ -118,7 +121,16 @@ class Attention(RegionAttention):
         """In this thread, these regions in place of `regions`: one for each row, of which a block may see the first alone."""
         return within(self._of_thread, regions=regions)
 
+    def beside(self, gates: Tensor, regions: Regions) -> AbstractContextManager[None]:
+        """In this thread, the picture's patches read those of a reference behind them by gates [B, rows, cols]. regions: with
+        rows of the reference's patches."""
+        return within(self._of_thread, beside=gates, regions=regions)
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        beside = getattr(self._of_thread, "beside", None)
+        if beside is not None:
+            return masked_attention(*before_reference(q, k, v, beside), self._of_thread.regions, "dense",
+                                    source=reference_source(k, v, beside))
         gates = getattr(self._of_thread, "gates", None)
         if gates is None:
             return self._own(q, k, v)
@@ -181,6 +193,9 @@ class Miniature:
         self.flux, _, record = _read(assets, _FLUX, lambda path: load_base(path, text_file, device))
         self.attention = Attention()
         self.flux.set_attn_processor(self.attention)
+        self.gated = _read(assets, _FLUX, lambda path: load_base(path, text_file, device))[0]  # with the gate's LoRA
+        _read(assets, _GATE, lambda path: merge_lora(self.gated, path))
+        self.gated.set_attn_processor(self.attention)
         self.mu, latent = record["config"]["sampling_shift_mu"], record["config"]["latent"]
         self.latent_shape = (latent["channels"], SIZE // latent["downsample"], SIZE // latent["downsample"])
         clip = _read(assets, _CLIP, lambda path: read_tower(path, device))
@@ -299,12 +314,20 @@ class Miniature:
         self.attention.regions = self._visibility(layout, layout.token_count)
         return self._pictures(count, work)
 
-    def velocity(self, x: Tensor, time: float, tokens: Tensor) -> Tensor:
-        """What Flux predicts of latents x on its device, at one time, under the layout that was set last."""
+    def velocity(self, x: Tensor, time: float, tokens: Tensor, reference: Tensor | None = None) -> Tensor:
+        """What Flux predicts of latents x on its device, at one time, under the layout that was set last; beside a reference
+        Flux with the gate's LoRA, within `attention.beside`."""
         pooled = tokens.new_zeros(len(tokens), self.flux.config.pooled_projection_dim)
         t = torch.full((len(x),), float(time), device=x.device)
         with torch.no_grad(), autocast(self.device, self.precision):
-            return velocity(self.flux, x, t, tokens, pooled).float()
+            return velocity(self.flux if reference is None else self.gated, x, t, tokens, pooled, reference=reference).float()
+
+    def beside(self, layout: SemanticEmbedding) -> Regions:
+        """The visibility of an embedding whose picture has a reference behind it."""
+        rows, cols = self._grid
+        bias = region_bias(layout.boxes, layout.strengths, (rows, cols), layout.token_count, rows * cols, masks=layout.masks,
+                           masked_by=layout.masked_by)
+        return Regions(bias.to(self.device))
 
     def velocities(self, e: SemanticEmbedding, x: Tensor, time: float) -> Tensor:
         """`velocity` of any number of latents under an embedding, on the CPU."""
