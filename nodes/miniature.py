@@ -30,6 +30,10 @@ class LoadMiniature(io.ComfyNode):
                 file("adapter", "its semantic adapter"),
                 file("edit_decoder", "its edit decoder"),
                 io.Image.Output(display_name="scene", tooltip="A picture that the miniature was never trained on."),
+                io.Model.Output(
+                    display_name="gated_model",
+                    tooltip="The miniature's Flux with a LoRA that reads a source picture: for Reference Gate, with text_gate 0.",
+                ),
             ],
         )
 
@@ -40,4 +44,5 @@ class LoadMiniature(io.ComfyNode):
     @classmethod
     def execute(cls) -> io.NodeOutput:
         parts = (miniature.CLIP_ENCODER, miniature.DINOV2_ENCODER, miniature.ADAPTER, miniature.EDIT_DECODER)
-        return io.NodeOutput(*miniature.load(), *(name for _, name in parts), miniature.scene())
+        model, clip, vae = miniature.load()
+        return io.NodeOutput(model, clip, vae, *(name for _, name in parts), miniature.scene(), miniature.with_gate_lora(model))

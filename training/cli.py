@@ -19,6 +19,7 @@ COMMANDS = {
     "statistics": ("stages.statistics", "what a text encoder writes, as a small file that stands in for it"),
     "train adapter": ("stages.adapter", "the adapter through a frozen FLUX.1"),
     "train editor": ("stages.editor", "the edit decoder"),
+    "train gate": ("stages.gate", "a LoRA with which FLUX.1 reads a source picture by a gate"),
     "invert": ("stages.invert", "an embedding for every picture, fitted through a frozen FLUX.1 without an adapter"),
     "plan invert": ("plan.invert", "memory, time and cost of `invert`, before it starts"),
     "plan": ("plan.plan", "memory, FLOPs, speed and cost of a training, before it starts"),

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ...kernels import base_files
+from ...kernels import base_files, checkpoint
 from . import folders
 from .text_encoder import load_clip
 
 FLUX = "diffusion_models/miniature_flux.safetensors"
 TEXT_ENCODER = "text_encoders/miniature_t5.safetensors"
 VAE = "vae/miniature_vae.safetensors"
+GATE = "loras/miniature_gate.safetensors"  # in no combo: core's Load LoRA would offer it for FLUX.1
 SCENE = "scene.png"
 # By the model folder in whose combo they appear.
 CLIP_ENCODER = ("clip_vision", "miniature_clip.safetensors")
@@ -39,7 +40,7 @@ _OVERRIDDEN = (
 def files() -> list[Path]:
     """Every file that a miniature graph reads."""
     named = [f"{folder}/{name}" for folder, name in (CLIP_ENCODER, DINOV2_ENCODER, ADAPTER, EDIT_DECODER)]
-    return [folders.MINIATURE / name for name in (FLUX, TEXT_ENCODER, VAE, SCENE, *named)]
+    return [folders.MINIATURE / name for name in (FLUX, TEXT_ENCODER, VAE, GATE, SCENE, *named)]
 
 
 def load():
@@ -51,6 +52,12 @@ def load():
             )
     root = folders.MINIATURE
     return load_flux(str(root / FLUX)), load_clip(str(root / TEXT_ENCODER)), load_vae(str(root / VAE))
+
+
+def with_gate_lora(model):
+    """The MODEL with the LoRA that reads a source picture by a gate, by core's own loader."""
+    tensors, _ = checkpoint.load(folders.MINIATURE / GATE, "gate_lora")
+    return comfy.sd.load_lora_for_models(model, None, tensors, 1.0, 0.0)[0]
 
 
 def scene() -> torch.Tensor:

@@ -6,6 +6,7 @@ import asyncio
 import copy
 import math
 import os
+import re
 import sys
 import uuid
 from collections import defaultdict
@@ -72,6 +73,26 @@ def toy_network(seed: int = 0, **changes):
     return scramble(network, seed)
 
 
+class GateLora(torch.nn.Module):
+    """The tensors of a gate's LoRA of rank 4 for the toy Flux."""
+
+    def __init__(self) -> None:
+        from semantic_diffusion_adapter.training.frozen.flux import build_flux
+        from semantic_diffusion_adapter.training.objectives.gate import LAYERS
+
+        super().__init__()
+        self.layers = {
+            name: layer for name, layer in build_flux(FLUX).named_modules() if re.fullmatch(LAYERS, name)
+        }
+        self.parts = torch.nn.ParameterList(
+            torch.empty(shape) for layer in self.layers.values() for shape in ((4, layer.in_features), (layer.out_features, 4))
+        )
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        names = [f"transformer.{name}.lora_{part}.weight" for name in self.layers for part in "AB"]
+        return dict(zip(names, self.parts))
+
+
 def write_random_miniature(root: Path) -> None:
     """assets/miniature with every file of the real one, at still smaller widths and with random weights."""
     import diffusers
@@ -110,6 +131,7 @@ def write_random_miniature(root: Path) -> None:
     widths = {"text": 24, "pooled": 24}
     write("semantic_adapters/miniature_tree128", Adapter(adapter), "adapter", adapter.to_json(), 4, widths=widths)
     write("edit_decoders/miniature_editor", T5EditDecoder(editor), "edit_decoder", editor.to_json(), 5)
+    write("loras/miniature_gate", GateLora(), "gate_lora", {"rank": 4}, 6)
     Image.new("RGB", (128, 128), (190, 80, 60)).save(root / "scene.png")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from semantic_diffusion_adapter.nodes.host import flux, miniature  # noqa: E402
 from semantic_diffusion_adapter.nodes.host.conditioning import to_conditioning  # noqa: E402
 from semantic_diffusion_adapter.training.frozen import flux as training_flux  # noqa: E402
 from semantic_diffusion_adapter.training.frozen.region_attention import attend_by_region  # noqa: E402
+from semantic_diffusion_adapter.training.objectives.reconstruct import named_hierarchy  # noqa: E402
 
 
 def diffusers_velocity(state: dict, config: dict, e, noise: torch.Tensor, masked: bool) -> torch.Tensor:
@@ -51,6 +53,39 @@ def test_comfy_and_diffusers_give_one_velocity(assets, toy, embedding, size, mas
     assert torch.allclose(result, expected, rtol=1e-3, atol=1e-3)
     other = noise - diffusers_velocity(state, record["config"], e, noise, not masked)
     assert not torch.allclose(result, other, rtol=1e-3, atol=1e-3), "the visibility must matter"
+
+
+def test_the_gates_lora_is_one_in_both(assets, toy, embedding):
+    """Load Miniature's gated model under Reference Gate and Masked Attention, with ReferenceLatent, against training's Flux."""
+    from semantic_diffusion_adapter.nodes.host import reference_gate
+    from semantic_diffusion_adapter.training.objectives.gate import LAYERS, GateObjective, GateTraining, merge_lora
+
+    path = assets / miniature.FLUX
+    state, record = checkpoint_of(path)
+    e = dataclasses.replace(embedding("tree64"), pooled=torch.zeros(1, record["config"]["vec_in_dim"]))
+    plain = miniature.load_flux(str(path))
+    model = miniature.with_gate_lora(plain)
+    noise = comfy.sample.prepare_noise(torch.zeros(1, 8, 16, 16), 0)
+    reference = torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(3))
+    mask = torch.zeros(1, 128, 128)
+    mask[:, 32:80, 16:64] = 1  # where nothing is read
+    gated = reference_gate.patch(flux.patch(model), mask, 1.0, 0.0, 1.0, text_gate=0.0)
+    latent = model.get_model_object("latent_format").process_out(reference)
+    conditioning = [[context, {**more, "reference_latents": [latent]}] for context, more in to_conditioning(e)]
+    result = model.get_model_object("latent_format").process_in(toy.sample(gated, conditioning, size=(16, 16), steps=1))
+
+    network = training_flux.build_flux(record["config"]).eval()
+    network.load_state_dict({k: v.float() for k, v in training_flux.from_bfl(state, record["config"]["hidden_size"]).items()})
+    merge_lora(network, assets / miniature.GATE)
+    layers = [name for name, _ in network.named_modules() if re.fullmatch(LAYERS, name)]
+    assert sum(map(len, model.patches.values())) == len(layers) > 0, "core takes all of the file"
+    objective = GateObjective(network, GateTraining())
+    gates = 1 - torch.nn.functional.max_pool2d(mask[:, None], 16)[:, 0]
+    with torch.no_grad():
+        found = objective.velocity(noise, torch.ones(1), e.tokens, e.pooled, named_hierarchy("tree64"), reference, gates, 1.0)
+    assert torch.allclose(result, noise - found, rtol=1e-3, atol=2e-3)
+    bare = model.get_model_object("latent_format").process_in(toy.sample(flux.patch(model), to_conditioning(e), size=(16, 16), steps=1))
+    assert not torch.allclose(result, bare, rtol=1e-3, atol=2e-3), "the reference must matter"
 
 
 @pytest.mark.parametrize("bounded, threshold", [(True, 0.0), (False, 0.5)])

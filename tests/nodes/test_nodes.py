@@ -93,7 +93,7 @@ FROZEN = {
     "SDALoadEmbedding": (["file"], ["SDA_EMBEDDING", "IMAGE"]),
     "SDAPreviewEmbedding": (["embedding", "measure", "image", "compare"], ["IMAGE"]),
     "SDAVisiblePatches": (["embedding", "latent", "level", "token"], ["MASK"]),
-    "SDALoadMiniature": ([], ["MODEL", "CLIP", "VAE", "COMBO", "COMBO", "COMBO", "COMBO", "IMAGE"]),
+    "SDALoadMiniature": ([], ["MODEL", "CLIP", "VAE", "COMBO", "COMBO", "COMBO", "COMBO", "IMAGE", "MODEL"]),
 }  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from semantic_diffusion_adapter.training.stages import settings  # noqa: E402
 from semantic_diffusion_adapter.training.stages.adapter import AdapterStage  # noqa: E402
 
 CONFIGS = Path(plan.__file__).parents[1] / "configs"
-RECIPES = sorted(p.stem for p in CONFIGS.glob("*.toml") if not any(word in p.name for word in ("editor", "judge", "invert")))
+RECIPES = sorted(p.stem for p in CONFIGS.glob("*.toml") if not any(word in p.name for word in ("editor", "gate", "judge", "invert")))
 CPU = torch.device("cpu")
 
 
@@ -59,6 +59,22 @@ def test_a_recipe_of_the_editor_goes_on_from_that_of_its_adapter(name):
     assert recipe.vision.named() == [(clip, clip_id), (tuned, "")] and KNOWN_TOWERS[dinov2_id].kind == "dinov2"
     table = named_hierarchy(before.adapter.table)
     assert all(len(named_hierarchy(preset).index_in(table)) for preset in recipe.presets)
+
+
+@pytest.mark.parametrize("memory", ["24gb", "80gb"])
+def test_a_recipe_of_the_gate_goes_on_from_that_of_its_adapter(memory):
+    pytest.importorskip("peft", reason="peft is not installed: pip install -e '.[training]'")
+    from semantic_diffusion_adapter.training.stages import gate_settings
+
+    name = f"flux1_dev_gate_{memory}"
+    recipe, before = from_toml(gate_settings.Config, CONFIGS / f"{name}.toml"), from_toml(settings.Config, CONFIGS / f"flux1_dev_{memory}.toml")
+    with pytest.raises(ValueError, match=f"adapter: there is no runs/flux1_dev_{memory}/export/semantic_adapters/flux1_dev_{memory}"):
+        gate_settings.check(recipe, World(0, 1, 0, 1, CPU))  # all else that is checked before is in order
+    *others, (_, dinov2) = before.vision.named()
+    tuned = before.run.out / "export" / "clip_vision" / f"{before.run.out.name}_{dinov2}.safetensors"
+    assert recipe.vision.named() == [*others, (tuned, "")] and recipe.run.out.name == name
+    assert recipe.base.flux == before.base.flux and recipe.base.precision == before.base.precision
+    assert f"configs/{name}.toml" in (CONFIGS / f"{name}.toml").read_text()
 
 
 def test_the_recipe_of_an_editor_from_fits_reads_what_the_inversion_writes():
@@ -131,3 +147,26 @@ def test_a_recipe_trains_a_step_at_full_width(full_width, tmp_path, precision):
     stage.export(1)
     record = checkpoint.read_header(next((config.run.out / "export").rglob("*.safetensors")), "adapter")
     assert record["widths"] == {"text": 4096, "pooled": 768} and record["base_precision"] == computed
+
+
+def test_a_gates_lora_learns_on_a_full_width_base_in_nf4(full_width):
+    pytest.importorskip("peft", reason="peft is not installed: pip install -e '.[training]'")
+    pytest.importorskip("bitsandbytes")
+    from semantic_diffusion_adapter.training.engine import Step
+    from semantic_diffusion_adapter.training.frozen.base import load_flux
+    from semantic_diffusion_adapter.training.objectives.gate import GateObjective, GateTraining, add_gate_lora, lora_state
+
+    flux = load_flux(full_width / "flux.safetensors", "nf4", CPU)
+    add_gate_lora(flux, 4)
+    flux.enable_gradient_checkpointing()
+    draw = torch.Generator().manual_seed(0)
+    pictures = torch.rand(2, 1, 3, 64, 64, generator=draw)
+    latents = torch.randn(2, 1, 16, 8, 8, generator=draw)
+    loss, _ = GateObjective(flux, GateTraining(rank=4)).loss(
+        torch.randn(1, 64, 4096, generator=draw), torch.zeros(1, 768), named_hierarchy("tree64"), tuple(pictures), *latents,
+        Step(0, 10, 0, "gate", CPU, range(1), 1))
+    loss.backward()
+    state = lora_state(flux)
+    assert len(state) == 2 * (6 + 5) and torch.isfinite(loss)
+    assert all(tensor.dtype == torch.float32 and torch.isfinite(tensor.grad).all() for tensor in state.values())
+    assert all(tensor.grad.abs().sum() > 0 for name, tensor in state.items() if ".lora_B." in name), "zero at the start, and learns"

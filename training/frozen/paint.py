@@ -25,7 +25,8 @@ def starting_noise(seeds: Sequence[int], channels: int, height: int, width: int)
 
 @torch.no_grad()
 def paint(flux: FluxTransformer2DModel, vae: Latents, tokens: Tensor, pooled: Tensor | None, regions: Regions | None,
-          height: int, width: int, seed: int | Sequence[int] = 0, steps: int = 28, guidance: float = 3.5) -> Tensor:
+          height: int, width: int, seed: int | Sequence[int] = 0, steps: int = 28, guidance: float = 3.5,
+          reference: Tensor | None = None) -> Tensor:
     """Pictures [B, 3, height, width] float32 in [0, 1], on the tokens' device, that Flux paints from embeddings.
 
     flux: with a RegionAttention in its blocks (`attend_by_region`); its regions are set for this call and taken away
@@ -34,6 +35,7 @@ def paint(flux: FluxTransformer2DModel, vae: Latents, tokens: Tensor, pooled: Te
     height, width: in pixels, multiples of twice the VAE's downsampling (16 for FLUX.1).
     seed: of the starting noise, one for each picture; a single number is that of the first, and the others follow it.
     guidance: the guidance scale for a guidance-distilled Flux; unused for another.
+    reference: latents of as many pictures to read, for a Flux with a GatedAttention whose gates are set.
     """
     side = 2 * vae.downsample
     if height % side or width % side:
@@ -51,7 +53,7 @@ def paint(flux: FluxTransformer2DModel, vae: Latents, tokens: Tensor, pooled: Te
     try:
         for now, later in zip(times[:-1], times[1:]):
             t = torch.full((count,), now, device=device)
-            x = x + (later - now) * velocity(flux, x, t, tokens, pooled, scale).float()
+            x = x + (later - now) * velocity(flux, x, t, tokens, pooled, scale, reference).float()
     finally:
         attention.regions = None
     return vae.decode(x)

@@ -6,6 +6,8 @@ is read, so that Flux goes on painting from the embedding alone, and with some t
 """
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -74,10 +76,13 @@ def add_gate_lora(flux: nn.Module, rank: int) -> None:
             parameter.data = parameter.data.float()
 
 
+def lora_name(name: str) -> str:
+    """The name that diffusers gives a LoRA's tensor and ComfyUI's *Load LoRA* reads, from peft's own."""
+    return f"transformer.{name.replace('.default.', '.')}"
+
+
 def lora_state(flux: nn.Module) -> dict[str, Tensor]:
-    """The LoRA's tensors by the names that diffusers gives them and ComfyUI's *Load LoRA* reads."""
-    return {f"transformer.{name.replace('.default.', '.')}": parameter
-            for name, parameter in flux.named_parameters() if ".lora_" in name}
+    return {lora_name(name): parameter for name, parameter in flux.named_parameters() if ".lora_" in name}
 
 
 def merge_lora(flux: nn.Module, path: Path) -> None:
@@ -110,17 +115,28 @@ class GateObjective:
     def velocity(self, x: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor | None, hierarchy: Hierarchy, reference: Tensor,
                  gates: Tensor, guidance: float) -> Tensor:
         """What Flux predicts of latents x [B, C, H, W] at times t [B] under an embedding, reading the reference by gates."""
-        rows, cols = gates.shape[1:]
         if pooled is None:
             pooled = tokens.new_zeros(len(tokens), self.flux.config.pooled_projection_dim)
         scale = torch.full_like(t, guidance) if self.flux.config.guidance_embeds else None
-        self.attention.regions = None
-        if self.masked:
-            boxes = hierarchy.boxes()
-            bias = region_bias(boxes, torch.zeros(len(boxes)), (rows, cols), len(boxes), references=rows * cols)
-            self.attention.regions = Regions(bias.to(x.device))
-        self.attention.gates = gates
+        self.attention.gates, self.attention.regions = gates, self.regions(hierarchy, gates)
         return velocity(self.flux, x, t, tokens, pooled, scale, reference).float()
+
+    def regions(self, hierarchy: Hierarchy, gates: Tensor) -> Regions | None:
+        """The visibility of a hierarchy whose picture has a reference behind it."""
+        if not self.masked:
+            return None
+        boxes, (rows, cols) = hierarchy.boxes(), gates.shape[1:]
+        bias = region_bias(boxes, torch.zeros(len(boxes)), (rows, cols), len(boxes), references=rows * cols)
+        return Regions(bias.to(gates.device))
+
+    @contextmanager
+    def reading(self, hierarchy: Hierarchy, gates: Tensor) -> Iterator[Regions | None]:
+        """As long as it lasts, Flux reads a reference by gates [B, rows, cols]. Gives the regions to paint under."""
+        self.attention.gates = gates
+        try:
+            yield self.regions(hierarchy, gates)
+        finally:
+            self.attention.gates = None
 
     def loss(self, tokens: Tensor, pooled: Tensor | None, hierarchy: Hierarchy, pictures: tuple[Tensor, Tensor],
              reference: Tensor, x0: Tensor, step: Step) -> tuple[Tensor, dict[str, Tensor]]:

@@ -31,12 +31,12 @@ MEASURED = 256  # pictures over which the statistics of the adapter's tokens are
 
 
 class EditorStage:
-    name = "editor"
+    name, check = "editor", staticmethod(check)
 
     def __init__(self, config: Config, device: torch.device):
         self.config, self.device = config, device
         world = World.start(config.run.device)
-        check(config, world)
+        self.check(config, world)
         self.space = space_of(config, device)
         self.data(world)
         self.networks(world)
@@ -151,7 +151,7 @@ class EditorStage:
     def validate(self) -> dict[str, float]:
         """The parts of the loss over the held-out edits. Noise and times are the same at every validation."""
         own: dict[int, tuple[int, dict[str, float]]] = {}
-        self.decoder.eval()
+        self.measuring(True)
         with autocast(self.device, self.config.run.precision):
             for share in self.validation.batches(len(self.held), self.config.run.micro or 16):
                 count = len(share.rows)
@@ -159,16 +159,23 @@ class EditorStage:
                 _, parts = self.losses(*self.batch(share.samples), self.config.validation.preset, step)
                 if share.counts:
                     own[share.number] = count, {name: float(value.detach()) for name, value in parts.items()}
-        self.decoder.train()
+        self.measuring(False)
         found = list(self.validation.gathered(own).values())
         seen = sum(count for count, _ in found)
         return {name: sum(count * parts[name] for count, parts in found) / seen for name in found[0][1]}
+
+    def measuring(self, now: bool) -> None:
+        """What is trained measures, or goes on learning."""
+        self.decoder.train(not now)
+
+    def paints(self) -> bool:
+        return self.flow is not None
 
     @torch.no_grad()
     def pictures(self) -> dict[str, np.ndarray]:
         """Held-out edits of one shape, one per row: source, painted from the written embedding, painted from the true
         one, target."""
-        if self.flow is None:
+        if not self.paints():
             return {}
         settings, world = self.config.validation, self.validation.world
         own: dict[int, np.ndarray] = {}

@@ -10,17 +10,18 @@ import tyro
 from ..engine.sealed import newest_whole, read_record
 from .adapter_export import export_adapter
 from .editor_export import export_editor
+from .gate import export_gate
 
 
 @dataclass(frozen=True)
 class Config:
     run: Annotated[Path, tyro.conf.Positional]
-    """Folder of a run of `sda train adapter` or `sda train editor`."""
+    """Folder of a run of `sda train adapter`, `sda train editor` or `sda train gate`."""
     to: Path | None = None
     """Where the files go. Default: `export` in the run's folder. ComfyUI's models folder works too."""
     dtype: Literal["fp16", "bf16", "fp32", "int8"] | None = None
     """dtype of the weights. Default: the one that the run itself exports, fp16 for an adapter and bf16 for an edit
-    decoder."""
+    decoder and a gate's LoRA."""
 
 
 def run(config: Config) -> bool:
@@ -32,6 +33,8 @@ def run(config: Config) -> bool:
     to, identity = config.to or config.run / "export", record["identity"]
     if "decoder" in identity:
         paths = [export_editor(folder, record, to, config.dtype)]
+    elif "gate" in identity:
+        paths = [export_gate(folder, record, to, config.dtype)]
     elif record["stage"] == "adapter" and "adapter" in identity:
         paths = export_adapter(folder, record, to, config.dtype)
     else:
