@@ -67,7 +67,8 @@ def test_a_recipe_of_the_gate_goes_on_from_that_of_its_adapter(memory):
     from semantic_diffusion_adapter.training.stages import gate_settings
 
     name = f"flux1_dev_gate_{memory}"
-    recipe, before = from_toml(gate_settings.Config, CONFIGS / f"{name}.toml"), from_toml(settings.Config, CONFIGS / f"flux1_dev_{memory}.toml")
+    recipe = from_toml(gate_settings.Config, CONFIGS / f"{name}.toml")
+    before = from_toml(settings.Config, CONFIGS / f"flux1_dev_{memory}.toml")
     with pytest.raises(ValueError, match=f"adapter: there is no runs/flux1_dev_{memory}/export/semantic_adapters/flux1_dev_{memory}"):
         gate_settings.check(recipe, World(0, 1, 0, 1, CPU))  # all else that is checked before is in order
     *others, (_, dinov2) = before.vision.named()
