@@ -49,12 +49,24 @@ def test_widgets_links_and_the_value_after_a_seed() -> None:
     }
 
 
-@pytest.mark.parametrize("change", [{"mode": 4}, {"mode": 2}, {"type": "Reroute"}])
+@pytest.mark.parametrize("change", [{"mode": 2}, {"type": "Reroute"}])
 def test_what_it_cannot_convert_is_refused(change: dict) -> None:
     workflow = graph()
     workflow["nodes"][1].update(change)
     with pytest.raises(Failure, match="Node 7"):
         to_prompt(workflow, NODES)
+
+
+def test_what_follows_a_bypassed_node_gets_what_it_was_given() -> None:
+    workflow = graph()
+    for number, (before, after) in enumerate(((1, 20), (20, 21), (21, 7))):
+        workflow["links"].append([10 + number, before, 0, after, 0, "MODEL"])
+    for node, link in ((20, 10), (21, 11)):
+        inputs = [{"name": "clip", "type": "CLIP", "link": None}, {"name": "model", "type": "MODEL", "link": link}]
+        made = {"id": node, "type": "Unknown", "mode": 4, "inputs": inputs, "outputs": [{"name": "MODEL", "type": "MODEL"}]}
+        workflow["nodes"].append(made)
+    workflow["nodes"][1]["inputs"][0]["link"] = 12
+    assert to_prompt(workflow, NODES) == to_prompt(graph(), NODES)
 
 
 def test_a_widget_that_the_template_lacks_is_named() -> None:
