@@ -211,6 +211,8 @@ def test_regional_prompts_are_drawn_on_the_blueprints_own_face(desk: Desk, artis
             blueprint.pos = [0, 0];
         }"""
     )
+    if page.evaluate("app.graph.nodes.some(node => 'proxyWidgetErrorQuarantine' in node.properties)"):
+        pytest.skip("this page puts nothing but inputs on a subgraph's face: the canvas is seen in the open subgraph")
     artist.settle()
     prompt = page.locator(".sda-panel [aria-label=Prompt]").last
     page.mouse.click(*artist.at(0.2, 0.5))
