@@ -34,3 +34,10 @@ def sequence_gate(patches: Tensor, text: int, text_gate: float, references: int 
     batch = patches.shape[0]
     before = patches.new_full((batch, text), text_gate)
     return torch.cat([before, patches.flatten(1), patches.new_zeros((batch, references))], dim=1)
+
+
+def reference_gate(patches: Tensor, text: int, text_gate: float, references: int) -> Tensor:
+    """`sequence_gate` of a source that is the sequence's own references: they read one another, and the rest, as ever."""
+    gates = sequence_gate(patches, text, text_gate, references)
+    gates[:, text + patches[0].numel() :] = 1
+    return gates

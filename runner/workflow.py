@@ -41,7 +41,10 @@ def _sources(workflow: dict) -> dict[int, list]:
     for link, (node, slot) in origins.items():
         while node in bypassed:
             kind = bypassed[node]["outputs"][slot]["type"]
-            node, slot = origins[next(socket["link"] for socket in bypassed[node]["inputs"] if socket["type"] == kind)]
+            came = next((socket["link"] for socket in bypassed[node]["inputs"] if socket["type"] == kind), None)
+            if came is None:
+                raise Failure(f"Node {node} is bypassed and has no {kind} to pass on.")
+            node, slot = origins[came]
         sources[link] = [str(node), slot]
     return sources
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...kernels.attention import Source
 from ...kernels.blocks import Blocks
-from ...kernels.gate import sequence_gate
+from ...kernels.gate import reference_gate
 from .companions import Forward
 from .flux import check_model, within
 from .gates import Opening, gates_of, opening_of, put_around, reading
@@ -34,8 +34,7 @@ class References:
         start = text + self._gates[0].numel()
         keys, values = k[:, :, start:], v[:, :, start:]
         if self._made is None or self._made.gate.shape[1] != q.shape[2]:
-            gates = sequence_gate(self._gates, text, self._text_gate, q.shape[2] - start)
-            gates[:, start:] = 1  # the references' own queries
+            gates = reference_gate(self._gates, text, self._text_gate, q.shape[2] - start)
             self._made = Source(keys, values, gates.to(q.device))
         return q, k[:, :, :start], v[:, :, :start], self._made.over(keys, values)
 

@@ -95,8 +95,9 @@ def test_an_attribute_edit_is_one_in_both(assets, toy, embedding, bounded, thres
 
     from semantic_diffusion_adapter.kernels.steering import Push
     from semantic_diffusion_adapter.nodes.host import directions
+    from semantic_diffusion_adapter.training.miniature.evaluation.attention import Attention
     from semantic_diffusion_adapter.training.miniature.evaluation.steered import Steered
-    from semantic_diffusion_adapter.training.miniature.evaluation.system import Attention, Miniature
+    from semantic_diffusion_adapter.training.miniature.evaluation.system import Miniature
 
     path = assets / miniature.FLUX
     state, record = checkpoint_of(path)

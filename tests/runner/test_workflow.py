@@ -69,6 +69,15 @@ def test_what_follows_a_bypassed_node_gets_what_it_was_given() -> None:
     assert to_prompt(workflow, NODES) == to_prompt(graph(), NODES)
 
 
+def test_a_bypassed_node_that_has_nothing_to_pass_on_is_named() -> None:
+    workflow = graph()
+    made = {"id": 20, "type": "Unknown", "mode": 4, "inputs": [], "outputs": [{"name": "MODEL", "type": "MODEL"}]}
+    workflow["nodes"].append(made)
+    workflow["links"].append([10, 20, 0, 7, 0, "MODEL"])
+    with pytest.raises(Failure, match="Node 20 is bypassed and has no MODEL"):
+        to_prompt(workflow, NODES)
+
+
 def test_a_widget_that_the_template_lacks_is_named() -> None:
     workflow = graph()
     workflow["nodes"][1]["widgets_values"].pop()

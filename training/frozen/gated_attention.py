@@ -5,7 +5,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 from ...kernels.attention import Source, masked_attention
-from ...kernels.gate import sequence_gate
+from ...kernels.gate import reference_gate
 from .region_attention import SHORT, RegionAttention
 
 
@@ -51,9 +51,7 @@ def reference_source(k: Tensor, v: Tensor, gates: Tensor, made: Source | None = 
     start = k.shape[2] - patches
     keys, values = k[:, :, start:], v[:, :, start:]
     if made is None:
-        gate = sequence_gate(gates, start - patches, 0.0, patches)
-        gate[:, start:] = 1
-        made = Source(keys, values, gate.to(k.device))
+        made = Source(keys, values, reference_gate(gates, start - patches, 0.0, patches).to(k.device))
     return made.over(keys, values)
 
 

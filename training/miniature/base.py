@@ -260,11 +260,17 @@ def sample_text(flux, text, vae, prompts: list[str], device, cfg: float, mu: flo
 
 def load_base(flux_path: Path, text_path: Path, device: torch.device):
     """(diffusers Flux, text encoder, flux record), frozen, in eval mode."""
-    _, record = checkpoint.load(flux_path, "flux")
+    flux, record = load_flux(flux_path, device)
+    return flux, load_text_encoder(text_path, device), record
+
+
+def load_flux(path: Path, device: torch.device):
+    """(diffusers Flux, its record), frozen, in eval mode."""
+    record = checkpoint.read_header(path, "flux")
     flux = build_flux(record["config"])
-    fill_flux(flux, flux_path)
+    fill_flux(flux, path)
     attend_by_region(flux)
-    return flux.to(device).eval().requires_grad_(False), load_text_encoder(text_path, device), record
+    return flux.to(device).eval().requires_grad_(False), record
 
 
 def run(config: Config) -> bool:

@@ -14,11 +14,10 @@ from ...kernels.precision import autocast
 from ..config import RunConfig
 from ..engine import Ahead, Step, compile_blocks, launch
 from ..files import file_hash
-from ..frozen.flux import build_flux
 from ..objectives.gate import GateObjective, GateTraining, add_gate_lora, lora_state
 from ..objectives.lora import Learned
 from ..objectives.reconstruct import load_adapter, named_hierarchy
-from .base import fill_flux
+from .base import load_flux
 from .drawing import codes, draw
 from .editor import change_of, random_edit
 from .stored import Scenes, training_scenes
@@ -58,10 +57,7 @@ class GateStage:
 
     def __init__(self, config: Config, device: torch.device):
         self.config, self.device = config, device
-        _, record = checkpoint.load(config.flux, "flux")
-        self.flux = build_flux(record["config"])
-        fill_flux(self.flux, config.flux)
-        self.flux.to(device)
+        self.flux, _ = load_flux(config.flux, device)
         add_gate_lora(self.flux, config.objective.rank)
         self.vae = load_vae(config.vae, device)
         self.adapter, kept = load_adapter(config.adapter, device)

@@ -78,9 +78,7 @@ class EditorStage:
 
     def through_flux(self, world: World) -> EditFlow:
         config, base = self.config, self.config.base
-        if base_sha256(base.flux) != self.space.base_sha256:
-            raise ValueError(f"{config.adapter or config.fits} was trained through another base than {base.flux}; give "
-                             "that base.")
+        self.check_base()
         flux = load_flux(base.flux, base.precision, "cpu" if base.sharded else self.device)
         flow = EditFlow(flux, load_vae(base.vae, self.device), config.flow, self.space.masked)
         if base.checkpointing:
@@ -91,6 +89,12 @@ class EditorStage:
             shard_base(flux, world)
         self.frozen |= {"flux": flux, "vae": flow.vae.vae}
         return flow
+
+    def check_base(self) -> None:
+        config = self.config
+        if base_sha256(config.base.flux) != self.space.base_sha256:
+            raise ValueError(f"{config.adapter or config.fits} was trained through another base than {config.base.flux}; give "
+                             "that base.")
 
     def fingerprint(self) -> dict:
         config = self.config

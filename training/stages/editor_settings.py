@@ -121,18 +121,7 @@ def check(config: Config, world: World) -> None:
                          else "decoder.start has an LLM of its own; leave decoder.llm out.")
     if decoder.architecture == "causal_lm" and not (decoder.llm or decoder.start):
         raise ValueError("decoder.llm is missing: give the folder of a causal LLM such as Qwen3.")
-    if not config.presets:
-        raise ValueError("presets is empty; name at least one, such as tree128.")
-    if (config.adapter is None) == (config.fits is None):
-        raise ValueError("Give either an adapter or a folder of fits: the decoder learns the space of one of them.")
-    presets = {*config.presets, config.validation.preset}
-    for preset in presets:
-        named_hierarchy(preset)
-    if config.fits and len(presets) > 1:
-        raise ValueError(f"Fitted embeddings have one preset; give it as presets and as validation.preset, not "
-                         f"{', '.join(sorted(presets))}.")
-    if config.fits and (config.vision.files or config.data.cache):
-        raise ValueError("Fits need no vision towers and no cache; leave vision and data.cache out.")
+    check_space(config)
     check_data(config.data)
     if config.flow.weight and (base.flux is None or base.vae is None):
         raise ValueError("flow.weight asks for training through Flux; give base.flux and base.vae, or set it to 0.")
@@ -145,6 +134,22 @@ def check(config: Config, world: World) -> None:
         check_base(base, world)
         skeleton(base.flux, outline)
         vae_of(base.vae, outline)
+
+
+def check_space(config) -> None:
+    """The presets and the space, an adapter's or that of fits, of any stage on edits. ValueError."""
+    if not config.presets:
+        raise ValueError("presets is empty; name at least one, such as tree128.")
+    if (config.adapter is None) == (config.fits is None):
+        raise ValueError("Give either an adapter or a folder of fits: the embeddings are those of one of them.")
+    presets = {*config.presets, config.validation.preset}
+    for preset in presets:
+        named_hierarchy(preset)
+    if config.fits and len(presets) > 1:
+        raise ValueError(f"Fitted embeddings have one preset; give it as presets and as validation.preset, not "
+                         f"{', '.join(sorted(presets))}.")
+    if config.fits and (config.vision.files or config.data.cache):
+        raise ValueError("Fits need no vision towers and no cache; leave vision and data.cache out.")
 
 
 def new_decoder(settings: Decoder, space: tuple, dtype: torch.dtype) -> EditDecoder:

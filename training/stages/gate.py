@@ -13,7 +13,7 @@ from ..config import build
 from ..data.index import Index
 from ..engine import Step, World, compile_blocks, launch
 from ..files import DTYPES, code_version
-from ..frozen.base import base_sha256, load_flux
+from ..frozen.base import load_flux
 from ..frozen.encoders import load_vae
 from ..frozen.paint import paint
 from ..objectives.gate import GateObjective, add_gate_lora, changed_patches, lora_name, lora_state
@@ -35,9 +35,7 @@ class GateStage(EditorStage):
 
     def networks(self, world: World) -> None:
         config, base, device = self.config, self.config.base, self.device
-        if base_sha256(base.flux) != self.space.base_sha256:
-            raise ValueError(f"{config.adapter or config.fits} was trained through another base than {base.flux}; give "
-                             "that base.")
+        self.check_base()
         self.space.load()
         self.flux, self.vae = load_flux(base.flux, base.precision, device), load_vae(base.vae, device)
         add_gate_lora(self.flux, config.objective.rank)

@@ -12,7 +12,7 @@ from ..frozen.base import Precision, check_precision, skeleton
 from ..frozen.encoders import vae_of
 from ..objectives.augmentation import Augmentation
 from ..objectives.gate import GateTraining
-from ..objectives.reconstruct import named_hierarchy
+from .editor_settings import Validation, check_space
 from .settings import Data, Vision, check_data, check_files
 
 
@@ -27,19 +27,6 @@ class Base:
     (24 GB) does not fit."""
     checkpointing: bool = free(True)
     """Compute each block of Flux again in the backward pass instead of keeping its activations."""
-
-
-@dataclass(frozen=True)
-class Validation:
-    preset: str = free("tree128")
-    resolution: int = 512
-    """Resolution of the held-out edits, in pixels. They are chosen among those that fill it."""
-    pictures: int = free(4)
-    """How many of the held-out edits are painted."""
-    steps: int = free(20)
-    """Steps of the sampler."""
-    guidance: float = free(3.5)
-    """Guidance that a guidance-distilled base is given when it paints."""
 
 
 @dataclass(frozen=True)
@@ -65,16 +52,8 @@ class Config:
 
 def check(config: Config, world: World) -> None:
     """Refuse in one sentence what cannot work, before anything is loaded. ValueError."""
-    base, presets = config.base, {*config.presets, config.validation.preset}
-    if not config.presets:
-        raise ValueError("presets is empty; name at least one, such as tree128.")
-    if (config.adapter is None) == (config.fits is None):
-        raise ValueError("Give either an adapter or a folder of fits: Flux paints from the embeddings of one of them.")
-    for preset in presets:
-        named_hierarchy(preset)
-    if config.fits and len(presets) > 1:
-        raise ValueError(f"Fitted embeddings have one preset; give it as presets and as validation.preset, not "
-                         f"{', '.join(sorted(presets))}.")
+    base = config.base
+    check_space(config)
     if base.precision == "int8":
         raise ValueError("A LoRA is not trained through a base in int8 here; give --base.precision nf4 or bf16.")
     check_precision(base.precision)

@@ -19,7 +19,8 @@ export function growing(node) {
   if (!most || typeof node.removeInput !== "function") return () => {};
   return () => {
     const wanted = Math.min(connectedOf(node) + 1, most);
-    const [row, has] = [rowOf(node), new Set(rowOf(node).map(({ number }) => number))];
+    const row = rowOf(node);
+    const has = new Set(row.map(({ number }) => number));
     for (const { number, slot } of row.reverse()) if (number > wanted) node.removeInput(slot);
     for (let number = 1; number <= wanted; number++) if (!has.has(number)) node.addInput(`other_${number}`, type, { shape });
   };

@@ -28,7 +28,8 @@ from semantic_diffusion_adapter.training.objectives.gate import (  # noqa: E402
 )
 from semantic_diffusion_adapter.training.objectives.reconstruct import named_hierarchy  # noqa: E402
 from semantic_diffusion_adapter.training.stages import gate  # noqa: E402
-from semantic_diffusion_adapter.training.stages.gate_settings import Base, Config, Validation, check  # noqa: E402
+from semantic_diffusion_adapter.training.stages.editor_settings import Validation  # noqa: E402
+from semantic_diffusion_adapter.training.stages.gate_settings import Base, Config, check  # noqa: E402
 from semantic_diffusion_adapter.training.stages.settings import Data, Vision  # noqa: E402
 
 CPU = torch.device("cpu")

@@ -10,8 +10,8 @@ from torch.nn.functional import pad
 from ....kernels.attention import Regions
 from ....kernels.steering import Push, Steering
 from ....kernels.visibility import region_bias
+from .attention import within
 from .decoder import Decoder
-from .system import within
 
 
 class Steered:

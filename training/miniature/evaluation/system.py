@@ -6,10 +6,8 @@ so two decoders of one scene start from the same noise.
 """
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +16,9 @@ import torch
 from torch import Tensor
 
 from ....kernels.adapter import Adapter
-from ....kernels.attention import Regions, Source, masked_attention
+from ....kernels.attention import Regions
 from ....kernels.edit_decoder import EditDecoder
 from ....kernels.embedding import SemanticEmbedding, from_hierarchy
-from ....kernels.gate import sequence_gate
 from ....kernels.hierarchy import Hierarchy
 from ....kernels.layout import decode as decode_layout
 from ....kernels.layout import encode as encode_layout
@@ -30,16 +27,15 @@ from ....kernels.precision import autocast, resolve
 from ....kernels.visibility import patch_grid, region_bias
 from ....kernels.vision.towers import VisionTower
 from ...frozen.flux import velocity
-from ...frozen.gated_attention import before_reference, reference_source
-from ...frozen.region_attention import RegionAttention
 from ...objectives.edit import load_editor
 from ...objectives.gate import merge_lora
 from ...objectives.reconstruct import load_adapter, named_hierarchy
-from ..base import load_base, sample
+from ..base import load_base, load_flux, sample
 from ..scenes import SIZE, generator
 from ..text import encode, load_text_encoder, token_ids
 from ..towers import read_tower
 from ..vae import load_vae, to_pixels, to_tensor
+from .attention import Attention
 
 ASSETS = Path(__file__).resolve().parents[3] / "assets" / "miniature"
 BATCH = 32
@@ -93,60 +89,6 @@ class Encoder:
     masked: bool
 
 
-@contextmanager
-def within(place: threading.local, **values: object) -> Iterator[None]:
-    """These attributes of a thread's own place, as long as the context lasts."""
-    vars(place).update(values)
-    try:
-        yield
-    finally:
-        for name in values:
-            del vars(place)[name]
-
-
-class Attention(RegionAttention):
-    """Flux's attention for painting. Without gradients the fused kernel with a mask is the fastest at these lengths (on
-    a CPU 15% of the whole forward)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._of_thread = threading.local()
-
-    def reading(self, gates: Tensor) -> AbstractContextManager[None]:
-        """In this thread, the first half of a batch reads the image keys of the second, its sources, instead of its own, by
-        gates [B, rows, cols] (kernels/gate.py)."""
-        return within(self._of_thread, gates=gates)
-
-    def under(self, regions: Regions) -> AbstractContextManager[None]:
-        """In this thread, these regions in place of `regions`: one for each row, of which a block may see the first alone."""
-        return within(self._of_thread, regions=regions)
-
-    def beside(self, gates: Tensor, regions: Regions) -> AbstractContextManager[None]:
-        """In this thread, the picture's patches read those of a reference behind them by gates [B, rows, cols]. regions: with
-        rows of the reference's patches."""
-        return within(self._of_thread, beside=gates, regions=regions)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        beside = getattr(self._of_thread, "beside", None)
-        if beside is not None:
-            return masked_attention(*before_reference(q, k, v, beside), self._of_thread.regions, "dense",
-                                    source=reference_source(k, v, beside))
-        gates = getattr(self._of_thread, "gates", None)
-        if gates is None:
-            return self._own(q, k, v)
-        count, text = len(gates), q.shape[2] - gates[0].numel()
-        source = Source(k[count:, :, text:], v[count:, :, text:], sequence_gate(gates, text, 0.0).to(q.device),
-                        (text, q.shape[2]))
-        read = masked_attention(q[:count], k[:count], v[:count], self.regions, "dense", source=source)
-        return torch.cat([read, self._own(q[count:], k[count:], v[count:])])
-
-    def _own(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        regions = getattr(self._of_thread, "regions", self.regions)
-        if regions is None:
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v)
-        return masked_attention(q, k, v, regions.first(len(q)), "dense")
-
-
 def left_out(assets: Path) -> dict[str, str]:
     """The ablations whose files are not there, with the command that makes each."""
     return {name: f"sda miniature {command}" for name, (file, _, command) in ADAPTERS.items()
@@ -193,7 +135,7 @@ class Miniature:
         self.flux, _, record = _read(assets, _FLUX, lambda path: load_base(path, text_file, device))
         self.attention = Attention()
         self.flux.set_attn_processor(self.attention)
-        self.gated = _read(assets, _FLUX, lambda path: load_base(path, text_file, device))[0]  # with the gate's LoRA
+        self.gated = _read(assets, _FLUX, lambda path: load_flux(path, device))[0]  # with the gate's LoRA
         _read(assets, _GATE, lambda path: merge_lora(self.gated, path))
         self.gated.set_attn_processor(self.attention)
         self.mu, latent = record["config"]["sampling_shift_mu"], record["config"]["latent"]
