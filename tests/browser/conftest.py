@@ -148,7 +148,7 @@ class Artist:
 
     def __init__(self, desk: Desk) -> None:
         self.desk, self.page = desk, desk.page
-        self.canvas, self.status = self.page.locator(".sda-editor canvas"), self.page.locator(".sda-editor [role=status]")
+        self.canvas, self.status = self.page.locator(".sda-editor canvas >> visible=true"), self.page.locator(".sda-editor [role=status]")
 
     def add(self, kind: str) -> None:
         self.page.evaluate(ADD, kind)

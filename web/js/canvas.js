@@ -6,6 +6,7 @@
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 import { Editor } from "./editor.js";
+import { inside } from "./faces.js";
 import { connectedOf, growing } from "./grow.js";
 import { RegionsTool } from "./layers.js";
 import { Panel } from "./panel.js";
@@ -37,39 +38,54 @@ app.registerExtension({
   setup() {
     const redraw = () => editors.forEach((editor) => editor.draw());
     api.addEventListener("executed", redraw); // new pictures
-    api.addEventListener("graphChanged", redraw); // new links, another file in an image loader, something to undo
+    api.addEventListener("graphChanged", () => {
+      redraw(); // new links, another file in an image loader, something to undo
+      app.canvas?.graph?.nodes.forEach(dress); // what stands on a face was changed inside
+    });
   },
-  nodeCreated(node) {
-    const kind = NODES[node.comfyClass ?? node.constructor?.comfyClass];
-    if (!kind || typeof node.addDOMWidget !== "function") return;
-    try {
-      attach(node, kind);
-    } catch (error) {
-      console.warn("semantic diffusion: no canvas on", node.title, error);
-    }
-  },
+  nodeCreated: dress,
 });
 
-function attach(node, { tool: Tool, widgets: names, ground, other, shrunk, panel }) {
-  const widgets = names.map((name) => node.widgets?.find((widget) => widget.name === name));
-  if (!widgets.every(Boolean)) return;
-  const read = () => widgets.map(({ value }) => (Tool === BoxTool ? Number(value) || 0 : String(value ?? "")));
+const kindOf = (node) => NODES[node.comfyClass ?? node.constructor?.comfyClass];
+
+/** Give a canvas to a node of ours, or to a subgraph as long as such a node's widgets stand on its face. */
+function dress(node) {
+  if (typeof node.addDOMWidget !== "function") return;
+  try {
+    const kind = kindOf(node);
+    const within = kind ? null : inside(node, (each) => kindOf(each)?.widgets);
+    const there = node.widgets?.find(({ name }) => name === WIDGET);
+    if (there && !kind && !within) node.removeWidget?.(there);
+    else if (!there && kind) attach(node, kind);
+    else if (!there && within) attach(within.node, kindOf(within.node), node, within.find);
+  } catch (error) {
+    console.warn("semantic diffusion: no canvas on", node.title, error);
+  }
+}
+
+/** A canvas for a node, on its own face or on that of the subgraph that it is in. */
+function attach(node, kind, face = node, find = (name) => node.widgets?.find((widget) => widget.name === name)) {
+  const { tool: Tool, widgets: names, ground, other, shrunk, panel } = kind;
+  const widgets = () => names.map(find);
+  if (!widgets().every(Boolean)) return;
+  const outer = face === node ? null : face;
+  const read = () => widgets().map((widget) => (Tool === BoxTool ? Number(widget?.value) || 0 : String(widget?.value ?? "")));
   const [findGround, findOther, findMask] = [0, 1, 2].map(() => pictureFinder(() => editor.draw()));
   let output = null; // of the last run
   const seen = () => output ?? outputOf(node) ?? {};
-  const masked = () => Tool === BoxTool && ["mask", "bboxes"].some((name) => isLinked(node, name));
-  const connected = () => masked() || names.some((name) => isLinked(node, name));
+  const masked = () => Tool === BoxTool && ["mask", "bboxes"].some((name) => isLinked(node, name, outer));
+  const connected = () => masked() || names.some((name) => isLinked(node, name, outer));
   const region = () => (connected() ? regionOf(seen(), masked(), findMask) : undefined);
 
   const editor = new Editor(new Tool(read()), {
     read,
     write(state) {
-      widgets.forEach((widget, at) => {
-        if (widget.value === state[at]) return;
+      widgets().forEach((widget, at) => {
+        if (!widget || widget.value === state[at]) return;
         widget.value = state[at];
-        widget.callback?.(state[at], app.canvas, node);
+        widget.callback?.(state[at], app.canvas, face);
       });
-      node.setDirtyCanvas?.(true, false);
+      face.setDirtyCanvas?.(true, false);
     },
     /** Tell the page, which keeps what can be undone and whether there is something to save. */
     commit() {
@@ -86,8 +102,8 @@ function attach(node, { tool: Tool, widgets: names, ground, other, shrunk, panel
     view: (onResult) => {
       if (Tool === RegionsTool) Object.assign(editor.tool, { found: seen().found ?? [], connected: connectedOf(node) });
       return {
-        ground: findGround(onResult ? picturesBelow(node) : picturesAbove(node, ground)),
-        other: other && findOther(picturesAbove(node, [other])),
+        ground: findGround(onResult ? picturesBelow(node, outer) : picturesAbove(node, ground, outer)),
+        other: other && findOther(picturesAbove(node, [other], outer)),
         shrunk,
         region: region(),
       };
@@ -95,31 +111,33 @@ function attach(node, { tool: Tool, widgets: names, ground, other, shrunk, panel
     forward: (name, event) => app.canvas?.[name]?.(event),
   }, panel);
 
-  const settle = growing(node);
+  const settle = outer ? () => {} : growing(node);
   settle();
-  const widget = node.addDOMWidget(WIDGET, WIDGET, editor.element, { serialize: false, getMinHeight: () => editor.least(node.size[0]) });
+  const options = { serialize: false, getMinHeight: () => editor.least(face.size[0]) };
+  const widget = face.addDOMWidget(WIDGET, WIDGET, editor.element, options);
   widget.serialize = false; // neither in the workflow (this line) nor in the prompt (the option)
-  const [width, height] = node.computeSize?.() ?? node.size;
-  node.setSize?.([Math.max(width, node.size[0], WIDTH), Math.max(height, node.size[1])]);
+  const [width, height] = face.computeSize?.() ?? face.size;
+  face.setSize?.([Math.max(width, face.size[0], WIDTH), Math.max(height, face.size[1])]);
 
-  for (const each of widgets) after(each, "callback", () => editor.draw()); // typed by hand
-  after(node, "onConnectionsChange", () => {
+  for (const each of widgets()) after(each, "callback", () => editor.draw()); // typed by hand
+  after(face, "onConnectionsChange", () => {
     settle();
     editor.draw();
   });
-  after(node, "onConfigure", () => {
+  after(face, "onConfigure", () => {
     settle();
-    if (left.has(placeOf(node))) editor.follow(left.get(placeOf(node)));
-    left.delete(placeOf(node));
+    if (!face.widgets.includes(widget)) face.widgets.push(widget); // older pages empty the list of a subgraph first
+    if (left.has(placeOf(face))) editor.follow(left.get(placeOf(face)));
+    left.delete(placeOf(face));
     editor.draw();
   });
   after(node, "onExecuted", (message) => {
     output = message;
     editor.draw();
   });
-  after(node, "onAdded", () => editors.add(editor));
-  after(node, "onRemoved", () => {
-    left.set(placeOf(node), editor);
+  after(face, "onAdded", () => editors.add(editor));
+  after(face, "onRemoved", () => {
+    left.set(placeOf(face), editor);
     editor.leave();
     editors.delete(editor);
   });

@@ -2,6 +2,7 @@
 
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
+import { slotOutside } from "./faces.js";
 
 /** What a node has shown: {images: [{filename, subfolder, type}], ...}; the page also notes an image loader's file there. */
 export function outputOf(node) {
@@ -10,16 +11,18 @@ export function outputOf(node) {
   return app.nodeOutputs?.[inside ? `${graph.id}:${node.id}` : node.id];
 }
 
-/** Whether something is connected to the input of this name, a widget's or not. */
-export function isLinked(node, name) {
+/** Whether something is connected to the input of this name, a widget's or not; seen from the face, if there is one. */
+export function isLinked(node, name, face = null) {
   const slot = slotOf(node, name);
-  return Boolean(node.graph) && slot >= 0 && Boolean(node.isInputConnected?.(slot));
+  if (!node.graph || slot < 0 || !node.isInputConnected?.(slot)) return false;
+  const outside = face ? slotOutside(node, slot) : -1;
+  return outside < 0 || Boolean(face.isInputConnected(outside));
 }
 
 /** The pictures above these inputs of a node, input by input, the nearest of each first: files, or images of the page. */
-export function* picturesAbove(node, names) {
+export function* picturesAbove(node, names, face = null) {
   for (const name of names) {
-    for (const [origin, slot] of above(node, slotOf(node, name))) {
+    for (const [origin, slot] of above(node, slotOf(node, name), face)) {
       for (const shower of [origin, ...showersOf(origin, slot)]) {
         const file = outputOf(shower)?.images?.[0];
         if (file) yield file;
@@ -31,8 +34,8 @@ export function* picturesAbove(node, names) {
 }
 
 /** The pictures that came of a node in the last run, the nearest first; not those that our own nodes draw of embeddings. */
-export function* picturesBelow(node) {
-  const met = new Set([node]);
+export function* picturesBelow(node, face = null) {
+  const met = new Set(face ? [node, face] : [node]);
   for (const from of met) {
     const file = from.type?.startsWith("SDA") ? null : outputOf(from)?.images?.[0];
     if (file) yield file;
@@ -80,13 +83,15 @@ function slotOf(node, name) {
 }
 
 /** The nodes above one input, with the output that led to each: a node is met once for every output that is used of it. */
-function* above(node, slot) {
+function* above(node, slot, face) {
   const met = new Set();
   const queue = [[node, slot]];
   for (const [from, at] of queue) {
+    const outside = face && from.graph === face.subgraph ? slotOutside(from, at) : -1;
+    if (outside >= 0) queue.push([face, outside]);
     const link = from.graph && at >= 0 ? from.getInputLink?.(at) : null;
     const origin = link ? from.getInputNode(at) : null;
-    const output = origin && `${origin.id} ${link.origin_slot}`;
+    const output = origin && `${origin.graph?.id} ${origin.id} ${link.origin_slot}`;
     if (!origin || met.has(output)) continue;
     met.add(output);
     yield [origin, link.origin_slot];
