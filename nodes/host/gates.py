@@ -15,9 +15,12 @@ from ...kernels.blocks import Blocks, parse_blocks
 from ...kernels.gate import gate, sequence_gate
 from ...kernels.visibility import patch_grid
 from .companions import Forward
-from .flux import WRAPPER_KEY, check_times
+from .flux import WRAPPER_KEY, check_times, within
 from .override import OVERRIDE_KEY, READER_KEY, regional_attention
 from .sequence import Sequence
+from .watch import Loss, compiled, watched
+
+GATE_WATCH_KEY = "sda_gate_watch"
 
 
 class Opening(NamedTuple):
@@ -42,14 +45,44 @@ def opening_of(network, mask, strength, lo, hi, text_gate, start, end, blocks: s
     return Opening(mask, strength, lo, hi, text_gate, start, end, chosen)
 
 
-def put_around(patched, key: str, wrapper: Callable) -> None:
-    """Add a DIFFUSION_MODEL wrapper around Masked Attention, which then finds the rows and the reader of a gate."""
+def put_around(patched, key: str, wrapper: Callable, watching: Callable) -> None:
+    """Add a DIFFUSION_MODEL wrapper around Masked Attention, which then finds the rows and the reader of a gate; and the
+    APPLY_MODEL wrapper that watches it."""
+    patched.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, key)
+    patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, key, watching)
     patched.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, key)
     inner = list(patched.get_wrappers(WrappersMP.DIFFUSION_MODEL, WRAPPER_KEY))
     patched.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, WRAPPER_KEY)
     patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, key, wrapper)
     for each in inner:
         patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, WRAPPER_KEY, each)
+
+
+def watching_wrapper(what: str, opening: Opening, reads: Callable[[Tensor, Forward], bool]) -> Callable:
+    """The APPLY_MODEL wrapper: a gate that reads and yet does not come to a block is one sentence, not a picture without it.
+
+    reads: whether anything is read by such gates in such a forward.
+    """
+
+    def wrapper(
+        executor, x, t, c_concat=None, c_crossattn=None, control=None,
+        transformer_options={}, **kwargs,  # noqa: B006  (core's own signature; never written to)
+    ):  # fmt: skip
+        base_model = executor.class_obj
+        network = base_model.diffusion_model
+
+        def open_now() -> bool:
+            forward = Forward(x, t, c_crossattn, None, None, kwargs.get("ref_latents"), control, transformer_options, kwargs)
+            return reads(gates_of(opening, forward, network.patch_size), forward)
+
+        options = transformer_options
+        if within(base_model, options, opening.start, opening.end) and not compiled(network, options):
+            loss = Loss("The gate does", what)
+            with watched(network, opening.blocks, options, open_now, loss) as watch:
+                return executor(x, t, c_concat, c_crossattn, control, {**options, GATE_WATCH_KEY: watch}, **kwargs)
+        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
+    return wrapper
 
 
 def check_ends(lo: float, hi: float) -> None:
@@ -68,6 +101,7 @@ def reading(forward: Forward, reader: Any, patch_size: int) -> Forward:
         return Regions(torch.zeros(text + patches + references, 1, device=forward.x.device))
 
     sequence = Sequence(unmasked, forward.context.shape[1], patches, sum(others))
+    reader.watch = forward.transformer_options.get(GATE_WATCH_KEY)
     override = regional_attention(sequence, reader.previous, blocks=frozenset(), reader=reader)
     options = {**sequence.follow(forward.transformer_options), OVERRIDE_KEY: override, READER_KEY: reader}
     return forward._replace(transformer_options=options)

@@ -56,6 +56,8 @@ def regional_attention(
             raise ValueError(unfit_sentence(*sizes, ""))
         if reads and (mask is not None or not fits):
             raise ValueError(unread_sentence(mask is not None))
+        if reads and reader.watch is not None:
+            reader.watch.record_attention(None)
         if not ((chosen or reads) and fits):
             return host(q, k, v, mask=mask, skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape)
         if not skip_reshape:

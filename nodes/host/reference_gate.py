@@ -15,10 +15,11 @@ from ...kernels.blocks import Blocks
 from ...kernels.gate import reference_gate
 from .companions import Forward
 from .flux import check_model, within
-from .gates import Opening, gates_of, opening_of, put_around, reading
+from .gates import Opening, gates_of, opening_of, put_around, reading, watching_wrapper
 from .override import OVERRIDE_KEY
 
 GATE_KEY = "sda_reference_gate"
+WHAT = "Reference Gate"
 
 
 class References:
@@ -49,14 +50,20 @@ def patch(
         Attention.
     """
     network = model.get_model_object("diffusion_model")
-    check_model(model.model, network, "Reference Gate")
+    check_model(model.model, network, WHAT)
     opening = opening_of(network, mask, strength, lo, hi, text_gate, start, end, blocks)
     patched = model.clone()
-    put_around(patched, GATE_KEY, gating_wrapper(model.model, opening))
+
+    def reads(gates: Tensor, forward: Forward) -> bool:
+        as_trained = opening.text_gate == 1 and bool((gates == 1).all())
+        return bool(forward.ref_latents) and not as_trained
+
+    watching = watching_wrapper(WHAT, opening, reads)
+    put_around(patched, GATE_KEY, gating_wrapper(model.model, opening, reads), watching)
     return patched
 
 
-def gating_wrapper(base_model, opening: Opening) -> Callable:
+def gating_wrapper(base_model, opening: Opening, reads: Callable[[Tensor, Forward], bool]) -> Callable:
     """The DIFFUSION_MODEL wrapper. A function, not an object: core deep-copies model options on every clone."""
 
     def wrapper(
@@ -67,7 +74,7 @@ def gating_wrapper(base_model, opening: Opening) -> Callable:
         if not ref_latents or not within(base_model, transformer_options, opening.start, opening.end):
             return forward.run(executor)
         gates = gates_of(opening, forward, executor.class_obj.patch_size)
-        if opening.text_gate == 1 and bool((gates == 1).all()):  # as trained
+        if not reads(gates, forward):
             return forward.run(executor)
         previous = transformer_options.get(OVERRIDE_KEY)
         reader = References(len(x), gates.to(x.device), opening.text_gate, opening.blocks, previous)

@@ -23,7 +23,7 @@ from ...kernels.gate import sequence_gate
 from ...kernels.noise import own_noise
 from .companions import Companion, Forward, Row, accompanied, companion_of, evaluate, obeyed
 from .flux import check_model, within
-from .gates import Opening, gates_of, opening_of, put_around, reading
+from .gates import Opening, gates_of, opening_of, put_around, reading, watching_wrapper
 from .override import OVERRIDE_KEY
 from .source import check_flow, source_of
 
@@ -107,8 +107,12 @@ def patch(
     patched = model.clone()
     patched.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, GATE_KEY)
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, GATE_KEY, noise_wrapper)
-    put_around(patched, GATE_KEY, reading_wrapper(model.model, settings))
+    put_around(patched, GATE_KEY, reading_wrapper(model.model, settings), watching_wrapper(WHAT, opening, reads))
     return patched
+
+
+def reads(gates: Tensor, forward: Forward) -> bool:
+    return bool(gates.any())
 
 
 def noise_wrapper(executor, noise, latent_image, sampler, sigmas, *rest, **more):
@@ -128,7 +132,7 @@ def reading_wrapper(base_model, settings: Settings) -> Callable:
         forward = Forward(x, timestep, context, y, guidance, ref_latents, control, transformer_options, kwargs)
         gates = gates_of(settings.opening, forward, executor.class_obj.patch_size)
         opening = settings.opening
-        if not within(base_model, transformer_options, opening.start, opening.end) or not gates.any():
+        if not within(base_model, transformer_options, opening.start, opening.end) or not reads(gates, forward):
             return forward.run(executor)
         made = accompanied(forward, [Row(settings.companion, noised(base_model, settings, forward))], obeyed(forward))
         options = made.transformer_options

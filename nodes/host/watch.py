@@ -1,4 +1,4 @@
-"""Whether the boxes reach every block of Flux, watched while a forward runs.
+"""Whether the boxes, or a gate, reach every block of Flux, watched while a forward runs.
 
 The attention override reaches a block only through core's `transformer_options`, and some packs replace core's forward
 by one that does not pass them on. So hooks on the blocks check that every block that ran asked the override. A block
@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import comfy.ldm.flux.layers
 import torch
@@ -28,11 +29,21 @@ _KINDS = (
 )
 
 
+class Loss(NamedTuple):
+    """What is lost where the override is not asked, and what to remove to paint without it, as a sentence says them."""
+
+    what: str
+    without: str
+
+
+BOXES = Loss("The boxes do", "Masked Attention to paint without boxes")
+
+
 class Watch:
     """Whether the attention of the block that runs now has come to the override."""
 
-    def __init__(self, network: nn.Module, transformer_options: dict, masks: Callable[[], bool]) -> None:
-        self._network, self._options, self._masks = network, transformer_options, masks
+    def __init__(self, network: nn.Module, transformer_options: dict, masks: Callable[[], bool], loss: Loss = BOXES) -> None:
+        self._network, self._options, self._masks, self._loss = network, transformer_options, masks, loss
         self._waiting = False
         self._sizes: tuple[int, int] | None = None
 
@@ -58,8 +69,8 @@ class Watch:
             return unfit_sentence(*self._sizes, names)
         who = names or "another node (such as TeaCache or PuLID)"
         return (
-            f"The boxes do not reach this model's attention, because {who} runs its blocks past ComfyUI's hooks: remove "
-            "that node, or Masked Attention to paint without boxes."
+            f"{self._loss.what} not reach this model's attention, because {who} runs its blocks past ComfyUI's hooks: remove "
+            f"that node, or {self._loss.without}."
         )
 
 
@@ -72,13 +83,13 @@ def unfit_sentence(queries: int, keys: int, names: str) -> str:
 
 @contextmanager
 def watched(
-    network: nn.Module, blocks: Blocks | None, transformer_options: dict, masks: Callable[[], bool]
+    network: nn.Module, blocks: Blocks | None, transformer_options: dict, masks: Callable[[], bool], loss: Loss = BOXES
 ) -> Iterator[Watch]:
     """Hooks on the chosen blocks of a Flux network for as long as the context lasts.
 
-    masks: whether the layout masks anything at all. It is asked before an error is raised.
+    masks: whether the layout masks anything at all, or the gate lets anything be read. It is asked before an error is raised.
     """
-    watch, handles = Watch(network, transformer_options, masks), []
+    watch, handles = Watch(network, transformer_options, masks, loss), []
     try:
         for where, block in _blocks(network):
             if blocks is None or where in blocks:
