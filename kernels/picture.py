@@ -45,7 +45,8 @@ def draw(e: SemanticEmbedding, values: Tensor, image: Tensor | None = None) -> T
     """The picture [N, H, W, 3] float32 in 0..1: the image under the tint of `values` and the lines of boxes and masks.
 
     values: [B, T] in -1..1, blue below 0 and orange above, stronger the further away; each place has the mean of the
-        finest level that covers it. Coarser levels have thicker lines; of a mask the half-way line is drawn.
+        finest level that covers it. Or a map [B, h, w] in 0..1 of any size, which tints its own places. Coarser levels
+        have thicker lines; of a mask the half-way line is drawn.
     image: IMAGE [N, H, W, 3 or 4] of any size, None is a grey ground of 512 x 512. One that is smaller both ways is
         enlarged by a whole factor, so that the lines do not hide it. A batch of one goes with any batch.
     """
@@ -55,10 +56,12 @@ def draw(e: SemanticEmbedding, values: Tensor, image: Tensor | None = None) -> T
     image = image.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
     batch = max(len(image), len(values))
     if len(image) not in (1, batch) or len(values) not in (1, batch):
-        raise ValueError(f"There are {len(image)} images and {len(values)} embeddings: use equal numbers, or one of either.")
+        tints = "embeddings" if values.dim() == 2 else "maps"
+        raise ValueError(f"There are {len(image)} images and {len(values)} {tints}: use equal numbers, or one of either.")
     height, width = image.shape[1:3]
     masks = _masks(e, height, width, image.device)
-    tint = spread(e, values.to(image.device), height, width)[..., None]
+    values = values.to(image.device)
+    tint = (spread(e, values, height, width) if values.dim() == 2 else _fitted(values, height, width))[..., None]
     colour = torch.where(tint > 0, tint.new_tensor(_MORE), tint.new_tensor(_LESS))
     picture = over_white(image.float()).clamp(0, 1).expand(batch, -1, -1, -1)
     picture = torch.lerp(picture, colour.expand_as(picture), (_OPACITY * tint.abs()).expand_as(picture))
@@ -108,6 +111,12 @@ def spread(e: SemanticEmbedding, values: Tensor, height: int, width: int) -> Ten
         tiny = torch.finfo(torch.float32).tiny
         tint = torch.lerp(tint, total / weight.clamp_min(tiny), weight.clamp(max=1).expand_as(tint))
     return tint
+
+
+def _fitted(tint: Tensor, height: int, width: int) -> Tensor:
+    """A map [B, h, w] as [B, height, width] in 0..1; what is no number is 0."""
+    tint = F.interpolate(tint.float().nan_to_num(0)[:, None], (height, width), mode="bilinear", antialias=True)[:, 0]
+    return tint.clamp(0, 1)
 
 
 def _ratio(length: Tensor, ordinary: Tensor) -> Tensor:

@@ -35,14 +35,23 @@ class PreviewEmbedding(io.ComfyNode):
                 types.Embedding.Input(
                     "compare", optional=True, tooltip="What the change is measured against: the embedding before an edit."
                 ),
+                io.Mask.Input(
+                    "change_map",
+                    optional=True,
+                    tooltip="A map to show instead of the measure, orange where it is white: the change of Change Mask, at any size.",
+                ),
             ],
             outputs=[io.Image.Output(display_name="image", tooltip="The picture that the node shows.")],
             is_output_node=True,
         )
 
     @classmethod
-    def execute(cls, embedding, measure, image=None, compare=None) -> io.NodeOutput:
-        drawn = picture.draw(embedding, picture.measure(embedding, measure, compare), image)
+    def execute(cls, embedding, measure, image=None, compare=None, change_map=None) -> io.NodeOutput:
+        if change_map is None:
+            values = picture.measure(embedding, measure, compare)
+        else:
+            values = change_map.reshape(-1, *change_map.shape[-2:])
+        drawn = picture.draw(embedding, values, image)
         return io.NodeOutput(drawn, ui=ui.PreviewImage(drawn, cls=cls))
 
 

@@ -72,6 +72,7 @@ def test_change_is_measured_against_the_other_embedding():
         (lambda e: picture.measure(e, "change", embedding(boxes=e.boxes.flip(0))), "different layouts"),
         (lambda e: picture.measure(embedding(batch=2), "change", embedding(batch=3)), "batches"),
         (lambda e: picture.draw(e, torch.zeros(2, 64), torch.zeros(3, 8, 8, 3)), "3 images and 2 embeddings"),
+        (lambda e: picture.draw(e, torch.zeros(2, 8, 8), torch.zeros(3, 8, 8, 3)), "3 images and 2 maps"),
         (lambda e: picture.seen(e, (2, 2), level=3), "no level 3"),
         (lambda e: picture.seen(e, (2, 2), token=64), "the embedding has 64"),
         (lambda e: picture.seen(e, (2, 2), level=0, token=16), "level 0 has 16"),
@@ -124,6 +125,16 @@ def test_a_mask_confines_the_tint_and_is_outlined():
     assert border.max() == 1.0 and border.min() == pytest.approx(0.1)
     soft = picture.draw(confined(embedding("global16"), half_mask(0.5)), torch.ones(1, 16))
     assert 0.5 < middle(soft, 1, 0)[0] < middle(drawn, 1, 0)[0]
+
+
+def test_a_map_tints_its_own_places_under_the_boxes():
+    change = torch.zeros(1, 16, 24)
+    change[:, :4, :6], change[:, 4:8, :6], change[:, 12:, 18:] = 1, torch.nan, 0.5
+    drawn = picture.draw(embedding(), change, torch.full((2, 512, 768, 3), 0.5))
+    full, none, half = middle(drawn, 0, 0), middle(drawn, 1, 0), middle(drawn, 3, 3)
+    assert drawn.shape == (2, 512, 768, 3) and torch.equal(none, torch.full((3,), 0.5))
+    assert full[0] > half[0] > 0.5 > half[2] > full[2]
+    assert 0 <= drawn.min() <= drawn.max() <= 1
 
 
 def test_complementary_masks_leave_no_seam():

@@ -91,7 +91,7 @@ FROZEN = {
     "SDAKeepOutsideMask": (["edited", "source", "mask", "feather"], ["SDA_EMBEDDING"]),
     "SDASaveEmbedding": (["embedding", "filename_prefix", "image"], []),
     "SDALoadEmbedding": (["file"], ["SDA_EMBEDDING", "IMAGE"]),
-    "SDAPreviewEmbedding": (["embedding", "measure", "image", "compare"], ["IMAGE"]),
+    "SDAPreviewEmbedding": (["embedding", "measure", "image", "compare", "change_map"], ["IMAGE"]),
     "SDAVisiblePatches": (["embedding", "latent", "level", "token"], ["MASK"]),
     "SDALoadMiniature": ([], ["MODEL", "CLIP", "VAE", "COMBO", "COMBO", "COMBO", "COMBO", "IMAGE", "MODEL"]),
 }  # fmt: skip
