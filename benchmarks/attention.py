@@ -2,9 +2,10 @@
 
     python3 run.py bench attention [--device cpu|cuda] [--patches N ...] [--json]
 
-`merge+source` and `partition+source` read a source besides: keys and values of as many patches, under a gate that is 1
-for a half of the patches and 0 for the others and the text. Their ratio is to `plain+source`, the unmasked attention to
-as many keys.
+`merge+source` and `partition+source` read a source besides, as *Reference Gate* does: keys and values of as many patches,
+under a gate that is 1 for a quarter of the patches, 1/2 for another and 0 for the others and the text. `merge+instead` and
+`partition+instead` read it in place of the picture's own keys, as *Source Gate* does. Their ratio is to `plain+source`, the
+unmasked attention to as many keys.
 
 Times are ratios to the plain, unmasked attention over the same sequence. The routes take turns, and the ratio is the
 median over the turns, so that other load on the machine affects all of them alike. Peak memory is what one call adds to
@@ -39,8 +40,8 @@ HEADS, WIDTH, PRESET = 24, 128, "tree128"
 TABLE = Path(__file__).with_suffix(".md")
 SECONDS_PER_SIZE = 90
 TURNS = 30
-SOURCE = "+source"  # this ending: with keys and values of a source
-NAMES = ("plain", *ROUTES, "plain" + SOURCE, "merge" + SOURCE, "partition" + SOURCE)
+SOURCE, INSTEAD = "+source", "+instead"  # these endings: with keys and values of a source
+NAMES = ("plain", *ROUTES, "plain" + SOURCE, *(route + ending for ending in (SOURCE, INSTEAD) for route in ("merge", "partition")))
 
 
 class Case:
@@ -60,12 +61,12 @@ class Case:
         )
         text = self.regions.length - patches
         gate = torch.zeros(self.regions.length, device=device)
-        gate[text : text + patches // 2] = 1
+        gate[text : text + patches // 4], gate[text + patches // 4 : text + patches // 2] = 1, 0.5
         keys, values = (
             torch.randn((1, HEADS, patches, WIDTH), generator=generator, device=device, dtype=torch.bfloat16)
             for _ in range(2)
         )
-        self.source = Source(keys, values, gate)
+        self.sources = {SOURCE: Source(keys, values, gate), INSTEAD: Source(keys, values, gate, (text, self.regions.length))}
         self.more = torch.cat([self.k, keys], 2), torch.cat([self.v, values], 2)
 
     def call(self, name: str) -> Tensor:
@@ -73,19 +74,30 @@ class Case:
             return F.scaled_dot_product_attention(self.q, self.k, self.v)
         if name == "plain" + SOURCE:
             return F.scaled_dot_product_attention(self.q, *self.more)
-        source = self.source if name.endswith(SOURCE) else None
-        return masked_attention(self.q, self.k, self.v, self.regions, name.removesuffix(SOURCE), source=source)
+        route, ending = split(name)
+        return masked_attention(self.q, self.k, self.v, self.regions, route, source=self.sources.get(ending))
 
     def error(self, name: str, out: Tensor) -> float:
         rows = torch.linspace(0, self.regions.length - 1, 97, device=out.device).long()
-        keys, values = self.more if name.endswith(SOURCE) else (self.k, self.v)
+        ending = split(name)[1]
+        keys, values = self.more if ending else (self.k, self.v)
         q, k, v = self.q[0, ::8, rows].double(), keys[0, ::8].double(), values[0, ::8].double()
         scores = q @ k.transpose(-1, -2) / WIDTH**0.5
         if not name.startswith("plain"):
             scores[..., : self.regions.tokens] += self.bias[rows].double()
-            if name.endswith(SOURCE):
-                scores[..., self.regions.length :] += self.source.gate[0, rows].double().log()[:, None]
+            if ending:
+                gate = self.sources[ending].gate[0, rows].double()[:, None]
+                scores[..., self.regions.length :] += gate.log()
+            if ending == INSTEAD:
+                first, last = self.sources[ending].instead
+                scores[..., first:last] += (1 - gate).log()
         return (out[0, ::8, rows].double() - torch.softmax(scores, dim=-1) @ v).abs().max().item()
+
+
+def split(name: str) -> tuple[str, str]:
+    """The route, and the ending or ""."""
+    route, plus, ending = name.partition("+")
+    return route, plus + ending
 
 
 def unavailable(name: str, device: str) -> str | None:
@@ -143,7 +155,7 @@ def measure(patches: int, device: str) -> tuple[list[dict], dict[str, str]]:
         print(f"\r{patches} patches: turn {turn + 1} of {turns}", end="", file=sys.stderr, flush=True)
         taken = {name: seconds(lambda name=name: case.call(name), device, calls) for name in order}
         for name in order:
-            plain = "plain" + (SOURCE if name.endswith(SOURCE) else "")
+            plain = "plain" + (SOURCE if split(name)[1] else "")
             ratios[name].append(taken[name] / taken.get(plain, math.nan))
         order = order[1:] + order[:1]
     print(file=sys.stderr)
@@ -200,8 +212,8 @@ def write(device: str, text: str) -> None:
         "median ratio to the plain, unmasked attention, measured in turns in one run. *Peak* is what one call adds\n"
         "to its inputs, its result included. *Error* is the largest absolute difference from float64 over 97\n"
         "queries of 3 heads (for *plain*, from the unmasked softmax). Routes *+source* read as many patches of a\n"
-        "source besides, under a gate that is 1 for half of the patches; their time is the ratio to *plain+source*, the\n"
-        "unmasked attention to as many keys.\n\n"
+        "source besides, *+instead* in place of the picture's own, under a gate that is 1 for a quarter of the patches and\n"
+        "1/2 for another; their time is the ratio to *plain+source*, the unmasked attention to as many keys.\n\n"
     )
     old = TABLE.read_text(encoding="utf-8") if TABLE.exists() else ""
     sections = {part.split("\n", 1)[0]: f"## {part.strip()}\n" for part in old.split("\n## ")[1:]}
