@@ -34,10 +34,10 @@ class TokenPlaces(nn.Module):
         found = match.any(-1)
         if not found.all():
             i = int((~found).nonzero()[0])
-            box = ", ".join(f"{value:.3g}" for value in boxes[i].tolist())
+            left, top, right, bottom = (f"{value:.3g}" for value in (100 * boxes[i]).tolist())
             raise ValueError(
-                f"Token {i} (level {int(levels[i])}, box {box}) has no place in the hierarchy of this edit decoder; "
-                "edit embeddings of its own adapter, before composing them."
+                f"This edit decoder knows no cell from {left}% to {right}% across and {top}% to {bottom}% down on level "
+                f"{int(levels[i])}: give it an embedding as its own adapter encodes it, before it is composed, placed or given regions."
             )
         return match.long().argmax(-1)
 

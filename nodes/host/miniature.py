@@ -13,10 +13,12 @@ import comfy.sd
 import comfy.supported_models
 import numpy as np
 import torch
+from comfy.patcher_extension import WrappersMP
 from PIL import Image
 
 from ...kernels import base_files, checkpoint
 from . import folders
+from .saying import warn
 from .text_encoder import load_clip
 
 FLUX = "diffusion_models/miniature_flux.safetensors"
@@ -24,6 +26,7 @@ TEXT_ENCODER = "text_encoders/miniature_t5.safetensors"
 VAE = "vae/miniature_vae.safetensors"
 GATE = "loras/miniature_gate.safetensors"  # in no combo: core's Load LoRA would offer it for FLUX.1
 SCENE = "scene.png"
+SIDE = 128  # pixels of the pictures that all of it has learnt from
 # By the model folder in whose combo they appear.
 CLIP_ENCODER = ("clip_vision", "miniature_clip.safetensors")
 DINOV2_ENCODER = ("clip_vision", "miniature_dinov2.safetensors")
@@ -61,7 +64,7 @@ def with_gate_lora(model):
 
 
 def scene() -> torch.Tensor:
-    """The bundled picture as core's IMAGE: [1, 128, 128, 3] float32 in [0, 1]."""
+    """The bundled picture as core's IMAGE: [1, SIDE, SIDE, 3] float32 in [0, 1]."""
     with Image.open(folders.MINIATURE / SCENE) as picture:
         return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255)[None]
 
@@ -99,7 +102,20 @@ def load_flux(path: str):
     model.load_model_weights(dict(tensors), "")
     _check_names(model.diffusion_model, named, path)
     device = comfy.model_management.get_torch_device()
-    return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload)
+    patcher = comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload)
+    patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "sda_miniature", size_wrapper)
+    return patcher
+
+
+def size_wrapper(executor, noise, latent_image, *rest, **more):
+    """Says once for a sampling that another size than the learnt one is asked for."""
+    height, width = (8 * cells for cells in latent_image.shape[-2:])
+    if (height, width) != (SIDE, SIDE):
+        warn(
+            f"The miniature has learnt pictures of {SIDE} x {SIDE} pixels only and is asked for {width} x {height}: what it paints "
+            f"may be torn. Give it a latent of {SIDE} x {SIDE}."
+        )
+    return executor(noise, latent_image, *rest, **more)
 
 
 def load_vae(path: str):

@@ -208,3 +208,14 @@ def test_words_that_the_miniature_does_not_hear_are_said(clip, caplog):
     caplog.clear()
     clip.tokenize("Remove the RED circle")
     assert not caplog.text
+
+
+def test_a_size_that_the_miniature_has_not_learnt_is_said(assets, caplog):
+    model, clip, _ = miniature.load()
+    text = stock.CLIPTextEncode().encode(clip, "a red circle")[0]
+    for width, height, said in ((128, 128, 0), (256, 128, 1), (64, 64, 1)):
+        caplog.clear()
+        (latent,) = stock.EmptyLatentImage().generate(width, height)
+        with torch.inference_mode():
+            stock.KSampler().sample(patch(model), 0, 1, 1.0, "euler", "simple", text, text, latent, 1.0)
+        assert caplog.text.count(f"128 x 128 pixels only and is asked for {width} x {height}") == said

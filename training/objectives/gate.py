@@ -1,8 +1,9 @@
 """A LoRA with which Flux reads a source picture by a gate: what an edit does not touch comes from the source itself.
 
 The edited picture is learnt by flow matching under its embedding, beside the source's clean latents (as FLUX.1 Kontext takes a
-reference, arXiv 2506.15742). A patch that the edit changes has its gate closed, every other one open. With some samples nothing
-is read, so that Flux goes on painting from the embedding alone, and with some the picture itself is the source.
+reference, arXiv 2506.15742). A patch that the edit changes has its gate closed, every other one open. With some samples the
+changed patches read as well, so that Flux learns to tell by the embedding which of their pixels stay. With some nothing is read,
+so that it goes on painting from the embedding alone, and with some the picture itself is the source.
 """
 from __future__ import annotations
 
@@ -40,6 +41,8 @@ class GateTraining:
     by hand."""
     closed: float = 0.1
     """Share of the samples that read nothing."""
+    partly: float = 0.4
+    """Share of the samples whose changed patches read too, by a gate between 0 and 1 that is drawn for each sample."""
     itself: float = 0.2
     """Share of the samples whose source is the edited picture itself."""
     mu: float | Literal["resolution"] = "resolution"
@@ -52,9 +55,9 @@ class GateTraining:
     def __post_init__(self):
         if self.rank < 1:
             raise ValueError(f"A LoRA has a rank of at least 1, not {self.rank}; give rank another value.")
-        if not (0 <= self.closed and 0 <= self.itself and self.closed + self.itself <= 1):
-            raise ValueError(f"closed {self.closed} and itself {self.itself} are shares of the samples; they add up to at "
-                             "most 1.")
+        shares = (self.closed, self.partly, self.itself)
+        if not (min(shares) >= 0 and sum(shares) <= 1):
+            raise ValueError("closed {}, partly {} and itself {} are shares of the samples; they add up to at most 1.".format(*shares))
 
 
 def changed_patches(source: Tensor, target: Tensor, rows: int, cols: int, threshold: float, grow: int = 0) -> Tensor:
@@ -105,11 +108,13 @@ class GateObjective:
 
     def gates(self, source: Tensor, target: Tensor, rows: int, cols: int, step: Step) -> tuple[Tensor, Tensor]:
         """(gates [B, rows, cols], [B] whose source is the target itself) of pictures [B, 3, H, W] in [0, 1]."""
-        settings, chance = self.settings, step.rand()
+        settings, (chance, level) = self.settings, step.rand(2).unbind(1)
         grow = int(torch.randint(settings.grow + 1, (), generator=step.shared()))
         changed = changed_patches(source, target, rows, cols, settings.threshold, grow)
         closed, itself = chance < settings.closed, chance >= 1 - settings.itself
-        gates = torch.where(itself[:, None, None], torch.ones_like(changed), 1 - changed)
+        partly = ~closed & (chance < settings.closed + settings.partly)
+        level = (level * partly).masked_fill(itself, 1)  # of the gate of what changes
+        gates = 1 - changed * (1 - level)[:, None, None]
         return gates.masked_fill(closed[:, None, None], 0), itself
 
     def velocity(self, x: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor | None, hierarchy: Hierarchy, reference: Tensor,
@@ -140,7 +145,7 @@ class GateObjective:
 
     def loss(self, tokens: Tensor, pooled: Tensor | None, hierarchy: Hierarchy, pictures: tuple[Tensor, Tensor],
              reference: Tensor, x0: Tensor, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean squared error of the velocity towards the edited picture; its parts are those of open and of closed patches.
+        """Mean squared error of the velocity towards the edited picture; its parts are those of open, partly open and closed patches.
 
         tokens [B, T, D], pooled [B, P] or None: of the edited picture. pictures: source and edited one, [B, 3, H, W] in [0, 1];
         reference, x0: their latents [B, C, h, w].
@@ -153,6 +158,6 @@ class GateObjective:
         x = x0 + network_time(self.flux, t)[:, None, None, None] * (noise - x0)
         found = self.velocity(x, t, tokens, pooled, hierarchy, reference, gates, settings.guidance)
         error = F.avg_pool2d((found - (noise - x0)).square().mean(1, keepdim=True), 2)[:, 0]
-        read = gates > 0
-        parts = {name: (error * where).sum() / where.sum().clamp(min=1) for name, where in (("open", read), ("closed", ~read))}
+        places = {"open": gates == 1, "partly": (gates > 0) & (gates < 1), "closed": gates == 0}
+        parts = {name: (error * where).sum() / where.sum().clamp(min=1) for name, where in places.items()}
         return error.mean(), {name: part.detach() for name, part in parts.items()}
