@@ -3,9 +3,9 @@
     python3 run.py bench attention [--device cpu|cuda] [--patches N ...] [--json]
 
 `merge+source` and `partition+source` read a source besides, as *Reference Gate* does: keys and values of as many patches,
-under a gate that is 1 for a quarter of the patches, 1/2 for another and 0 for the others and the text. `merge+instead` and
-`partition+instead` read it in place of the picture's own keys, as *Source Gate* does. Their ratio is to `plain+source`, the
-unmasked attention to as many keys.
+under a gate that is 1 for a half of the patches and 0 for the others and the text. `merge+instead` and `partition+instead`
+read it in place of the picture's own keys, as *Source Gate* does. Their ratio is to `plain+source`, the unmasked attention to
+as many keys.
 
 Times are ratios to the plain, unmasked attention over the same sequence. The routes take turns, and the ratio is the
 median over the turns, so that other load on the machine affects all of them alike. Peak memory is what one call adds to
@@ -61,7 +61,7 @@ class Case:
         )
         text = self.regions.length - patches
         gate = torch.zeros(self.regions.length, device=device)
-        gate[text : text + patches // 4], gate[text + patches // 4 : text + patches // 2] = 1, 0.5
+        gate[text : text + patches // 2] = 1
         keys, values = (
             torch.randn((1, HEADS, patches, WIDTH), generator=generator, device=device, dtype=torch.bfloat16)
             for _ in range(2)
@@ -212,8 +212,8 @@ def write(device: str, text: str) -> None:
         "median ratio to the plain, unmasked attention, measured in turns in one run. *Peak* is what one call adds\n"
         "to its inputs, its result included. *Error* is the largest absolute difference from float64 over 97\n"
         "queries of 3 heads (for *plain*, from the unmasked softmax). Routes *+source* read as many patches of a\n"
-        "source besides, *+instead* in place of the picture's own, under a gate that is 1 for a quarter of the patches and\n"
-        "1/2 for another; their time is the ratio to *plain+source*, the unmasked attention to as many keys.\n\n"
+        "source besides, *+instead* in place of the picture's own, under a gate that is 1 for half of the patches; their\n"
+        "time is the ratio to *plain+source*, the unmasked attention to as many keys.\n\n"
     )
     old = TABLE.read_text(encoding="utf-8") if TABLE.exists() else ""
     sections = {part.split("\n", 1)[0]: f"## {part.strip()}\n" for part in old.split("\n## ")[1:]}
