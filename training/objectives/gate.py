@@ -3,11 +3,13 @@
 The edited picture is learnt by flow matching under its embedding, beside the source's clean latents (as FLUX.1 Kontext takes a
 reference, arXiv 2506.15742). A patch that the edit changes has its gate closed, every other one open. With some samples the
 changed patches read as well, so that Flux learns to tell by the embedding which of their pixels stay. With some nothing is read,
-so that it goes on painting from the embedding alone, and with some the picture itself is the source.
+so that it goes on painting from the embedding alone, and with some the picture itself is the source. And with some what is read
+stands where a step of Flux itself has led, not on the straight path: only so does the source mend what earlier steps of a painting
+got wrong, as in scheduled sampling (arXiv 1506.03099).
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,7 @@ from .times import sample_times
 
 # The picture's own layers; those of the text, which reads no source, stay as they were.
 LAYERS = r".*transformer_blocks\.\d+\.(attn\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2)|proj_mlp|proj_out)"
+SOONEST = 0.1  # the time within which a drift is mended at the latest: nearer to 0 the target would grow without bound
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class GateTraining:
     """Share of the samples whose changed patches read too, by a gate between 0 and 1 that is drawn for each sample."""
     itself: float = 0.2
     """Share of the samples whose source is the edited picture itself."""
+    drift: float = 0.5
+    """Share of the samples whose reading patches begin where a step from an earlier time has led. It costs one more forward."""
     mu: float | Literal["resolution"] = "resolution"
     """Time shift of training. "resolution": the shift that Flux itself samples with."""
     uniform: float = 0.2
@@ -155,9 +160,27 @@ class GateObjective:
         reference = torch.where(itself[:, None, None, None], x0, reference)
         mu = mu_of(self.flux, rows * cols) if settings.mu == "resolution" else settings.mu
         t, noise = sample_times(step, mu, settings.uniform), step.randn(*x0.shape[1:])
-        x = x0 + network_time(self.flux, t)[:, None, None, None] * (noise - x0)
-        found = self.velocity(x, t, tokens, pooled, hierarchy, reference, gates, settings.guidance)
-        error = F.avg_pool2d((found - (noise - x0)).square().mean(1, keepdim=True), 2)[:, 0]
+
+        def paint(x: Tensor, t: Tensor) -> Tensor:
+            return self.velocity(x, t, tokens, pooled, hierarchy, reference, gates, settings.guidance)
+
+        now, off = network_time(self.flux, t)[:, None, None, None], torch.zeros_like(x0)
+        if settings.drift:
+            off = self.drifted(paint, x0, noise, now, gates > 0, step)
+        target = noise - x0 + off / now.clamp(min=SOONEST)
+        error = (paint(x0 + now * (noise - x0) + off, t) - target).square().mean(1, keepdim=True)
+        error = F.avg_pool2d(error, 2)[:, 0]
         places = {"open": gates == 1, "partly": (gates > 0) & (gates < 1), "closed": gates == 0}
         parts = {name: (error * where).sum() / where.sum().clamp(min=1) for name, where in places.items()}
         return error.mean(), {name: part.detach() for name, part in parts.items()}
+
+    @torch.no_grad()
+    def drifted(self, paint: Callable[[Tensor, Tensor], Tensor], x0: Tensor, noise: Tensor, now: Tensor, read: Tensor,
+                step: Step) -> Tensor:
+        """[B, C, h, w]: how far from the straight path one step of Flux leads to the time `now`, in the patches that read."""
+        chance, far = step.rand(2).unbind(1)
+        t = now.flatten() + far * (1 - now.flatten())
+        earlier = network_time(self.flux, t)[:, None, None, None]
+        off = (now - earlier) * (paint(x0 + earlier * (noise - x0), t) - (noise - x0))
+        where = read & (chance < self.settings.drift)[:, None, None]
+        return off * where.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, None]

@@ -172,6 +172,26 @@ def test_what_cannot_work_is_refused_in_one_sentence(config, change, message):
         check(replace(config, **change), World(0, 1, 0, 1, CPU))
 
 
+def test_a_drift_is_a_step_of_flux_where_something_is_read_and_nothing_elsewhere(objective):
+    x0, noise = (torch.randn(200, 4, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    now, led = torch.full((200, 1, 1, 1), 0.4), torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    read, begun = torch.ones(200, 8, 8, dtype=torch.bool), []
+    read[:, 2, 3] = False
+
+    def paint(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        begun.append(t)
+        assert torch.allclose(x, x0 + t[:, None, None, None] * (noise - x0), atol=1e-5), "it begins on the straight path"
+        return led.expand_as(x)
+
+    off = objective.drifted(paint, x0, noise, now, read, step(200))
+    assert not off[:, :, 4:6, 6:8].any() and begun[0].min() >= 0.4 and begun[0].max() <= 1
+    drifts = off.abs().amax((1, 2, 3)) > 0
+    assert drifts.float().mean() == pytest.approx(0.5, abs=0.1)
+    away = (0.4 - begun[0])[:, None, None, None] * (led - (noise - x0))
+    away[:, :, 4:6, 6:8] = 0
+    assert torch.allclose(off[drifts], away[drifts], atol=1e-5)
+
+
 @pytest.mark.parametrize("changes", [dict(rank=0), dict(closed=0.6, itself=0.6), dict(closed=-0.1), dict(partly=0.8)])
 def test_settings_out_of_range_are_refused(changes):
     with pytest.raises(ValueError, match="rank|shares"):
