@@ -45,11 +45,12 @@ def opening_of(network, mask, strength, lo, hi, text_gate, start, end, blocks: s
     return Opening(mask, strength, lo, hi, text_gate, start, end, chosen)
 
 
-def put_around(patched, key: str, wrapper: Callable, watching: Callable) -> None:
+def put_around(patched, key: str, wrapper: Callable, watching: Callable | None = None) -> None:
     """Add a DIFFUSION_MODEL wrapper around Masked Attention, which then finds the rows and the reader of a gate; and the
-    APPLY_MODEL wrapper that watches it."""
+    APPLY_MODEL wrapper that watches it, if there is one."""
     patched.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, key)
-    patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, key, watching)
+    if watching is not None:
+        patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, key, watching)
     patched.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, key)
     inner = list(patched.get_wrappers(WrappersMP.DIFFUSION_MODEL, WRAPPER_KEY))
     patched.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, WRAPPER_KEY)
