@@ -174,13 +174,13 @@ class GateObjective:
         parts = {name: (error * where).sum() / where.sum().clamp(min=1) for name, where in places.items()}
         return error.mean(), {name: part.detach() for name, part in parts.items()}
 
-    @torch.no_grad()
     def drifted(self, paint: Callable[[Tensor, Tensor], Tensor], x0: Tensor, noise: Tensor, now: Tensor, read: Tensor,
                 step: Step) -> Tensor:
-        """[B, C, h, w]: how far from the straight path one step of Flux leads to the time `now`, in the patches that read."""
+        """[B, C, h, w]: how far from the straight path one step of Flux leads to the time `now`, in the patches that read. Detached,
+        not under no_grad: there bitsandbytes packs a CPU's nf4 weights in a way that no later forward can be trained through."""
         chance, far = step.rand(2).unbind(1)
         t = now.flatten() + far * (1 - now.flatten())
         earlier = network_time(self.flux, t)[:, None, None, None]
-        off = (now - earlier) * (paint(x0 + earlier * (noise - x0), t) - (noise - x0))
+        off = (now - earlier) * (paint(x0 + earlier * (noise - x0), t).detach() - (noise - x0))
         where = read & (chance < self.settings.drift)[:, None, None]
         return off * where.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, None]
