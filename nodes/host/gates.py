@@ -18,7 +18,7 @@ from .companions import Forward
 from .flux import WRAPPER_KEY, check_times, within
 from .override import OVERRIDE_KEY, READER_KEY, regional_attention
 from .sequence import Sequence
-from .watch import Loss, compiled, watched
+from .watch import Missed, compiled, watched
 
 GATE_WATCH_KEY = "sda_gate_watch"
 
@@ -78,8 +78,8 @@ def watching_wrapper(what: str, opening: Opening, reads: Callable[[Tensor, Forwa
 
         options = transformer_options
         if within(base_model, options, opening.start, opening.end) and not compiled(network, options):
-            loss = Loss("The gate does", what)
-            with watched(network, opening.blocks, options, open_now, loss) as watch:
+            missed = Missed("The gate does", what)
+            with watched(network, opening.blocks, options, open_now, missed) as watch:
                 return executor(x, t, c_concat, c_crossattn, control, {**options, GATE_WATCH_KEY: watch}, **kwargs)
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 

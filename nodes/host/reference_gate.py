@@ -17,6 +17,7 @@ from .companions import Forward
 from .flux import check_model, within
 from .gates import Opening, gates_of, opening_of, put_around, reading, watching_wrapper
 from .override import OVERRIDE_KEY
+from .watch import Watch
 
 GATE_KEY = "sda_reference_gate"
 WHAT = "Reference Gate"
@@ -24,6 +25,8 @@ WHAT = "Reference Gate"
 
 class References:
     """What every attention of one forward needs to read the references. gates [B, rows, cols]; rows: of the batch."""
+
+    watch: Watch | None = None  # of the forward, by `reading`
 
     def __init__(self, rows: int, gates: Tensor, text_gate: float, blocks: Blocks | None, previous: Callable | None) -> None:
         self.blocks, self.previous = blocks, previous

@@ -26,6 +26,7 @@ from .flux import check_model, within
 from .gates import Opening, gates_of, opening_of, put_around, reading, watching_wrapper
 from .override import OVERRIDE_KEY
 from .source import check_flow, source_of
+from .watch import Watch
 
 GATE_KEY = "sda_source_gate"
 NOISE_KEY = "sda_noise"
@@ -46,6 +47,8 @@ class Reader:
 
     rows: of what is painted; the companions' come after them, one for each picture. gates [B, rows, cols].
     """
+
+    watch: Watch | None = None  # of the forward, by `reading`
 
     def __init__(self, rows: int, gates: Tensor, text_gate: float, blocks: Blocks | None, previous: Callable | None) -> None:
         self.blocks, self.previous = blocks, previous

@@ -29,21 +29,21 @@ _KINDS = (
 )
 
 
-class Loss(NamedTuple):
-    """What is lost where the override is not asked, and what to remove to paint without it, as a sentence says them."""
+class Missed(NamedTuple):
+    """What is missed where the override is not asked, and what to remove to paint without it, as a sentence says them."""
 
     what: str
     without: str
 
 
-BOXES = Loss("The boxes do", "Masked Attention to paint without boxes")
+BOXES = Missed("The boxes do", "Masked Attention to paint without boxes")
 
 
 class Watch:
     """Whether the attention of the block that runs now has come to the override."""
 
-    def __init__(self, network: nn.Module, transformer_options: dict, masks: Callable[[], bool], loss: Loss = BOXES) -> None:
-        self._network, self._options, self._masks, self._loss = network, transformer_options, masks, loss
+    def __init__(self, network: nn.Module, transformer_options: dict, masks: Callable[[], bool], missed: Missed = BOXES) -> None:
+        self._network, self._options, self._masks, self._missed = network, transformer_options, masks, missed
         self._waiting = False
         self._sizes: tuple[int, int] | None = None
 
@@ -69,8 +69,8 @@ class Watch:
             return unfit_sentence(*self._sizes, names)
         who = names or "another node (such as TeaCache or PuLID)"
         return (
-            f"{self._loss.what} not reach this model's attention, because {who} runs its blocks past ComfyUI's hooks: remove "
-            f"that node, or {self._loss.without}."
+            f"{self._missed.what} not reach this model's attention, because {who} runs its blocks past ComfyUI's hooks: remove "
+            f"that node, or {self._missed.without}."
         )
 
 
@@ -83,13 +83,13 @@ def unfit_sentence(queries: int, keys: int, names: str) -> str:
 
 @contextmanager
 def watched(
-    network: nn.Module, blocks: Blocks | None, transformer_options: dict, masks: Callable[[], bool], loss: Loss = BOXES
+    network: nn.Module, blocks: Blocks | None, transformer_options: dict, masks: Callable[[], bool], missed: Missed = BOXES
 ) -> Iterator[Watch]:
     """Hooks on the chosen blocks of a Flux network for as long as the context lasts.
 
     masks: whether the layout masks anything at all, or the gate lets anything be read. It is asked before an error is raised.
     """
-    watch, handles = Watch(network, transformer_options, masks, loss), []
+    watch, handles = Watch(network, transformer_options, masks, missed), []
     try:
         for where, block in _blocks(network):
             if blocks is None or where in blocks:

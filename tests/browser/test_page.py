@@ -246,7 +246,7 @@ def test_regional_prompts_are_drawn_on_the_blueprints_own_face(desk: Desk, artis
 FACE = "app.graph.nodes.find(node => node.isSubgraphNode())"
 
 
-def test_what_is_drawn_on_a_face_is_undone_kept_and_its_own(desk: Desk, artist: Artist) -> None:
+def test_what_is_drawn_on_a_face_is_undone_and_kept(desk: Desk, artist: Artist) -> None:
     """And the canvas goes when the widget that it draws leaves the face."""
     page, names = desk.page, f"JSON.parse({FACE}.widgets[0].value).regions.map(({{ name }}) => name)"
     place(desk, "Regional prompts")
@@ -275,6 +275,38 @@ def test_what_is_drawn_on_a_face_is_undone_kept_and_its_own(desk: Desk, artist: 
     page.evaluate(f"{FACE}.subgraph.inputs.at(-1).disconnect(); app.canvas.emitBeforeChange(); app.canvas.emitAfterChange()")
     desk.until(f"{FACE}.widgets.length", 0)
     assert artist.canvas.count() == 0
+
+
+# A node of ours made into a subgraph, and its box put on the face while the page is inside.
+OWN = """async () => {
+    const { subgraph, node } = app.graph.convertToSubgraph(new Set(app.graph.nodes));
+    app.canvas.openSubgraph(subgraph, node);
+    const inner = subgraph.nodes[0];
+    for (const name of ['x', 'y', 'width', 'height']) {
+        const slot = inner.inputs.find(({ widget }) => widget?.name === name);
+        subgraph.addInput(name, 'FLOAT').connect(slot, inner);
+    }
+    app.canvas.emitBeforeChange();
+    app.canvas.emitAfterChange();
+    app.canvas.setGraph(app.graph);
+}"""
+
+
+def test_a_subgraph_of_the_artists_own_has_the_canvas_and_every_place_its_own_box(desk: Desk, artist: Artist) -> None:
+    page = desk.page
+    artist.add("SDAPlace")
+    page.evaluate(OWN)
+    desk.until(f"{FACE}.widgets.some(({{ name }}) => name === 'sda_canvas')", True)
+    artist.settle()
+    corner(desk)
+    box = f"['x', 'y', 'width', 'height'].map(name => {FACE}.widgets.find(widget => widget.name === name).value)"
+    artist.drag((0.5, 0.5), (0.6, 0.7))  # by its corner
+    assert page.evaluate(box) == pytest.approx([0.6, 0.7, 0.4, 0.3])
+    page.evaluate(f"(() => {{ const other = LiteGraph.createNode({FACE}.type); other.pos = [0, 900]; app.graph.add(other); }})()")
+    page.evaluate("app.graph.nodes.at(-1).widgets.find(({ name }) => name === 'width').value = 0.11")
+    prompt = page.evaluate("async () => (await app.graphToPrompt()).output")
+    widths = sorted(round(node["inputs"]["width"], 2) for node in prompt.values() if node["class_type"] == "SDAPlace")
+    assert widths == [0.11, 0.4]
 
 
 @pytest.mark.parametrize("desk", ["classic canvas"], indirect=True)

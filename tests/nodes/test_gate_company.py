@@ -51,14 +51,21 @@ def test_a_forward_past_core_s_wrappers(toy, what):
     assert_no_hooks(toy)
 
 
-@pytest.mark.parametrize("what", GATES)
-@pytest.mark.parametrize("unread", [{"strength": 0.0}, {"start": 1.0}, {"mask": torch.ones(1, 64, 64)}])
+UNREAD = [("Source Gate", {"strength": 0.0}), ("Source Gate", {"start": 1.0}), ("Source Gate", {"mask": torch.ones(1, 64, 64)}),
+          ("Reference Gate", {"text_gate": 1.0}), ("Reference Gate", {"strength": 0.0, "start": 1.0})]  # fmt: skip
+
+
+@pytest.mark.parametrize("what, unread", UNREAD)
 def test_nothing_is_said_where_nothing_is_read(toy, what, unread):
     for block in every_block(toy):
         deaf(block)
-    if what == "Reference Gate" and "start" not in unread:
-        unread = {"strength": 1.0, "text_gate": 1.0}  # as trained
     assert torch.equal(toy.sample(gated(toy, what, **unread), told(toy)), toy.sample(toy.model, told(toy)))
+
+
+def test_nothing_is_said_where_there_is_no_reference(toy):
+    for block in every_block(toy):
+        deaf(block)
+    assert torch.equal(toy.sample(gated(toy, "Reference Gate", strength=0.0), toy.plain(5)), toy.sample(toy.model, toy.plain(5)))
 
 
 @pytest.mark.parametrize("what", GATES)

@@ -3,9 +3,9 @@
 The edited picture is learnt by flow matching under its embedding, beside the source's clean latents (as FLUX.1 Kontext takes a
 reference, arXiv 2506.15742). A patch that the edit changes has its gate closed, every other one open. With some samples the
 changed patches read as well, so that Flux learns to tell by the embedding which of their pixels stay. With some nothing is read,
-so that it goes on painting from the embedding alone, and with some the picture itself is the source. And with some what is read
-stands where a step of Flux itself has led, not on the straight path: only so does the source mend what earlier steps of a painting
-got wrong, as in scheduled sampling (arXiv 1506.03099).
+so that it goes on painting from the embedding alone, and with some the picture itself is the source. And in some steps what is
+read stands where a step of Flux itself has led, not on the straight path, so that the source can mend what earlier steps of a
+painting got wrong, as in scheduled sampling (arXiv 1506.03099).
 """
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ class GateTraining:
     itself: float = 0.2
     """Share of the samples whose source is the edited picture itself."""
     drift: float = 0.5
-    """Share of the samples whose reading patches begin where a step from an earlier time has led. It costs one more forward."""
+    """Share of the training steps in which the reading patches begin where a step from an earlier time has led. Such a step costs
+    one more forward."""
     mu: float | Literal["resolution"] = "resolution"
     """Time shift of training. "resolution": the shift that Flux itself samples with."""
     uniform: float = 0.2
@@ -63,6 +64,8 @@ class GateTraining:
         shares = (self.closed, self.partly, self.itself)
         if not (min(shares) >= 0 and sum(shares) <= 1):
             raise ValueError("closed {}, partly {} and itself {} are shares of the samples; they add up to at most 1.".format(*shares))
+        if not 0 <= self.drift <= 1:
+            raise ValueError(f"drift {self.drift} is a share of the training steps: give it 0 to 1.")
 
 
 def changed_patches(source: Tensor, target: Tensor, rows: int, cols: int, threshold: float, grow: int = 0) -> Tensor:
@@ -113,12 +116,13 @@ class GateObjective:
 
     def gates(self, source: Tensor, target: Tensor, rows: int, cols: int, step: Step) -> tuple[Tensor, Tensor]:
         """(gates [B, rows, cols], [B] whose source is the target itself) of pictures [B, 3, H, W] in [0, 1]."""
-        settings, (chance, level) = self.settings, step.rand(2).unbind(1)
+        settings, chance = self.settings, step.rand()
         grow = int(torch.randint(settings.grow + 1, (), generator=step.shared()))
         changed = changed_patches(source, target, rows, cols, settings.threshold, grow)
         closed, itself = chance < settings.closed, chance >= 1 - settings.itself
         partly = ~closed & (chance < settings.closed + settings.partly)
-        level = (level * partly).masked_fill(itself, 1)  # of the gate of what changes
+        level = step.rand() * partly if settings.partly else torch.zeros_like(chance)
+        level = level.masked_fill(itself, 1)  # of the gate of what changes
         gates = 1 - changed * (1 - level)[:, None, None]
         return gates.masked_fill(closed[:, None, None], 0), itself
 
@@ -165,7 +169,7 @@ class GateObjective:
             return self.velocity(x, t, tokens, pooled, hierarchy, reference, gates, settings.guidance)
 
         now, off = network_time(self.flux, t)[:, None, None, None], torch.zeros_like(x0)
-        if settings.drift:
+        if settings.drift and float(torch.rand((), generator=step.shared())) < settings.drift:
             off = self.drifted(paint, x0, noise, now, gates > 0, step)
         target = noise - x0 + off / now.clamp(min=SOONEST)
         error = (paint(x0 + now * (noise - x0) + off, t) - target).square().mean(1, keepdim=True)
@@ -178,9 +182,7 @@ class GateObjective:
                 step: Step) -> Tensor:
         """[B, C, h, w]: how far from the straight path one step of Flux leads to the time `now`, in the patches that read. Detached,
         not under no_grad: there bitsandbytes packs a CPU's nf4 weights in a way that no later forward can be trained through."""
-        chance, far = step.rand(2).unbind(1)
-        t = now.flatten() + far * (1 - now.flatten())
+        t = now.flatten() + step.rand() * (1 - now.flatten())
         earlier = network_time(self.flux, t)[:, None, None, None]
         off = (now - earlier) * (paint(x0 + earlier * (noise - x0), t).detach() - (noise - x0))
-        where = read & (chance < self.settings.drift)[:, None, None]
-        return off * where.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, None]
+        return off * read.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, None]

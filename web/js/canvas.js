@@ -28,6 +28,7 @@ const WIDGET = "sda_canvas";
 const WIDTH = 340;
 
 const editors = new Set();
+const onFaces = new WeakMap(); // subgraph's node -> [the canvas that we put on its face, its editor]
 const left = new Map(); // place -> the editor of a node that was taken away: the page's undo puts another node there
 
 app.registerExtension({
@@ -40,7 +41,8 @@ app.registerExtension({
     api.addEventListener("executed", redraw); // new pictures
     api.addEventListener("graphChanged", () => {
       redraw(); // new links, another file in an image loader, something to undo
-      app.canvas?.graph?.nodes.forEach(dress); // what stands on a face was changed inside
+      const root = app.rootGraph ?? app.graph; // what stands on a face was changed inside, where the page may be now
+      for (const graph of [root, ...(root?.subgraphs?.values() ?? [])]) graph?.nodes.forEach(dress);
     });
   },
   nodeCreated: dress,
@@ -54,13 +56,22 @@ function dress(node) {
   try {
     const kind = kindOf(node);
     const within = kind ? null : inside(node, (each) => kindOf(each)?.widgets);
-    const there = node.widgets?.find(({ name }) => name === WIDGET);
-    if (there && !kind && !within) node.removeWidget?.(there);
-    else if (!there && kind) attach(node, kind);
+    const there = node.widgets?.some(({ name }) => name === WIDGET); // on some pages a canvas from inside, by their own means
+    if (!there && kind) attach(node, kind);
     else if (!there && within) attach(within.node, kindOf(within.node), node, within.find);
+    else if (!kind && !within) undress(node);
   } catch (error) {
     console.warn("semantic diffusion: no canvas on", node.title, error);
   }
+}
+
+function undress(face) {
+  const [widget, editor] = onFaces.get(face) ?? [];
+  if (!widget) return;
+  onFaces.delete(face);
+  editor.leave();
+  editors.delete(editor);
+  face.removeWidget?.(widget);
 }
 
 /** A canvas for a node, on its own face or on that of the subgraph that it is in. */
@@ -116,6 +127,8 @@ function attach(node, kind, face = node, find = (name) => node.widgets?.find((wi
   const options = { serialize: false, getMinHeight: () => editor.least(face.size[0]) };
   const widget = face.addDOMWidget(WIDGET, WIDGET, editor.element, options);
   widget.serialize = false; // neither in the workflow (this line) nor in the prompt (the option)
+  if (outer) onFaces.set(face, [widget, editor]);
+  if (face.graph?.getNodeById(face.id) === face) editors.add(editor); // a face that got its canvas later
   const [width, height] = face.computeSize?.() ?? face.size;
   face.setSize?.([Math.max(width, face.size[0], WIDTH), Math.max(height, face.size[1])]);
 
@@ -126,7 +139,8 @@ function attach(node, kind, face = node, find = (name) => node.widgets?.find((wi
   });
   after(face, "onConfigure", () => {
     settle();
-    if (!face.widgets.includes(widget)) face.widgets.push(widget); // older pages empty the list of a subgraph first
+    // Older pages empty the list of a subgraph first.
+    if (onFaces.get(face)?.[0] === widget && !face.widgets.includes(widget)) face.widgets.push(widget);
     if (left.has(placeOf(face))) editor.follow(left.get(placeOf(face)));
     left.delete(placeOf(face));
     editor.draw();

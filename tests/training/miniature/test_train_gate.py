@@ -184,15 +184,23 @@ def test_a_drift_is_a_step_of_flux_where_something_is_read_and_nothing_elsewhere
         return led.expand_as(x)
 
     off = objective.drifted(paint, x0, noise, now, read, step(200))
-    assert not off[:, :, 4:6, 6:8].any() and begun[0].min() >= 0.4 and begun[0].max() <= 1
-    drifts = off.abs().amax((1, 2, 3)) > 0
-    assert drifts.float().mean() == pytest.approx(0.5, abs=0.1)
+    assert begun[0].min() >= 0.4 and begun[0].max() <= 1 and begun[0].std() > 0.1
     away = (0.4 - begun[0])[:, None, None, None] * (led - (noise - x0))
     away[:, :, 4:6, 6:8] = 0
-    assert torch.allclose(off[drifts], away[drifts], atol=1e-5)
+    assert torch.allclose(off, away, atol=1e-5)
 
 
-@pytest.mark.parametrize("changes", [dict(rank=0), dict(closed=0.6, itself=0.6), dict(closed=-0.1), dict(partly=0.8)])
+def test_without_half_open_gates_and_drift_the_draws_are_those_of_the_shipped_file(objective):
+    """One chance a sample and then the times and noise: the file can be trained again."""
+    objective.settings = replace(objective.settings, partly=0.0, drift=0.0)
+    pictures, drawn = torch.zeros(2, 3, 128, 128), step(2)
+    objective.gates(pictures, pictures, 8, 8, drawn)
+    again = step(2)
+    again.rand()
+    assert torch.equal(drawn.randn(3), again.randn(3))
+
+
+@pytest.mark.parametrize("changes", [dict(rank=0), dict(closed=0.6, itself=0.6), dict(closed=-0.1), dict(partly=0.8), dict(drift=1.5)])
 def test_settings_out_of_range_are_refused(changes):
-    with pytest.raises(ValueError, match="rank|shares"):
+    with pytest.raises(ValueError, match="rank|share"):
         GateTraining(**changes)

@@ -33,7 +33,7 @@ def gate_rows(decoder: Decoder, edited: SemanticEmbedding, change: Tensor, stren
 
 def gate_lora(decoder: Decoder, edited: SemanticEmbedding, change: Tensor) -> np.ndarray:
     """From noise, by Flux with the gate's LoRA: the source's clean patches stand behind the picture's, whose patches read them
-    outside of the change mask. It is not grown: what surrounds a change comes from the source best."""
+    outside of the change mask. It is not grown: the source shows what surrounds a change."""
     system = decoder.system
     gates, regions = gate(changed(change, THRESHOLD, grow=0), 1.0, 0.0, 1.0), system.beside(edited)
 
