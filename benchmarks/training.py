@@ -31,6 +31,7 @@ from ..training.frozen.random_base import random_flux
 from ..training.frozen.region_attention import attend_by_region
 from ..training.objectives.reconstruct import AdapterObjective, AdapterTraining, Batch, named_hierarchy
 from ..training.plan import costs, plan
+from ..training.plan.estimate import CARDS, Card
 from ..training.stages.adapter_export import build_adapter
 from .attention import machine
 
@@ -47,12 +48,12 @@ torchtitan's full Flux-dev on four GB200: 491 TFLOP/s and 21.8% MFU a GPU. None 
 """
 
 
-def card() -> tuple[str, plan.Card] | None:
+def card() -> tuple[str, Card] | None:
     """The plan's card for this GPU; None where the plan has none."""
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name().lower()
-    return next(((key, it) for key, it in plan.CARDS.items() if key in name), None)
+    return next(((key, it) for key, it in CARDS.items() if key in name), None)
 
 
 class Case:

@@ -70,7 +70,7 @@ PICTURES = """([modern, ids]) => ids.every(id => {
     const picture = modern ? document.querySelector(`[data-node-id="${id}"] img`) : app.graph.getNodeById(id).imgs?.[0];
     return app.nodeOutputs?.[id]?.images?.length && picture?.naturalWidth;
 })"""
-# The miniature in place of the public files, at its own size and in few steps, linked as an artist would on the page.
+# The miniature in place of the public files, at its own size, linked as an artist would on the page.
 # There is no style model of its width, so its adapter stands in for Redux.
 ON_THE_MINIATURE = """() => {
     const add = (type, values = {}) => {
@@ -97,18 +97,17 @@ ON_THE_MINIATURE = """() => {
                 if (target.getInputNode(at) === node) instead[node.type][0].connect(instead[node.type][1], target, at);
             });
         }
-        const size = ['EmptySD3LatentImage', 'ImageScale'].includes(node.type), steps = node.type === 'KSampler';
-        for (const widget of node.widgets ?? []) {
-            if (size && ['width', 'height'].includes(widget.name)) widget.value = 128;
-            if (steps && widget.name === 'steps') widget.value = 4;
+        if (!['EmptySD3LatentImage', 'ImageScale'].includes(node.type)) continue;
+        for (const widget of node.widgets) {
+            if (['width', 'height'].includes(widget.name)) widget.value = 128;
         }
     }
     const gone = [...Object.keys(instead), 'CLIPVisionLoader', 'StyleModelLoader'];
     app.graph.nodes.filter(node => gone.includes(node.type)).forEach(node => app.graph.remove(node));
 }"""
-# A fit has its own test; here it only has to end.
-SHORT = """() => app.graph.nodes.filter(node => node.type === 'SDAFitEmbedding')
-    .forEach(node => { node.widgets.find(widget => widget.name === 'steps').value = 2; })"""
+# What is painted and fitted has its own tests; here it only has to end and be shown.
+SHORT = """() => app.graph.nodes.filter(node => ['SDAFitEmbedding', 'KSampler', 'BasicScheduler'].includes(node.type))
+    .forEach(node => { node.widgets.find(widget => widget.name === 'steps').value = 3; })"""
 
 
 @pytest.fixture(params=TEMPLATES)

@@ -17,11 +17,12 @@ from semantic_diffusion_adapter.kernels.vision.known import KNOWN_TOWERS  # noqa
 from semantic_diffusion_adapter.training.config import from_toml  # noqa: E402
 from semantic_diffusion_adapter.training.engine import World  # noqa: E402
 from semantic_diffusion_adapter.training.engine.learner import Learner  # noqa: E402
+from semantic_diffusion_adapter.training.frozen.base import load_flux  # noqa: E402
 from semantic_diffusion_adapter.training.frozen.flux import build_flux, to_bfl  # noqa: E402
 from semantic_diffusion_adapter.training.objectives.reconstruct import named_hierarchy  # noqa: E402
 from semantic_diffusion_adapter.training.plan import plan  # noqa: E402
 from semantic_diffusion_adapter.training.plan.costs import FLUX1_DEV  # noqa: E402
-from semantic_diffusion_adapter.training.stages import settings  # noqa: E402
+from semantic_diffusion_adapter.training.stages import adapter, settings  # noqa: E402
 from semantic_diffusion_adapter.training.stages.adapter import AdapterStage  # noqa: E402
 
 CONFIGS = Path(plan.__file__).parents[1] / "configs"
@@ -106,8 +107,15 @@ def full_width(tmp_path_factory, toy_parts) -> Path:
     return toy_parts(folder)
 
 
+@pytest.fixture(scope="module")
+def nf4(full_width):
+    """That base in NF4, once for all that goes through it: a CPU takes long to quantise it."""
+    pytest.importorskip("bitsandbytes")
+    return load_flux(full_width / "flux.safetensors", "nf4", CPU)
+
+
 @pytest.mark.parametrize("precision", ["nf4", "bf16"])
-def test_a_recipe_trains_a_step_at_full_width(full_width, tmp_path, precision):
+def test_a_recipe_trains_a_step_at_full_width(full_width, tmp_path, precision, request, monkeypatch):
     """What the recipes of this precision ask for, but small pictures, towers and VAE, two adapter layers, no compiler, and
     float32 for bf16 where this CPU computes that faster."""
     computed = resolve("auto", CPU) if precision == "bf16" else precision
@@ -115,7 +123,8 @@ def test_a_recipe_trains_a_step_at_full_width(full_width, tmp_path, precision):
              and from_toml(settings.Config, CONFIGS / f"{n}.toml").base.precision == precision]
     assert names
     if precision == "nf4":
-        pytest.importorskip("bitsandbytes")
+        loaded = request.getfixturevalue("nf4")
+        monkeypatch.setattr(adapter, "load_flux", lambda *given: loaded)
     stage = None
     for name in names:
         config = from_toml(settings.Config, CONFIGS / f"{name}.toml")
@@ -150,14 +159,12 @@ def test_a_recipe_trains_a_step_at_full_width(full_width, tmp_path, precision):
     assert record["widths"] == {"text": 4096, "pooled": 768} and record["base_precision"] == computed
 
 
-def test_a_gates_lora_learns_on_a_full_width_base_in_nf4(full_width):
+def test_a_gates_lora_learns_on_a_full_width_base_in_nf4(nf4):
     pytest.importorskip("peft", reason="peft is not installed: pip install -e '.[training]'")
-    pytest.importorskip("bitsandbytes")
     from semantic_diffusion_adapter.training.engine import Step
-    from semantic_diffusion_adapter.training.frozen.base import load_flux
     from semantic_diffusion_adapter.training.objectives.gate import GateObjective, GateTraining, add_gate_lora, lora_state
 
-    flux = load_flux(full_width / "flux.safetensors", "nf4", CPU)
+    flux = nf4
     add_gate_lora(flux, 4)
     flux.enable_gradient_checkpointing()
     draw = torch.Generator().manual_seed(0)

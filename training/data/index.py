@@ -62,6 +62,13 @@ def schema(kind: str, resolutions: Sequence[int]) -> pa.Schema:
     ], metadata={"format": FORMAT, "kind": kind})
 
 
+def is_ours(url: str) -> bool:
+    """Whether the index.parquet in a folder is an index, not a stranger's table of that name."""
+    fs, root = locate(url)
+    with fs.open(posixpath.join(root, NAME), "rb") as stream:
+        return b"format" in (pq.read_schema(stream).metadata or {})
+
+
 class Index(Sequence):
     """The samples of one prepared set. `index[i]` is row i as a dict, `rows` their number.
 

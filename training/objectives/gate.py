@@ -9,6 +9,7 @@ painting got wrong, as in scheduled sampling (arXiv 1506.03099).
 """
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,6 +86,11 @@ def add_gate_lora(flux: nn.Module, rank: int) -> None:
     for parameter in flux.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def lora_layers(flux: nn.Module) -> dict[str, nn.Linear]:
+    """The layers of a Flux that are given a LoRA, by name."""
+    return {name: module for name, module in flux.named_modules() if re.fullmatch(LAYERS, name)}
 
 
 def lora_name(name: str) -> str:

@@ -30,6 +30,9 @@ BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "nf4": 0.5 + 1 / 64 + 4 / 256 / 
 # Bytes that a block of each kind keeps for its backward, for each token and channel, in bf16 (measured by saved-tensor
 # hooks).
 KEPT = {"double": 40, "single": 34}
+# What it keeps beside that where its picture's layers have a LoRA: peft copies a layer's input to float32 for each of them. Under
+# autocast half of it.
+KEPT_BY_LORA = {"double": 28, "single": 33}
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,15 @@ def flux_flops(flux, patches: int, tokens: int, checkpointing: bool, pooled: boo
     backward += (modulation + vector + last) if pooled else 0
     again = (streams + attention + modulation) if checkpointing else 0
     return 2.0 * forward, 2.0 * backward, 2.0 * again
+
+
+def lora_flops(layers: dict[str, nn.Linear], rank: int, patches: int, tokens: int) -> float:
+    """FLOPs of the forward of one sample through the LoRA of these layers of a Flux; its backward takes twice that."""
+    total = 0.0
+    for name, layer in layers.items():
+        length = patches + (tokens if name.startswith("single") else 0)
+        total += length * rank * (layer.in_features + layer.out_features)
+    return 2.0 * total
 
 
 def adapter_flops(config: AdapterConfig, queries: int) -> float:
@@ -132,14 +144,15 @@ def base_bytes(flux: nn.Module, precision: str) -> float:
     return total
 
 
-def activation_bytes(flux, patches: int, tokens: int, micro: int, checkpointing: bool) -> float:
+def activation_bytes(flux, patches: int, tokens: int, micro: int, checkpointing: bool, lora: bool = False) -> float:
     """Bytes of a micro-batch, at most: what the blocks keep for the backward or, with checkpointing, their inputs and
     one block."""
     h = flux.num_attention_heads * flux.attention_head_dim
     one = micro * (patches + tokens) * h
+    kept = {kind: KEPT[kind] + lora * KEPT_BY_LORA[kind] for kind in KEPT}
     if checkpointing:
-        return one * (2 * (flux.num_layers + flux.num_single_layers) + 2 * KEPT["double"])
-    return one * (KEPT["double"] * (flux.num_layers + 1) + KEPT["single"] * flux.num_single_layers)
+        return one * (2 * (flux.num_layers + flux.num_single_layers) + 2 * max(kept.values()))
+    return one * (kept["double"] * (flux.num_layers + 1) + kept["single"] * flux.num_single_layers)
 
 
 def unpacked_bytes(flux: nn.Module, precision: str, checkpointing: bool) -> float:

@@ -13,7 +13,7 @@ from ..objectives.reconstruct import named_hierarchy
 from ..stages import invert_settings
 from ..stages.invert import PAINTED, TIMES
 from . import costs
-from .plan import CARDS, EAGER, RESERVE, SHARE
+from .estimate import CARDS, EAGER, RESERVE, SHARE
 
 
 @dataclass(frozen=True)

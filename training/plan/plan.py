@@ -2,78 +2,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import torch
 
-from ...kernels.vision.known import KNOWN_TOWERS
-from ...kernels.vision.towers import TowerConfig
-from ..data.index import buckets
 from ..engine import World
-from ..engine.compiling import GRAPHS
 from ..frozen.flux import build_flux
 from ..frozen.text_statistics import is_statistics
 from ..objectives.reconstruct import named_hierarchy
 from ..stages import settings
 from ..stages.adapter_export import build_adapter
 from ..stages.checks import check, pictures_of, prepared
-from . import costs
-
-
-@dataclass(frozen=True)
-class Card:
-    memory: float
-    """GB of 1e9 bytes."""
-    peak: float
-    """Dense bf16 TFLOP/s with fp32 sums, from the maker's data sheet."""
-    price: float
-    """Rent in US dollars per hour, a round figure. --price gives another."""
-    link: float
-    """GB/s between the cards of one machine, each way."""
-
-
-CARDS = {"h100": Card(80, 989, 2.5, 450), "h200": Card(141, 989, 3.5, 450), "b200": Card(180, 2250, 5.0, 900),
-         "a100": Card(80, 312, 1.5, 300), "a100-40": Card(40, 312, 1.2, 300), "l40s": Card(48, 362, 1.0, 32),
-         "4090": Card(24, 165, 0.4, 32), "4080": Card(16, 97, 0.25, 32), "5090": Card(32, 209, 0.7, 64), "3090": Card(24, 71, 0.25, 32)}
-NETWORK = 25.0  # GB/s of one card to other machines
-# Share of the peak that a step reaches: a compiled base in bf16 the aim of this project, 33-39% is what mature trainers
-# report; int8 and NF4, which cannot be compiled, by their ratio to it in unsloth's FLUX LoRA figures on one B200 (bf16
-# 4.12 steps/s; int8 2.14; NF4 1.81), which fits SimpleTuner's 1 to 1.5 s a step of NF4 on a 4090.
-SHARE = {"bf16": 0.40, "int8": 0.21, "nf4": 0.18, "fp32": 0.05}
-EAGER = 0.8  # share of a compiled step's speed, in bf16 and fp32
-RESERVE = 2.0  # GB for CUDA itself and what the allocator cannot use
+from . import costs, estimate
 
 
 @dataclass(frozen=True)
 class Config(settings.Config):
     gpus: int = 1
     """Number of GPUs, over all machines."""
-    gpu: Literal[tuple(CARDS)] = "h100"
+    gpu: Literal[tuple(estimate.CARDS)] = "h100"
     per_machine: int = 8
     price: float = 0.0
     """US dollars per hour for one card. 0: a round figure for its kind."""
 
 
-@dataclass(frozen=True)
-class Phase:
-    """A share of the run at one resolution. bytes: by part. seconds: of one step of all GPUs together."""
-
-    resolution: int
-    share: float
-    flops: costs.Flops
-    bytes: dict[str, float]
-    seconds: float
-
-
-class Estimate:
-    """All figures of a configuration's cost. Files that are not there yet are assumed to be FLUX.1-dev's."""
+class Estimate(estimate.Estimate):
+    """Files that are not there yet are assumed to be FLUX.1-dev's."""
 
     def __init__(self, config: Config):
         if config.base.precision == "auto":  # every card in the list computes bf16 fast
             config = replace(config, base=replace(config.base, precision="bf16"))
-        self.config, self.card = config, CARDS[config.gpu]
-        self.local = min(config.gpus, config.per_machine)
+        super().__init__(config)
         known = check(config, World(0, config.gpus, 0, self.local, torch.device("cpu")), absent=True)
         files = (*((path, "vision.files") for path in config.vision.files), (config.base.vae, "base.vae"),
                  (config.base.text, "base.text"))
@@ -85,186 +44,66 @@ class Estimate:
             self.assumed.append(f"data.index {config.data.index}")
         with torch.device("meta"):
             self.flux = known.flux or build_flux(costs.FLUX1_DEV)
-        self.towers = [known.towers.get(place) or self.tower(path, name)
+        self.towers = [known.towers.get(place) or estimate.tower(path, name)
                        for place, (path, name) in enumerate(config.vision.named())]
         self.seeing = sum(map(costs.tower_parameters, self.towers))
         with torch.device("meta"):
             self.adapter = build_adapter(config, self.flux.config, self.towers)
         self.tuned = sum(12 * t.width ** 2 * config.objective.unlock_blocks for t in self.towers if t.kind == "dinov2")
-        self.micro = config.run.micro or config.run.batch // config.gpus
+        self.tokens = named_hierarchy(config.adapter.table).token_count
+        self.sharded, self.token_counts = config.base.sharded, config.objective.token_counts()
         self.phases = list(self.all_phases())
 
-    def tower(self, path: Path, name: str) -> TowerConfig:
-        if name not in KNOWN_TOWERS:
-            raise ValueError(f"There is no {path}, and vision.ids names no published encoder for it; give the file's "
-                             "place or its id.")
-        return KNOWN_TOWERS[name]
-
-    def all_phases(self):
-        start = 0.0
-        for end, *resolutions in self.config.data.resolutions:
-            for resolution in resolutions:
-                yield self.phase(int(resolution), (end - start) / len(resolutions))
-            start = end
-
-    def phase(self, resolution: int, share: float) -> Phase:
-        config, flux = self.config, self.flux.config
-        patches, tokens = (resolution // 16) ** 2, named_hierarchy(config.adapter.table).token_count
-        forward, backward, again = costs.flux_flops(flux, patches, tokens, config.base.checkpointing,
-                                                    config.adapter.pooled)
+    def flops(self, resolution: int) -> costs.Flops:
+        config = self.config
+        base = costs.flux_flops(self.flux.config, (resolution // 16) ** 2, self.tokens, config.base.checkpointing, config.adapter.pooled)
         encoders = sum(map(costs.tower_flops, self.towers)) + costs.vae_flops(costs.FLUX1_VAE, resolution, resolution)
-        flops = costs.Flops(forward, backward, again, encoders, costs.adapter_flops(self.adapter.config, tokens))
-        return Phase(resolution, share, flops, self.memory(patches, tokens, resolution), self.step_seconds(flops))
+        return costs.Flops(*base, encoders, costs.adapter_flops(self.adapter.config, self.tokens))
 
-    def memory(self, patches: int, tokens: int, resolution: int) -> dict[str, float]:
+    def memory(self, resolution: int) -> dict[str, float]:
         config, flux = self.config, self.flux.config
         weights = costs.base_bytes(self.flux, config.base.precision)
-        if config.base.sharded:
+        if self.sharded:
             block = weights / (flux.num_layers + flux.num_single_layers)
             weights = weights / self.local + 3 * block  # the card's shard, and the blocks that are gathered
-        learning = self.learning
         return {
             "frozen base": weights,
             "vision towers and VAE": 2.0 * (self.seeing + costs.VAE_PARAMETERS),
-            "adapter and tuned blocks": 4.0 * learning,
-            "gradients": 4.0 * learning * (2 if config.gpus > 1 else 1),  # DDP keeps them in buckets too
-            "optimizer": 8.0 * learning,
-            "average": 4.0 * learning,
-            "activations of the base": costs.activation_bytes(flux, patches, tokens, self.micro,
+            "adapter and tuned blocks": 4.0 * self.learning,
+            **self.learning_bytes(),
+            "activations of the base": costs.activation_bytes(flux, (resolution // 16) ** 2, self.tokens, self.micro,
                                                               config.base.checkpointing),
             "activations of the adapter": costs.adapter_activation_bytes(self.adapter.config, self.micro),
             "weights unpacked": costs.unpacked_bytes(self.flux, config.base.precision, config.base.checkpointing),
             "VAE at work": costs.vae_working_bytes(resolution ** 2),
-            "CUDA and the allocator": RESERVE * 1e9,
+            "CUDA and the allocator": estimate.RESERVE * 1e9,
         }
-
-    def step_seconds(self, flops: costs.Flops) -> float:
-        config = self.config
-        reached = self.card.peak * 1e12 * self.reached
-        # Towers, VAE and adapter are neither compiled nor quantised, so they reach half of the usual share.
-        rest = self.card.peak * 1e12 * 0.25
-        samples = config.run.batch / config.gpus
-        seconds = samples * (flops.base / reached + (flops.encoders + flops.adapter) / rest)
-        link = NETWORK if config.gpus > self.local else self.card.link
-        if config.gpus > 1:
-            seconds += 2 * 4 * self.learning / (link * 1e9)
-        if config.base.sharded:
-            passes = (3 if config.base.checkpointing else 2) * samples / self.micro
-            seconds += passes * costs.base_bytes(self.flux, config.base.precision) / (self.card.link * 1e9)
-        return seconds
-
-    @property
-    def reached(self) -> float:
-        """Share of the card's peak that the base is assumed to reach."""
-        precision = self.config.base.precision
-        return SHARE[precision] * (EAGER if precision in ("bf16", "fp32") and not self.config.run.compile else 1)
 
     @property
     def learning(self) -> int:
         return costs.parameters(self.adapter) + self.tuned
 
     @property
-    def starting(self) -> float:
-        """Peak GB of one card before the first step: all weights, and one layer that has yet to be quantised. The text
-        encoder is read on the CPU."""
-        parts, largest = self.phases[0].bytes, max(p.numel() for p in self.flux.parameters())
-        whole = 0.0 if self.config.base.sharded else costs.base_bytes(self.flux, self.config.base.precision) + 4.0 * largest
-        return (whole + parts["vision towers and VAE"] + 4.0 * self.learning) / 1e9 + RESERVE
-
-    @property
     def host(self) -> dict[str, float]:
         """GB of a machine's own memory that the start takes, by part. The parts come one after the other. Where the CPU
         does not compute bfloat16 fast, float32 takes twice as much."""
         text = 0.0 if is_statistics(self.config.base.text) else 2.0 * costs.T5_PARAMETERS
-        base = self.local * costs.base_bytes(self.flux, "bf16") if self.config.base.sharded else 0.0
+        base = self.local * costs.base_bytes(self.flux, "bf16") if self.sharded else 0.0
         return {"text encoder, once, by the first process": text / 1e9,
                 "base, before it is cut over the cards": base / 1e9}
 
     @property
-    def graphs(self) -> tuple[int, int]:
-        """(buckets, numbers of tokens) of the run. A compiled block has a graph for each pair."""
-        shapes = ({b for groups in self.plan.groups.values() for b, rows in groups.items()
-                   if len(rows) >= self.config.run.batch}
-                  if self.plan else {b for pixels in self.config.data.pixels() for b in buckets(pixels)})
-        return len(shapes), len(self.config.objective.token_counts())
+    def shapes(self) -> int:
+        if not self.plan:
+            return super().shapes
+        return len({b for groups in self.plan.groups.values() for b, rows in groups.items() if len(rows) >= self.config.run.batch})
 
-    @property
-    def most(self) -> float:
-        """Peak GB of a card, over the start and every phase."""
-        return max(self.starting, *(sum(phase.bytes.values()) / 1e9 for phase in self.phases))
-
-    @property
-    def hours(self) -> float:
-        return self.config.run.max_steps * sum(p.share * p.seconds for p in self.phases) / 3600
-
-    def remedies(self) -> list[str]:
-        base = self.config.base
-        found = []
-        if not base.checkpointing:
-            found.append("base.checkpointing = true")
-        if self.micro > 1:
-            found.append(f"run.micro = {self.micro // 2} (the same batch in more passes)")
-        if base.precision in ("bf16", "fp32"):
-            found.append('base.precision = "nf4" (or "int8")')
-        if not base.sharded and base.precision == "bf16" and self.local > 1:
-            found.append("base.sharded = true")
-        if max(p.resolution for p in self.phases) > 512:
-            found.append("lower data.resolutions")
-        return found or ["a card with more memory, or smaller vision towers"]
-
-    def report(self) -> str:
-        config, card = self.config, self.card
-        lines = []
-        if self.assumed:
-            lines.append(f"not here yet, so taken to be FLUX.1-dev's and unchecked: {', '.join(self.assumed)}")
-        lines.append(f"parameters: base {costs.parameters(self.flux):,} frozen ({config.base.precision}); towers "
-                     f"{self.seeing:,.0f}, of them {self.tuned:,} learn late; "
-                     f"adapter {costs.parameters(self.adapter):,}")
-        lines += ["", f"{'resolution':>10}{'share':>8}{'TFLOP/sample':>15}{'base':>8}{'encoders':>10}{'adapter':>9}"
-                      f"{'samples/s':>12}{'TFLOP/s a card':>16}{'GB':>8}"]
-        for p in self.phases:
-            rate = config.run.batch / p.seconds
-            lines.append(f"{p.resolution:>10}{p.share:>8.0%}{p.flops.total / 1e12:>15.2f}{p.flops.base / 1e12:>8.2f}"
-                         f"{p.flops.encoders / 1e12:>10.2f}{p.flops.adapter / 1e12:>9.2f}{rate:>12.2f}"
-                         f"{rate * p.flops.total / 1e12 / config.gpus:>16.0f}{sum(p.bytes.values()) / 1e9:>8.1f}")
-        fullest = max(self.phases, key=lambda p: sum(p.bytes.values()))
-        lines += ["", f"memory of one card at {fullest.resolution} px, micro-batches of {self.micro}:"]
-        lines += [f"  {name:28}{value / 1e9:>8.2f} GB" for name, value in fullest.bytes.items()]
-        lines.append(f"  {'together':28}{sum(fullest.bytes.values()) / 1e9:>8.2f} GB of {card.memory:g} on a "
-                     f"{config.gpu}")
-        lines.append(f"  {'before the first step':28}{self.starting:>8.2f} GB")
-        lines += [f"memory of a machine at the start, {name}: {value:.1f} GB" for name, value in self.host.items()
-                  if value]
-        saved, slowest = costs.LEARNING * self.learning / 1e9, max(p.seconds for p in self.phases)
-        micro = slowest * self.micro * config.gpus / config.run.batch
-        lines.append(f"a checkpoint has {saved:.1f} GB and the slowest micro-batch takes {micro:.1f} s: after "
-                     f"a SIGTERM {micro + saved:.0f} s are enough on a disk that writes 1 GB/s")
-        if config.run.compile:
-            shapes, counts = self.graphs
-            lines.append(f"compiled as they first come: {shapes} buckets x {counts} numbers of tokens = {shapes * counts} graphs of each "
-                         f"kind of Flux's blocks, {counts} of the adapter's")
-            if shapes * counts > GRAPHS:
-                lines.append(f"  beyond {GRAPHS} graphs PyTorch goes on without compiling: take fewer resolutions "
-                             "or presets")
-        price = config.price or card.price
-        hours = self.hours
-        lines += ["", f"{config.run.max_steps:,} steps of {config.run.batch} on {config.gpus} x {config.gpu}: about "
-                      f"{hours:,.1f} hours, {hours * config.gpus:,.0f} GPU hours, {hours * config.gpus * price:,.0f} "
-                      f"dollars at {price:g} an hour",
-                  f"The model: the base in {config.base.precision}{', compiled,' if config.run.compile else ''} "
-                  f"reaches {self.reached:.0%} of {card.peak:g} TFLOP/s, the rest 25%; every batch has all of the "
-                  "table's tokens; reading pictures keeps up."]
-        if self.most > card.memory:
-            lines += ["", f"This does not fit: {self.most:.1f} GB are wanted and a {config.gpu} has "
-                      f"{card.memory:g}. Change "
-                          + ", or ".join(self.remedies()) + "."]
-        return "\n".join(lines)
+    def parameters(self) -> str:
+        return (f"towers {self.seeing:,.0f}, of them {self.tuned:,} learn late; "
+                f"adapter {costs.parameters(self.adapter):,}")
 
 
 def run(config: Config) -> None:
     """Print the plan. ValueError for whatever `sda train adapter` refuses and, after the table that shows why, where
     the training does not fit the card."""
-    estimate = Estimate(config)
-    print(estimate.report())
-    if estimate.most > CARDS[config.gpu].memory:
-        raise ValueError(f"This does not fit a {config.gpu}: the last lines above say what would.")
+    estimate.tell(Estimate(config))

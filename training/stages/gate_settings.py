@@ -4,6 +4,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from diffusers import FluxTransformer2DModel
+
 from ..config import RunConfig, free
 from ..engine import World
 from ..engine.lock import check_folder
@@ -50,8 +52,12 @@ class Config:
     """Licence of the exported file. FLUX.1-dev's own licence applies as well."""
 
 
-def check(config: Config, world: World) -> None:
-    """Refuse in one sentence what cannot work, before anything is loaded. ValueError."""
+def check(config: Config, world: World, absent: bool = False) -> FluxTransformer2DModel | None:
+    """Refuse in one sentence what cannot work, before anything is loaded. Returns the base on the meta device, None where it is not
+    there.
+
+    absent: whether a file may still be missing. ValueError.
+    """
     base = config.base
     check_space(config)
     if base.precision == "int8":
@@ -63,7 +69,9 @@ def check(config: Config, world: World) -> None:
     check_data(config.data)
     world.share(config.run.batch, config.run.micro)
     check_folder(config.run.out)
-    check_files((config.adapter, "adapter"), (config.fits, "fits"), (base.flux, "base.flux"), (base.vae, "base.vae"),
-                *((path, "vision.files") for path in config.vision.files))
-    skeleton(base.flux, outline)
-    vae_of(base.vae, outline)
+    if not absent:
+        check_files((config.adapter, "adapter"), (config.fits, "fits"), (base.flux, "base.flux"), (base.vae, "base.vae"),
+                    *((path, "vision.files") for path in config.vision.files))
+    if base.vae.exists():
+        vae_of(base.vae, outline)
+    return skeleton(base.flux, outline)[0] if base.flux.exists() else None

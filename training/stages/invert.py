@@ -26,7 +26,7 @@ from ...kernels.visibility import region_bias
 from ..config import resolve_precisions, write_toml
 from ..data.decode import send
 from ..data.files import absolute, locate, write_json
-from ..data.index import Index
+from ..data.index import Index, is_ours
 from ..data.pipeline import stoppable
 from ..data.sources import listing
 from ..engine import World
@@ -181,7 +181,7 @@ def run(config: Config) -> bool:
     check(config)
     check_paint(config)
     source, captioned = absolute(config.source), config.start == "caption"
-    index = Index.read(source) if prepared(source) else None
+    index = Index.read(source) if prepared(source) and is_ours(source) else None
     chunks = [] if index else listing(source, config.path_column, config.caption_column)[0]
     with stoppable(), alone(config.out, world):
         folder = Folder(config)

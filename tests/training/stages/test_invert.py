@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 pytest.importorskip("diffusers", reason="diffusers is not installed: pip install -e '.[training]'")
-pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install -e '.[training]'")
+pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install -e '.[training]'")
+pq = pytest.importorskip("pyarrow.parquet")
 
 from semantic_diffusion_adapter.kernels import checkpoint, embedding_file  # noqa: E402
 from semantic_diffusion_adapter.kernels.adapter import Adapter, AdapterConfig  # noqa: E402
@@ -261,6 +262,13 @@ def test_a_start_from_a_caption_is_the_prompt_as_the_base_s_encoder_reads_it(toy
 def test_what_cannot_work_is_one_sentence(toy, capsys, keys, words):
     assert run(toy(**keys)) == 1
     assert words in capsys.readouterr().err
+
+
+def test_a_stranger_s_table_beside_the_pictures_is_no_index_of_ours(toy, tmp_path):
+    (tmp_path / "pictures" / "c d.jpg").unlink()
+    (tmp_path / "pictures" / "sub" / "b.jpg").unlink()
+    pq.write_table(pa.table({"picture": ["a.jpg"]}), tmp_path / "pictures" / "index.parquet")
+    assert run(toy(steps=1)) == 0 and report(tmp_path / "out")["fitted"] == 1
 
 
 def test_paintings_do_not_become_pictures(toy, tmp_path, capsys):
