@@ -18,7 +18,6 @@ from semantic_diffusion_adapter.training.frozen.flux import build_flux  # noqa: 
 from semantic_diffusion_adapter.training.objectives.gate import GateObjective, GateTraining, add_gate_lora, lora_layers  # noqa: E402
 from semantic_diffusion_adapter.training.plan import costs  # noqa: E402
 from semantic_diffusion_adapter.training.plan import gate as plan  # noqa: E402
-
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 from .test_plan import CONFIG, counted, kept_by  # noqa: E402
