@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("diffusers", reason="diffusers is not installed: pip install -e '.[training]'")
 
+from semantic_diffusion_adapter.benchmarks import attention as bench_attention  # noqa: E402
 from semantic_diffusion_adapter.benchmarks import data as bench_data  # noqa: E402
 from semantic_diffusion_adapter.benchmarks import plan as bench_plan  # noqa: E402
 from semantic_diffusion_adapter.benchmarks import redux as bench_redux  # noqa: E402
@@ -62,6 +63,13 @@ def test_the_benchmark_of_redux_runs(capsys, monkeypatch):
     monkeypatch.setattr(bench_redux, "GRIDS", (8,))
     assert bench_redux.main(["--pictures", "1", "--json"]) == 0
     assert [result["own"] for result in json.loads(capsys.readouterr().out.splitlines()[-1])] == list(bench_redux.OWN)
+
+
+@torch.inference_mode()
+def test_whatever_the_benchmark_of_attention_times_is_near_float64():
+    case = bench_attention.Case(64, "cpu")
+    found = {name: case.error(name, case.call(name)) for name in bench_attention.NAMES if not bench_attention.unavailable(name, "cpu")}
+    assert len(found) >= 8 and all(error < 0.02 for error in found.values()), found
 
 
 @pytest.mark.gpu
