@@ -80,6 +80,14 @@ def toy_assets(tmp_path_factory) -> Path:
     return assets
 
 
+@pytest.fixture
+def few_steps(monkeypatch):
+    """What random weights paint in three steps is no worse than in twenty."""
+    from semantic_diffusion_adapter.training.miniature.evaluation import system
+
+    monkeypatch.setattr(system, "STEPS", 3)
+
+
 EDITS = 30
 
 

@@ -14,6 +14,7 @@ from semantic_diffusion_adapter.kernels import checkpoint  # noqa: E402
 from semantic_diffusion_adapter.kernels.edit_decoder import LLMEditDecoder, LLMEditDecoderConfig, T5EditDecoder  # noqa: E402
 from semantic_diffusion_adapter.training.objectives.edit import load_editor  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("few_steps")
 CPU = torch.device("cpu")
 
 

@@ -32,6 +32,7 @@ from semantic_diffusion_adapter.training.miniature.evaluation import (  # noqa: 
 from semantic_diffusion_adapter.training.miniature.parser import parse  # noqa: E402
 from semantic_diffusion_adapter.training.miniature.scenes import Scene, Thing, render, scene  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("few_steps")
 RED = Thing("circle", "red", "small", 30, 30)
 BLUE = Thing("square", "blue", "large", 90, 90)
 TWO = Scene("white", (RED, BLUE))

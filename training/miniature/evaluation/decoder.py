@@ -13,9 +13,8 @@ from ....kernels.embedding import SemanticEmbedding
 from ....kernels.noise import own_noise
 from ..base import schedule
 from ..scenes import SIZE
-from .system import Miniature
+from .system import STEPS, Miniature
 
-STEPS = 20
 NOISES, THRESHOLD, GROW, FEATHER = 4, 0.03, 1, 0.05  # the defaults of Change Mask and of Keep Outside Mask
 CELLS = 2  # latent cells to a side of a patch
 MAPPED = 2 * NOISES  # evaluations that a change map costs

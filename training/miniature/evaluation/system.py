@@ -39,6 +39,7 @@ from .attention import Attention
 
 ASSETS = Path(__file__).resolve().parents[3] / "assets" / "miniature"
 BATCH = 32
+STEPS = 20  # of the sampler
 GUIDANCE = 2.5  # classifier-free guidance wherever a text is the prompt
 _NOISE = 77  # this purpose of scenes.generator
 
@@ -214,7 +215,7 @@ class Miniature:
             context = (tokens.to(self.device), tokens.new_zeros(len(tokens), self.flux.config.pooled_projection_dim))
             regions = Regions(bias.to(self.device))
             with torch.no_grad(), autocast(self.device, self.precision), self.attention.under(regions):
-                return sample(self.flux, [context], [1.0], noise[rows].to(self.device), mu=self.mu)
+                return sample(self.flux, [context], [1.0], noise[rows].to(self.device), steps=STEPS, mu=self.mu)
 
         pictures = self._pictures(len(order), latents)
         return pictures[np.argsort(order)]
@@ -280,7 +281,7 @@ class Miniature:
     def _paint(self, contexts: Callable, weights: list[float], x: Tensor, start: float = 1.0) -> np.ndarray:
         def latents(rows: slice) -> Tensor:
             with torch.no_grad(), autocast(self.device, self.precision):
-                return sample(self.flux, contexts(rows), weights, x[rows].to(self.device), mu=self.mu, start=start)
+                return sample(self.flux, contexts(rows), weights, x[rows].to(self.device), steps=STEPS, mu=self.mu, start=start)
 
         return self._pictures(len(x), latents)
 
