@@ -68,14 +68,13 @@ def test_checkpointing_keeps_less_and_changes_no_bit_of_the_gradient(toy, dtype)
 
 
 @pytest.mark.skipif(not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++"))), reason="no C++ compiler here")
-def test_a_compiled_block_gives_the_same_gradient_with_and_without_checkpointing(toy):
-    """One block, whose attention reads the visibility from beside its arguments: each costs the compiler some seconds."""
+def test_a_compiled_block_gives_the_same_gradient(toy):
+    """One block, whose attention reads the visibility from beside its arguments, and checkpointed: what is computed again in the
+    backward is compiled as it is without. Each compilation costs some seconds."""
     plain, _ = gradient(toy)
     compile_blocks(toy.flux.single_transformer_blocks[:1])
-    calls = torch._dynamo.utils.counters["stats"]["calls_captured"]
-    cosine, error = compare("compiled", plain, gradient(toy)[0])
-    assert torch._dynamo.utils.counters["stats"]["calls_captured"] > calls, "something was compiled"
-    assert cosine > 1 - 1e-9 and error < 1e-4
     toy.flux.enable_gradient_checkpointing()
+    calls = torch._dynamo.utils.counters["stats"]["calls_captured"]
     cosine, error = compare("compiled and checkpointed", plain, gradient(toy)[0])
+    assert torch._dynamo.utils.counters["stats"]["calls_captured"] > calls, "something was compiled"
     assert cosine > 1 - 1e-9 and error < 1e-4
