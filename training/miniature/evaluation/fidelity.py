@@ -9,8 +9,8 @@ flow_edit_composited
                   the free flow edit, and the source's own pixels outside of a change mask that is feathered, not grown
 gate_rows         the edited embedding from noise; patches outside of the change mask read the source's keys and values, of
                   a row of the same batch and noise (Source Gate)
-gate_lora         the edited embedding from noise, by Flux with the gate's LoRA; patches outside of the change mask, which is
-                  not grown, read the source's clean patches, which stand behind the picture's (Reference Gate)
+gate_lora         the edited embedding from noise, by Flux with the gate's LoRA; all patches read the source's clean ones, which
+                  stand behind the picture's (Reference Gate without a mask)
 rf_inversion, rf_solver, fireflow, uniedit
                   up from the source's latent and down again (`solvers`)
 sdedit            from the source's latent under the noise of a time that was chosen on validation scenes

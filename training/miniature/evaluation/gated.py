@@ -31,11 +31,11 @@ def gate_rows(decoder: Decoder, edited: SemanticEmbedding, change: Tensor, stren
     return decoder.paint(work)
 
 
-def gate_lora(decoder: Decoder, edited: SemanticEmbedding, change: Tensor) -> np.ndarray:
-    """From noise, by Flux with the gate's LoRA: the source's clean patches stand behind the picture's, whose patches read them
-    outside of the change mask. It is not grown: the source shows what surrounds a change."""
+def gate_lora(decoder: Decoder, edited: SemanticEmbedding) -> np.ndarray:
+    """From noise, by Flux with the gate's LoRA: the source's clean patches stand behind the picture's, and all of these read them.
+    What stays the LoRA tells by the embedding."""
     system = decoder.system
-    gates, regions = gate(changed(change, THRESHOLD, grow=0), 1.0, 0.0, 1.0), system.beside(edited)
+    gates, regions = torch.ones(len(decoder.latents), *system.grid), system.beside(edited)
 
     def work(rows: slice) -> Tensor:
         source, x, tokens, own = decoder.on_device(rows, decoder.latents, decoder.noise, edited.tokens, gates)
@@ -48,4 +48,4 @@ def gate_lora(decoder: Decoder, edited: SemanticEmbedding, change: Tensor) -> np
 
 
 GATED = (Way("gate_rows", lambda d: 2 * STEPS + MAPPED, lambda d, edited, change: gate_rows(d, edited, change)),
-         Way("gate_lora", lambda d: STEPS + MAPPED, gate_lora))
+         Way("gate_lora", lambda d: STEPS, lambda d, edited, change: gate_lora(d, edited)))

@@ -211,7 +211,7 @@ class Miniature:
         def latents(rows: slice) -> Tensor:
             tokens, layout, masks = together(sides[rows])
             boxes, strengths, masks, masked_by = decode_layout(layout, masks)
-            bias = region_bias(boxes, strengths, self._grid, tokens.shape[1], masks=masks, masked_by=masked_by)
+            bias = region_bias(boxes, strengths, self.grid, tokens.shape[1], masks=masks, masked_by=masked_by)
             context = (tokens.to(self.device), tokens.new_zeros(len(tokens), self.flux.config.pooled_projection_dim))
             regions = Regions(bias.to(self.device))
             with torch.no_grad(), autocast(self.device, self.precision), self.attention.under(regions):
@@ -267,7 +267,7 @@ class Miniature:
 
     def beside(self, layout: SemanticEmbedding) -> Regions:
         """The visibility of an embedding whose picture has a reference behind it."""
-        rows, cols = self._grid
+        rows, cols = self.grid
         bias = region_bias(layout.boxes, layout.strengths, (rows, cols), layout.token_count, rows * cols, masks=layout.masks,
                            masked_by=layout.masked_by)
         return Regions(bias.to(self.device))
@@ -303,9 +303,9 @@ class Miniature:
             torch.set_num_threads(threads)
 
     @property
-    def _grid(self) -> tuple[int, int]:
+    def grid(self) -> tuple[int, int]:
         return patch_grid(*self.latent_shape[1:])
 
     def _visibility(self, layout: SemanticEmbedding, length: int) -> Regions:
-        bias = region_bias(layout.boxes, layout.strengths, self._grid, length, masks=layout.masks, masked_by=layout.masked_by)
+        bias = region_bias(layout.boxes, layout.strengths, self.grid, length, masks=layout.masks, masked_by=layout.masked_by)
         return Regions(bias.to(self.device))
