@@ -14,6 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # `python -m pytest` puts the repository on sys.path, where `kernels` and `nodes` would hide other packages' modules.
 sys.path[:] = [folder for folder in sys.path if Path(folder or ".").resolve() != ROOT]
 
+# PyTorch's compiler then believes the CPU, instead of compiling a program for every instruction set that it says it has.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+
 from semantic_diffusion_adapter.runner.client import Client  # noqa: E402
 from semantic_diffusion_adapter.runner.environment import STAMP, prepare  # noqa: E402
 from semantic_diffusion_adapter.runner.server import Server, serve  # noqa: E402
